@@ -1,0 +1,281 @@
+"""The configuration of the whole pipeline: one YAML file, validated whole by every command.
+
+Every command checks every section, so that a typo under `train:` is found before the teacher has spent an
+hour. Models are strict: an unknown key is an error that names the keys that exist. Derived values are
+properties, computed after overrides, never stored.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+from shared.errors import ConfigError
+
+Split = Literal["train", "held_out"]
+LossName = Literal["auto", "ce", "kl", "hybrid"]
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, and unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class TeacherConfig(Section):
+    """Which model teaches and how vLLM holds it."""
+
+    model: str = Field(description="Directory or hub name of the teacher's checkpoint.")
+    revision: str | None = None
+    gguf: str | None = Field(
+        None, description="GGUF file, or PACKAGE/FILE inside an installed package; converted once into `model`."
+    )
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    tensor_parallel: PositiveInt = 1
+    pipeline_parallel: PositiveInt = 1
+    max_model_len: PositiveInt = 8192
+    max_num_seqs: PositiveInt = 256
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
+    kv_cache_gib: PositiveFloat | None = Field(None, description="CPU only: memory for the KV cache, in GiB.")
+    enforce_eager: bool = False
+    fp32_head: bool = Field(True, description="Compute the output head in float32, so that logprobs are not rounded to bf16.")
+
+
+class DecodingConfig(Section):
+    """One decoding rule under which responses are collected. `temperature: 0` is greedy."""
+
+    split: Split
+    temperature: NonNegativeFloat = 1.0
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0, description="0 keeps every token.")
+    max_tokens: PositiveInt = 256
+    samples: PositiveInt = Field(1, description="Responses per prompt.")
+
+    @property
+    def rule(self) -> str:
+        """The rule's name: `greedy`, `sample` (temperature 1, no filter) or `filtered`."""
+        if self.temperature == 0:
+            return "greedy"
+        if self.temperature == 1 and self.top_p == 1 and self.top_k == 0:
+            return "sample"
+        return "filtered"
+
+
+class CollectConfig(Section):
+    """What is asked of the teacher and what is kept of its answers."""
+
+    prompts: Path
+    system_prompt: str | None = None
+    held_out: float = Field(0.1, ge=0, lt=1, description="Share of the prompts that training never sees.")
+    top_k: PositiveInt = 64
+    unit_prompts: PositiveInt = Field(64, description="Prompts per unit of work, the unit of resume.")
+    decoding: list[DecodingConfig] = Field(min_length=1)
+
+
+class StudentTokenizerConfig(Section):
+    """The student's vocabulary: its own, trained on the dataset's training text, or an existing one."""
+
+    kind: Literal["trained", "checkpoint", "teacher"] = "checkpoint"
+    vocab_size: PositiveInt = 8192
+
+
+class StudentConfig(Section):
+    """How the student starts. `checkpoint` may be a LLaDA or any LLaMA-architecture checkpoint, or null for random."""
+
+    checkpoint: str | None = Field(description="LLaDA or LLaMA-architecture checkpoint to start from; null starts random.")
+    revision: str | None = None
+    layers: list[int] | None = Field(None, description="Layers of the checkpoint to keep, in order; null keeps all.")
+    shape: dict[str, Any] = Field(default_factory=dict, description="LladaConfig fields for a random start.")
+    tokenizer: StudentTokenizerConfig = StudentTokenizerConfig()
+    max_sequence_length: PositiveInt = 4096
+
+
+class PrepareConfig(Section):
+    """How stored rows become targets over the student's vocabulary (METHOD 2)."""
+
+    min_known_mass: float = Field(0.5, ge=0, le=1, description="Below this known conditional mass a position has no soft target.")
+    changed_text: Literal["drop", "encode"] = Field(
+        "encode", description="Text that the student's normalizer would change: drop the response, or encode its exact bytes."
+    )
+    workers: PositiveInt | None = Field(None, description="Parallel processes; null uses the machine's cores.")
+
+
+class TrainConfig(Section):
+    """The student's training. Rates are per step; a step is `global_batch` sequences over all ranks."""
+
+    loss: LossName = "auto"
+    alpha: NonNegativeFloat = Field(0.5, description="Weight of cross-entropy in `hybrid`.")
+    beta: NonNegativeFloat = Field(0.5, description="Weight of KL in `hybrid`.")
+    temperature: PositiveFloat = 1.0
+    tv_weight: NonNegativeFloat = Field(0.0, description="Weight of total variation at depth 1.")
+    path_weight: NonNegativeFloat = Field(0.0, description="Weight of the path term -log J.")
+    masking_weight: NonNegativeFloat = Field(0.0, description="Weight of LLaDA's random-masking loss beside the anchored blocks.")
+    depth_decay: float = Field(1.0, gt=0, le=1, description="Weight of depth d is depth_decay^(d-1).")
+    block_length: PositiveInt = 8
+    anchors: PositiveInt = Field(8, description="Masked blocks per sequence and forward.")
+    steps: PositiveInt | None = None
+    epochs: PositiveFloat | None = None
+    max_minutes: PositiveFloat | None = Field(None, description="Stop after this long and finish cleanly.")
+    global_batch: PositiveInt = 32
+    micro_batch: PositiveInt = 8
+    max_length: PositiveInt = 4096
+    learning_rate: PositiveFloat = 2e-5
+    min_learning_rate: float = Field(0.1, ge=0, le=1, description="Share of the rate that the cosine ends on.")
+    warmup: float = Field(0.05, ge=0, lt=1, description="Share of the steps that warm up.")
+    weight_decay: NonNegativeFloat = 0.0
+    grad_clip: PositiveFloat = 1.0
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    world_size: PositiveInt | None = Field(None, description="Ranks that `make train` launches; null uses the GPUs present.")
+    deepspeed: Path = Path("configs/deepspeed/zero2.json")
+    activation_checkpointing: bool = False
+    checkpoint_steps: PositiveInt | None = Field(None, description="Save every so many steps; null saves at the end only.")
+    keep_checkpoints: PositiveInt = 2
+    log_steps: PositiveInt = 1
+
+    @model_validator(mode="after")
+    def _has_an_end(self) -> TrainConfig:
+        if self.steps is None and self.epochs is None:
+            raise ValueError("set train.steps or train.epochs, otherwise training has no end")
+        return self
+
+
+class EvaluateConfig(Section):
+    """Acceptance on held-out text, from the shards alone."""
+
+    rule: Literal["greedy", "sample"] = Field("greedy", description="Decoding rule that the headline tau is for.")
+    draft_tokens: PositiveInt = Field(4, description="Teacher tokens drafted per target forward.")
+    max_samples: PositiveInt | None = None
+    batch: PositiveInt = 16
+
+
+class SpeculateConfig(Section):
+    """Real speculative decoding of the held-out prompts, and the same without a draft."""
+
+    draft_tokens: PositiveInt = Field(4, description="Teacher tokens drafted per target forward.")
+    max_tokens: PositiveInt = 64
+    max_prompts: PositiveInt | None = None
+    dtype: Literal["bfloat16", "float16", "float32"] | None = Field(None, description="Teacher's dtype; null takes teacher.dtype.")
+
+
+class PipelineConfig(Section):
+    """The whole file."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    runs: Path = Path("runs")
+    seed: int = 0
+    teacher: TeacherConfig
+    collect: CollectConfig
+    student: StudentConfig
+    prepare: PrepareConfig = PrepareConfig()
+    train: TrainConfig
+    evaluate: EvaluateConfig = EvaluateConfig()
+    speculate: SpeculateConfig = SpeculateConfig()
+
+    @property
+    def run_dir(self) -> Path:
+        return self.runs / self.name
+
+    @property
+    def shards_dir(self) -> Path:
+        return self.run_dir / "shards"
+
+    @property
+    def student_init_dir(self) -> Path:
+        return self.run_dir / "student" / "init"
+
+    @property
+    def prepared_dir(self) -> Path:
+        return self.run_dir / "prepared"
+
+    @property
+    def checkpoints_dir(self) -> Path:
+        return self.run_dir / "student" / "checkpoints"
+
+    @property
+    def student_final_dir(self) -> Path:
+        return self.run_dir / "student" / "final"
+
+    @property
+    def report_dir(self) -> Path:
+        return self.run_dir / "report"
+
+
+def load_config(path: Path, overrides: list[str] | None = None) -> PipelineConfig:
+    """Read `path`, apply `KEY.PATH=VALUE` overrides (values are YAML) and validate the whole.
+
+    Raises:
+        ConfigError: if the file is missing or not a YAML mapping, an override is malformed, a key is unknown
+            or a value is out of its range; every problem is listed with its key.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot read the config {path}: {error.strerror}; pass a YAML file such as configs/demo.yaml") from error
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} holds {type(tree).__name__}, expected a mapping of sections such as teacher: and train:")
+    for override in overrides or []:
+        _apply_override(tree, override)
+    try:
+        return PipelineConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{path} is not a valid config:\n" + "\n".join(_explain(error))) from error
+
+
+def dump_config(config: PipelineConfig) -> str:
+    """The resolved config as YAML, to be written beside every output."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, value = override.partition("=")
+    parts = key.split(".")
+    if not separator or not all(parts):
+        raise ConfigError(f"--set {override!r} is not KEY.PATH=VALUE, for example --set train.loss=kl")
+    node = tree
+    for part in parts[:-1]:
+        child = node.setdefault(part, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"--set {override!r}: {part!r} is a value ({child!r}), not a section that can hold {parts[-1]!r}")
+        node = child
+    try:
+        node[parts[-1]] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override!r}: the value is not valid YAML: {error}") from error
+
+
+def _explain(error: ValidationError) -> list[str]:
+    """One line a problem: the key, the value seen and what was expected; near misses of unknown keys are named."""
+    lines = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            known = _known_keys(problem["loc"][:-1])
+            near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+            lines.append(f"  {key}: unknown key; {hint}")
+        elif problem["type"] == "missing":
+            lines.append(f"  {key}: missing; this key is required")
+        else:
+            lines.append(f"  {key}: {problem['msg']} (got {problem['input']!r})" if key else f"  {problem['msg']}")
+    return lines
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    model: type[BaseModel] = PipelineConfig
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation
+        nested = [a for a in (annotation, *getattr(annotation, "__args__", ())) if isinstance(a, type) and issubclass(a, BaseModel)]
+        if not nested:
+            return []
+        model = nested[0]
+    return list(model.model_fields)

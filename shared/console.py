@@ -1,0 +1,90 @@
+"""What every command line of this project has in common.
+
+`application` builds a Typer app; `run` is the one boundary where a `UserError` becomes a single message on
+stderr and exit code 2. `ConfigArgument`, `SetOption` and `LogLevelOption` are the parameters that all
+commands share; `progress` is the one progress bar, silent where stderr is not a terminal and CI reads it.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from shared.errors import USER_ERROR_EXIT_CODE, UserError
+
+stdout = Console()
+stderr = Console(stderr=True)
+
+ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the pipeline, e.g. configs/demo.yaml.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override one setting; the value is YAML. May be repeated."),
+]
+LogLevelOption = Annotated[str, typer.Option("--log-level", help="debug, info, warning or error.")]
+
+
+def application(help: str) -> typer.Typer:
+    """A Typer app with the project's conventions."""
+    return typer.Typer(
+        help=help, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown"
+    )
+
+
+def run(app: typer.Typer) -> None:
+    """Run `app`; a user's mistake ends as one message on stderr and exit code 2, without a traceback."""
+    try:
+        app()
+    except UserError as error:
+        fail(error)
+
+
+def fail(error: UserError) -> None:
+    """Print `error` as the user sees it and leave with exit code 2."""
+    stderr.print("[bold red]error:[/]", end=" ")
+    stderr.print(str(error), markup=False, highlight=False, soft_wrap=True)
+    sys.exit(USER_ERROR_EXIT_CODE)
+
+
+def configure_logging(level: str) -> None:
+    """Send the project's log lines to stderr.
+
+    Raises:
+        UserError: if `level` is not a logging level.
+    """
+    number = logging.getLevelNamesMapping().get(level.upper())
+    if number is None:
+        raise UserError(f"--log-level {level!r} is not a level: use debug, info, warning or error")
+    handler = RichHandler(console=stderr, show_path=False, markup=False, log_time_format="%H:%M:%S")
+    logging.basicConfig(level=number, format="%(message)s", handlers=[handler], force=True)
+    # Libraries that narrate at INFO what their users do not act on.
+    for chatty in ("httpx", "urllib3", "matplotlib", "fsspec", "numba"):
+        logging.getLogger(chatty).setLevel(max(number, logging.WARNING))
+
+
+def progress() -> Progress:
+    """A progress bar on stderr: description, bar, n/m, elapsed, remaining and a free `note` column."""
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("[progress.description]{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
+        console=stderr,
+    )

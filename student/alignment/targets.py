@@ -1,0 +1,71 @@
+"""What alignment makes of a record: the response in student tokens, with a sparse target at every position.
+
+Legend: S response tokens of the student, T of the teacher, E events, M members. Rows are CSR. Positions are
+0-based within the response; `input_ids[prompt_length + i]` is response token i.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class SparseTargets:
+    """Event targets of S positions (METHOD 2).
+
+    Position i has the events `event_offsets[i]:event_offsets[i + 1]`; event e has probability
+    `event_mass[e]` and is the set of student tokens `members[member_offsets[e]:member_offsets[e + 1]]`.
+    Events of a position are disjoint; what they leave is the tail event. `tail` is NaN, and there are no
+    events, where a position has no soft target.
+
+    Attributes:
+        event_offsets: int64 [S + 1].
+        event_mass: float32 [E]; with `tail` they sum to 1 at every soft position.
+        member_offsets: int64 [E + 1].
+        members: int32 [M], student token ids.
+        tail: float32 [S], probability of all that is in no event.
+        known: float32 [S], the known conditional mass m of METHOD 2.1, before any threshold.
+    """
+
+    event_offsets: NDArray[np.int64]
+    event_mass: NDArray[np.float32]
+    member_offsets: NDArray[np.int64]
+    members: NDArray[np.int32]
+    tail: NDArray[np.float32]
+    known: NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class AlignedSample:
+    """One response over the student's vocabulary.
+
+    Attributes:
+        input_ids: int32 [P + S], the prompt transliterated (text re-encoded, specials by role), then the response.
+        prompt_length: P.
+        byte_ends: int64 [S], end of each response token in the response's bytes; a special token has no bytes.
+        is_anchor: bool [S], token i starts at a byte end common to both tokenizations: a block may start here.
+        teacher_index: int32 [S], the teacher token that covers the first byte of student token i.
+        realized_logprob: float32 [S], log p(x_i | what is before it); NaN where unknown.
+        teacher_ids: int32 [T], the response in the teacher's tokens.
+        teacher_byte_ends: int64 [T].
+        teacher_sampled_logprob: float32 [T]; NaN where unknown.
+    """
+
+    sample_id: str
+    prompt_id: str
+    split: str
+    rule: str
+    skill: str
+    input_ids: NDArray[np.int32]
+    prompt_length: int
+    byte_ends: NDArray[np.int64]
+    is_anchor: NDArray[np.bool_]
+    teacher_index: NDArray[np.int32]
+    realized_logprob: NDArray[np.float32]
+    targets: SparseTargets
+    teacher_ids: NDArray[np.int32]
+    teacher_byte_ends: NDArray[np.int64]
+    teacher_sampled_logprob: NDArray[np.float32]
