@@ -1,0 +1,43 @@
+"""`student …`: from shards to a trained, measured and serving drafter. This file only wires."""
+
+from __future__ import annotations
+
+from shared.console import ConfigArgument, LogLevelOption, SetOption, application, configure_logging, run
+from shared.config import load_config
+
+app = application("Fine-tune LLaDA into a draft model from a teacher's shards, measure it and decode with it.")
+
+
+@app.command()
+def train(config: ConfigArgument, overrides: SetOption = None, log_level: LogLevelOption = "info") -> None:
+    """Train on the prepared targets; started by `torchrun` or `deepspeed` on every rank, or alone."""
+    configure_logging(log_level)
+    from student.training.train import train as train_student
+
+    train_student(load_config(config, overrides))
+
+
+@app.command()
+def evaluate(config: ConfigArgument, overrides: SetOption = None, log_level: LogLevelOption = "info") -> None:
+    """Acceptance before and after training, from the held-out shards alone."""
+    configure_logging(log_level)
+    from student.evaluation.evaluate import evaluate as evaluate_student
+
+    evaluate_student(load_config(config, overrides))
+
+
+@app.command()
+def report(config: ConfigArgument, overrides: SetOption = None, log_level: LogLevelOption = "info") -> None:
+    """Gather what the stages measured into report.json, index.html and a short summary."""
+    configure_logging(log_level)
+    from student.evaluation.report import write_report
+
+    write_report(load_config(config, overrides))
+
+
+def main() -> None:
+    run(app)
+
+
+if __name__ == "__main__":
+    main()
