@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from shared.errors import ConfigError
 
@@ -42,7 +51,9 @@ class TeacherConfig(Section):
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
     kv_cache_gib: PositiveFloat | None = Field(None, description="CPU only: memory for the KV cache, in GiB.")
     enforce_eager: bool = False
-    fp32_head: bool = Field(True, description="Compute the output head in float32, so that logprobs are not rounded to bf16.")
+    fp32_head: bool = Field(
+        True, description="Compute the output head in float32, so that logprobs are not rounded to bf16."
+    )
 
 
 class DecodingConfig(Section):
@@ -86,7 +97,9 @@ class StudentTokenizerConfig(Section):
 class StudentConfig(Section):
     """How the student starts. `checkpoint` may be a LLaDA or any LLaMA-architecture checkpoint, or null for random."""
 
-    checkpoint: str | None = Field(description="LLaDA or LLaMA-architecture checkpoint to start from; null starts random.")
+    checkpoint: str | None = Field(
+        description="LLaDA or LLaMA-architecture checkpoint to start from; null starts random."
+    )
     revision: str | None = None
     layers: list[int] | None = Field(None, description="Layers of the checkpoint to keep, in order; null keeps all.")
     shape: dict[str, Any] = Field(default_factory=dict, description="LladaConfig fields for a random start.")
@@ -97,9 +110,12 @@ class StudentConfig(Section):
 class PrepareConfig(Section):
     """How stored rows become targets over the student's vocabulary (METHOD 2)."""
 
-    min_known_mass: float = Field(0.5, ge=0, le=1, description="Below this known conditional mass a position has no soft target.")
+    min_known_mass: float = Field(
+        0.5, ge=0, le=1, description="Below this known conditional mass a position has no soft target."
+    )
     changed_text: Literal["drop", "encode"] = Field(
-        "encode", description="Text that the student's normalizer would change: drop the response, or encode its exact bytes."
+        "encode",
+        description="Text that the student's normalizer would change: drop the response, or encode its exact bytes.",
     )
     workers: PositiveInt | None = Field(None, description="Parallel processes; null uses the machine's cores.")
 
@@ -113,13 +129,11 @@ class TrainConfig(Section):
     temperature: PositiveFloat = 1.0
     tv_weight: NonNegativeFloat = Field(0.0, description="Weight of total variation at depth 1.")
     path_weight: NonNegativeFloat = Field(0.0, description="Weight of the path term -log J.")
-    masking_weight: NonNegativeFloat = Field(0.0, description="Weight of LLaDA's random-masking loss beside the anchored blocks.")
     depth_decay: float = Field(1.0, gt=0, le=1, description="Weight of depth d is depth_decay^(d-1).")
     block_length: PositiveInt = 8
     anchors: PositiveInt = Field(8, description="Masked blocks per sequence and forward.")
     steps: PositiveInt | None = None
     epochs: PositiveFloat | None = None
-    max_minutes: PositiveFloat | None = Field(None, description="Stop after this long and finish cleanly.")
     global_batch: PositiveInt = 32
     micro_batch: PositiveInt = 8
     max_length: PositiveInt = 4096
@@ -129,10 +143,14 @@ class TrainConfig(Section):
     weight_decay: NonNegativeFloat = 0.0
     grad_clip: PositiveFloat = 1.0
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    world_size: PositiveInt | None = Field(None, description="Ranks that `make train` launches; null uses the GPUs present.")
+    world_size: PositiveInt | None = Field(
+        None, description="Ranks that `make train` launches; null uses the GPUs present."
+    )
     deepspeed: Path = Path("configs/deepspeed/zero2.json")
     activation_checkpointing: bool = False
-    checkpoint_steps: PositiveInt | None = Field(None, description="Save every so many steps; null saves at the end only.")
+    checkpoint_steps: PositiveInt | None = Field(
+        None, description="Save every so many steps; null saves at the end only."
+    )
     keep_checkpoints: PositiveInt = 2
     log_steps: PositiveInt = 1
 
@@ -158,7 +176,9 @@ class SpeculateConfig(Section):
     draft_tokens: PositiveInt = Field(4, description="Teacher tokens drafted per target forward.")
     max_tokens: PositiveInt = 64
     max_prompts: PositiveInt | None = None
-    dtype: Literal["bfloat16", "float16", "float32"] | None = Field(None, description="Teacher's dtype; null takes teacher.dtype.")
+    dtype: Literal["bfloat16", "float16", "float32"] | None = Field(
+        None, description="Teacher's dtype; null takes teacher.dtype."
+    )
 
 
 class PipelineConfig(Section):
@@ -214,13 +234,17 @@ def load_config(path: Path, overrides: list[str] | None = None) -> PipelineConfi
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"cannot read the config {path}: {error.strerror}; pass a YAML file such as configs/demo.yaml") from error
+        raise ConfigError(
+            f"cannot read the config {path}: {error.strerror}; pass a YAML file such as configs/demo.yaml"
+        ) from error
     try:
         tree = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path} holds {type(tree).__name__}, expected a mapping of sections such as teacher: and train:")
+        raise ConfigError(
+            f"{path} holds {type(tree).__name__}, expected a mapping of sections such as teacher: and train:"
+        )
     for override in overrides or []:
         _apply_override(tree, override)
     try:
@@ -243,7 +267,9 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     for part in parts[:-1]:
         child = node.setdefault(part, {})
         if not isinstance(child, dict):
-            raise ConfigError(f"--set {override!r}: {part!r} is a value ({child!r}), not a section that can hold {parts[-1]!r}")
+            raise ConfigError(
+                f"--set {override!r}: {part!r} is a value ({child!r}), not a section that can hold {parts[-1]!r}"
+            )
         node = child
     try:
         node[parts[-1]] = yaml.safe_load(value)
@@ -274,7 +300,11 @@ def _known_keys(location: tuple[int | str, ...]) -> list[str]:
         if isinstance(part, int):
             continue
         annotation = model.model_fields[part].annotation
-        nested = [a for a in (annotation, *getattr(annotation, "__args__", ())) if isinstance(a, type) and issubclass(a, BaseModel)]
+        nested = [
+            a
+            for a in (annotation, *getattr(annotation, "__args__", ()))
+            if isinstance(a, type) and issubclass(a, BaseModel)
+        ]
         if not nested:
             return []
         model = nested[0]

@@ -30,7 +30,7 @@ from shared.errors import USER_ERROR_EXIT_CODE, UserError
 stdout = Console()
 stderr = Console(stderr=True)
 
-ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the pipeline, e.g. configs/demo.yaml.")]
+ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, e.g. configs/demo.yaml.")]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override one setting; the value is YAML. May be repeated."),
@@ -40,9 +40,7 @@ LogLevelOption = Annotated[str, typer.Option("--log-level", help="debug, info, w
 
 def application(help: str) -> typer.Typer:
     """A Typer app with the project's conventions."""
-    return typer.Typer(
-        help=help, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown"
-    )
+    return typer.Typer(help=help, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
 def run(app: typer.Typer) -> None:

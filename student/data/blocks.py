@@ -1,0 +1,85 @@
+"""Anchored blocks: which masked blocks of a response are drafted in one forward (METHOD 3).
+
+An anchor is a response position where a block starts. The block's tokens are masked; it sees the clean tokens
+before its anchor and nothing to its right, which is what makes the teacher's stored row the right target. Many
+anchors share one forward: the row is [clean copy | block 1 | block 2 | …] and the attention layout keeps the
+blocks apart. Anchors are a pure function of (seed, epoch, sample id).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from student.alignment.targets import AlignedSample
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRow:
+    """One sample laid out for one forward; L = clean tokens + masked tokens.
+
+    Attributes:
+        input_ids: int64 [L], the mask id in blocks.
+        position_ids: int64 [L], a block continues the positions of the text it stands in.
+        block_ids: int64 [L], 0 for the clean copy, b ≥ 1 for block b.
+        supervised: int64 [N], indices into L that have a target.
+        response_positions: int64 [N], the response token that stands there.
+        depth: int64 [N], 1 at the anchor.
+        block: int64 [N], 0-based block number.
+    """
+
+    input_ids: NDArray[np.int64]
+    position_ids: NDArray[np.int64]
+    block_ids: NDArray[np.int64]
+    supervised: NDArray[np.int64]
+    response_positions: NDArray[np.int64]
+    depth: NDArray[np.int64]
+    block: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+def sample_generator(seed: int, epoch: int, sample_id: str) -> np.random.Generator:
+    """The generator of a sample in an epoch, the same on any rank of any world."""
+    digest = hashlib.sha256(sample_id.encode()).digest()
+    return np.random.default_rng([seed, epoch, int.from_bytes(digest[:8], "little")])
+
+
+def choose_anchors(sample: AlignedSample, count: int, generator: np.random.Generator) -> NDArray[np.int64]:
+    """At most `count` of the response's anchor positions, without replacement, in rising order."""
+    candidates = np.flatnonzero(sample.is_anchor)
+    if len(candidates) > count:
+        candidates = generator.choice(candidates, size=count, replace=False)
+    return np.sort(candidates)
+
+
+def lay_out(
+    sample: AlignedSample, anchors: NDArray[np.int64], block_length: int, mask_id: int, max_length: int
+) -> BlockRow:
+    """[clean copy | masked blocks] of one sample.
+
+    Every block has `block_length` masked tokens, as it has when it drafts; those past the response's end have no
+    target. The clean copy ends at the last anchor, because nothing sees further. Blocks that would pass
+    `max_length` positions are left out.
+    """
+    response_length = len(sample.byte_ends)
+    anchors = anchors[sample.prompt_length + anchors + block_length <= max_length]
+    clean_length = sample.prompt_length + (int(anchors[-1]) if len(anchors) else 0)
+    depth_offsets = np.arange(block_length)
+    response_BxG = anchors[:, None] + depth_offsets
+    within = (response_BxG < response_length).ravel()
+    blocks = np.repeat(np.arange(len(anchors)), block_length)
+    masked = len(blocks)
+    return BlockRow(
+        input_ids=np.concatenate([sample.input_ids[:clean_length], np.full(masked, mask_id)]).astype(np.int64),
+        position_ids=np.concatenate([np.arange(clean_length), sample.prompt_length + response_BxG.ravel()]),
+        block_ids=np.concatenate([np.zeros(clean_length, np.int64), blocks + 1]),
+        supervised=clean_length + np.flatnonzero(within),
+        response_positions=response_BxG.ravel()[within],
+        depth=np.tile(depth_offsets + 1, len(anchors))[within],
+        block=blocks[within],
+    )
