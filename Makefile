@@ -1,0 +1,101 @@
+# The house rule: every target starts from a fresh clone. `make help` lists them.
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+UV_VERSION := 0.13.9
+TORCH_VERSION := 2.13.0
+ARGS ?=
+
+# CUDA builds where there is a GPU, CPU builds elsewhere; the same question picks the default config.
+GPUS := $(shell nvidia-smi --list-gpus 2>/dev/null | wc -l)
+ifeq ($(GPUS),0)
+EXTRAS := teacher-cpu,student,serve,dev
+CONFIG ?= configs/demo.yaml
+WHY := no GPU found
+else
+EXTRAS := teacher,student,serve,dev
+CONFIG ?= configs/llama-3.3-70b.yaml
+WHY := $(GPUS) GPU(s) found
+endif
+ifeq ($(origin CONFIG),command line)
+WHY := CONFIG given
+endif
+
+# DeepSpeed builds an extension at start and looks for ninja on PATH.
+export PATH := $(abspath $(BIN)):$(PATH)
+
+.NOTPARALLEL:
+.PHONY: help setup demo test test-fast lint bench collect-logits train evaluate speculate report lock clean
+
+help: ## list the targets
+	@echo "make TARGET [CONFIG=configs/….yaml] [ARGS='--set key.path=value']"
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.ready ## build .venv for this machine; does nothing when it is up to date
+
+# torch goes first and from pip, which finds a CPU wheel at hand locally; where there is none, uv knows PyTorch's own
+# index of CPU builds. Everything else then respects the torch that is there.
+$(VENV)/.ready: pyproject.toml constraints.txt configs/python/cpu-overrides.txt
+	@echo "setting up $(VENV): $(WHY), extras $(EXTRAS)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check uv==$(UV_VERSION)
+ifeq ($(GPUS),0)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check torch==$(TORCH_VERSION)+cpu 2>/dev/null \
+	  || $(BIN)/uv pip install --python $(BIN)/python --torch-backend cpu torch==$(TORCH_VERSION)
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --constraints constraints.txt \
+	  --overrides configs/python/cpu-overrides.txt --editable '.[$(EXTRAS)]'
+else
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --constraints constraints.txt --editable '.[$(EXTRAS)]'
+endif
+	@touch $@
+
+define say
+	@echo "$@: $(CONFIG) ($(WHY))"
+endef
+
+demo: setup ## the whole main job on the embedded teacher: collect, train, evaluate, speculate, report
+	@$(MAKE) --no-print-directory collect-logits train evaluate speculate report CONFIG=configs/demo.yaml
+
+collect-logits: setup ## the teacher answers the prompts; its top-k distributions become shards
+	$(say)
+	@teacher collect $(CONFIG) $(ARGS)
+
+train: setup ## initialise the student, align the shards to its vocabulary, train it
+	$(say)
+	@student init $(CONFIG) $(ARGS)
+	@student prepare $(CONFIG) $(ARGS)
+	@student train $(CONFIG) $(ARGS)
+
+evaluate: setup ## acceptance before and after training, from held-out shards
+	$(say)
+	@student evaluate $(CONFIG) $(ARGS)
+
+speculate: setup ## real speculative decoding in vLLM, with the trained student and without
+	$(say)
+	@student speculate $(CONFIG) $(ARGS)
+
+report: setup ## runs/NAME/report/index.html and report.json
+	$(say)
+	@student report $(CONFIG) $(ARGS)
+
+test: setup ## every test
+	@python -m pytest -n 2 --dist loadgroup
+
+test-fast: setup ## the tests that take no more than seconds each
+	@python -m pytest -n 2 --dist loadgroup -m "not slow"
+
+lint: setup ## style and types
+	@ruff check . && ruff format --check . && mypy
+
+bench: setup ## the benchmarks, as tables and JSON
+	@python -m tests.benchmarks
+
+lock: setup ## write constraints.txt from what is installed
+	@uv pip freeze --quiet --python $(BIN)/python --exclude-editable | grep -v '^uv==' | sed 's/+cpu$$//' > constraints.txt
+
+clean: ## remove runs and caches, keep .venv
+	@rm -rf runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
