@@ -1,0 +1,96 @@
+"""The report's pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+BEFORE, AFTER, SERVED = "#9aa5b1", "#2f6fde", "#e07a3f"
+plt.rcParams.update(
+    {
+        "figure.dpi": 130,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.alpha": 0.25,
+        "font.size": 10,
+        "legend.frameon": False,
+    }
+)
+
+
+def _smooth(values: Sequence[float], window: int) -> np.ndarray:
+    """Trailing mean over `window` steps."""
+    sums = np.cumsum(np.concatenate([[0.0], values]))
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - window, 0)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def _save(figure: plt.Figure, path: Path) -> Path:
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+    return path
+
+
+def loss_curve(entries: Sequence[dict[str, Any]], path: Path) -> Path:
+    """The trained loss over steps, each step and its trailing mean."""
+    steps = [entry["step"] for entry in entries]
+    losses = [entry["loss"] for entry in entries]
+    figure, axes = plt.subplots(figsize=(6.4, 3.6))
+    axes.plot(steps, losses, color=BEFORE, linewidth=0.8, label="step")
+    axes.plot(steps, _smooth(losses, max(len(losses) // 40, 1)), color=AFTER, linewidth=1.8, label="trailing mean")
+    axes.set(xlabel="step", ylabel="loss per target token [nats]", title="Training loss")
+    axes.legend()
+    return _save(figure, path)
+
+
+def acceptance_curve(entries: Sequence[dict[str, Any]], path: Path) -> Path:
+    """One-hot hits over training: how often the first d drafted student tokens all match, on training text."""
+    steps = [entry["step"] for entry in entries]
+    figure, axes = plt.subplots(figsize=(6.4, 3.6))
+    depths = len(entries[0]["hit_by_depth"])
+    colours = plt.get_cmap("viridis")(np.linspace(0.1, 0.85, depths))
+    for depth in range(depths):
+        hits = [entry["hit_by_depth"][depth] for entry in entries]
+        axes.plot(steps, _smooth(hits, max(len(hits) // 40, 1)), color=colours[depth], label=f"first {depth + 1}")
+    axes.set(xlabel="step", ylabel="share of blocks", ylim=(0, None), title="Leading student tokens right, training text")
+    axes.legend(ncol=2, fontsize=8)
+    return _save(figure, path)
+
+
+def depth_bars(before: Sequence[float], after: Sequence[float], served: Sequence[float] | None, path: Path) -> Path:
+    """Share of drafts accepted to each depth, before and after training, and as vLLM counted it."""
+    series = [("before training", before, BEFORE), ("after training", after, AFTER)]
+    if served:
+        series.append(("vLLM, measured", served, SERVED))
+    figure, axes = plt.subplots(figsize=(6.4, 3.6))
+    width = 0.8 / len(series)
+    for number, (label, values, colour) in enumerate(series):
+        depths = np.arange(1, len(values) + 1)
+        axes.bar(depths + (number - (len(series) - 1) / 2) * width, values, width, label=label, color=colour)
+    axes.set(xlabel="teacher tokens accepted, at least", ylabel="share of drafts", title="Acceptance on held-out prompts")
+    axes.set_xticks(np.arange(1, len(after) + 1))
+    axes.legend()
+    return _save(figure, path)
+
+
+def skill_bars(before: dict[str, float], after: dict[str, float], path: Path) -> Path:
+    """Acceptance length of each skill, before and after training."""
+    skills = sorted(after, key=lambda skill: after[skill])
+    figure, axes = plt.subplots(figsize=(6.4, 0.32 * len(skills) + 1.2))
+    rows = np.arange(len(skills))
+    axes.barh(rows, [after[skill] - 1 for skill in skills], left=1, color=AFTER, label="after training")
+    axes.scatter([before.get(skill, np.nan) for skill in skills], rows, color="black", marker="|", s=80, label="before")
+    axes.set_yticks(rows, skills)
+    axes.set(xlabel="acceptance length tau", title="By skill, held-out prompts")
+    axes.legend(loc="lower right")
+    return _save(figure, path)

@@ -1,0 +1,102 @@
+"""Acceptance as serving would see it, from stored responses alone.
+
+The walk decodes nothing: a stored response is what the teacher said, so a drafted token is accepted exactly when it
+is the stored one. At T = 1 that is the one-hot rule's expectation (accept x with probability p(x)); on greedy text it
+is what greedy speculative decoding does, draft for draft. The walk visits the very contexts that serving would visit:
+after n accepted tokens the teacher adds one of its own, so the next draft starts n + 1 tokens on.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import batched
+from typing import Protocol
+
+import numpy as np
+
+from shared.records import Record
+
+
+class Proposer(Protocol):
+    """What the walk needs of a drafter."""
+
+    def propose(self, request_ids: Sequence[str], contexts: Sequence[np.ndarray]) -> list[list[int]]:
+        """Up to k teacher tokens for each context of teacher tokens."""
+        ...
+
+    def release(self, request_ids: Sequence[str]) -> None:
+        """Forget these requests."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class WalkResult:
+    """Accepted tokens of every draft, by response.
+
+    Attributes:
+        accepted: {sample id: accepted tokens of each of its drafts}.
+        skills: {sample id: skill}.
+        draft_tokens: tokens drafted at most.
+    """
+
+    accepted: dict[str, list[int]]
+    skills: dict[str, str]
+    draft_tokens: int
+
+    @property
+    def drafts(self) -> int:
+        return sum(len(counts) for counts in self.accepted.values())
+
+    @property
+    def mean_accepted(self) -> float:
+        """Accepted tokens per draft; the acceptance length tau is this plus the teacher's own token."""
+        return float(np.mean(np.concatenate([np.asarray(counts) for counts in self.accepted.values() if counts])))
+
+    def by_depth(self) -> list[float]:
+        """Share of drafts whose first d tokens were accepted, d = 1 …"""
+        counts = np.concatenate([np.asarray(c, np.int64) for c in self.accepted.values()])
+        return [float(np.mean(counts >= depth)) for depth in range(1, self.draft_tokens + 1)]
+
+    def by_skill(self) -> dict[str, float]:
+        """Acceptance length of each skill."""
+        pooled = defaultdict(list)
+        for sample_id, counts in self.accepted.items():
+            pooled[self.skills[sample_id]] += counts
+        return {skill: 1 + float(np.mean(counts)) for skill, counts in sorted(pooled.items()) if counts}
+
+
+def walk(
+    drafter: Proposer,
+    records: Sequence[Record],
+    draft_tokens: int,
+    batch: int,
+    on_response: Callable[[], None] = lambda: None,
+) -> WalkResult:
+    """Draft along `records`, `batch` at a time. The first response token is the teacher's own, as in serving."""
+    accepted: dict[str, list[int]] = {record.sample_id: [] for record in records}
+    for group in batched(records, batch):
+        position = {record.sample_id: 1 for record in group}
+        by_id = {record.sample_id: record for record in group}
+        while active := [i for i in position if position[i] < len(by_id[i].response_ids)]:
+            contexts = [
+                np.concatenate([by_id[i].prompt_ids, by_id[i].response_ids[: position[i]]]) for i in active
+            ]
+            for sample_id, draft in zip(active, drafter.propose(active, contexts), strict=True):
+                matches = leading_matches(draft[:draft_tokens], by_id[sample_id].response_ids[position[sample_id] :])
+                accepted[sample_id].append(matches)
+                position[sample_id] += matches + 1
+        drafter.release(list(position))
+        for _ in group:
+            on_response()
+    return WalkResult(accepted, {record.sample_id: record.skill for record in records}, draft_tokens)
+
+
+def leading_matches(draft: Sequence[int], realized: Sequence[int] | np.ndarray) -> int:
+    """How many tokens of `draft` stand at the start of `realized`."""
+    return next(_mismatches(draft, realized), min(len(draft), len(realized)))
+
+
+def _mismatches(draft: Sequence[int], realized: Sequence[int] | np.ndarray) -> Iterator[int]:
+    return (i for i, (a, b) in enumerate(zip(draft, realized, strict=False)) if a != b)

@@ -1,0 +1,69 @@
+"""Saving and resuming a run.
+
+DeepSpeed writes a checkpoint's files first and the file `latest`, which names it, last: an interrupted save leaves the
+one before in force. A checkpoint carries the identity of its run, so that it is never resumed under other settings.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from shared.config import PipelineConfig
+from shared.errors import CheckpointError
+
+# Settings that change what is logged or kept, not what is learnt.
+WITHOUT_EFFECT = {"checkpoint_steps", "keep_checkpoints", "log_steps"}
+
+
+def run_identity(config: PipelineConfig, prepared: str, world_size: int) -> dict[str, Any]:
+    """Everything that decides the result of a run, flat: settings, prepared data, ranks."""
+    settings = config.train.model_dump(mode="json", exclude=WITHOUT_EFFECT)
+    return {f"train.{key}": value for key, value in settings.items()} | {
+        "seed": config.seed,
+        "prepared data": prepared,
+        "ranks": world_size,
+    }
+
+
+def require_same_run(found: dict[str, Any], wanted: dict[str, Any], where: Path) -> None:
+    """Refuse to go on with a run that other settings began.
+
+    Raises:
+        CheckpointError: naming every setting that differs, with both values.
+    """
+    keys = sorted(found.keys() | wanted.keys())
+    differing = [f"{key}: {found.get(key)!r} there, {wanted.get(key)!r} now" for key in keys if found.get(key) != wanted.get(key)]
+    if differing:
+        raise CheckpointError(
+            f"{where} was trained with other settings ({'; '.join(differing)}); "
+            "restore them, choose another `name`, or pass --fresh to train anew"
+        )
+
+
+def save(engine: Any, directory: Path, step: int, identity: dict[str, Any], keep: int, rank: int) -> None:
+    """Save a resumable checkpoint after `step` steps and delete all but the newest `keep`. A collective."""
+    import torch.distributed
+
+    engine.save_checkpoint(str(directory), tag=f"step-{step}", client_state={"step": step, "identity": identity})
+    torch.distributed.barrier()
+    if rank == 0:
+        steps = sorted(int(path.name.removeprefix("step-")) for path in directory.glob("step-*"))
+        for old in steps[:-keep]:
+            shutil.rmtree(directory / f"step-{old}")
+
+
+def resume(engine: Any, directory: Path, identity: dict[str, Any]) -> int:
+    """Load the newest checkpoint, if there is one; the number of steps done. A collective.
+
+    Raises:
+        CheckpointError: if it belongs to other settings.
+    """
+    if not (directory / "latest").exists():
+        return 0
+    path, state = engine.load_checkpoint(str(directory))
+    if path is None:
+        raise CheckpointError(f"{directory}/latest names a checkpoint that cannot be read; delete {directory} to start over")
+    require_same_run(state["identity"], identity, directory)
+    return int(state["step"])

@@ -1,0 +1,94 @@
+"""DeepSpeed around the student: process group, optimizer, schedule, engine.
+
+The file that `train.deepspeed` names holds what belongs to the cluster (ZeRO stage, buckets, offload). What follows
+from the training config (batch sizes, precision, clipping) is filled in here, so that it is said once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+from torch import nn
+
+from shared.config import TrainConfig
+from shared.errors import ConfigError
+
+FILLED_IN = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "bf16",
+    "fp16",
+    "optimizer",
+    "scheduler",
+)
+
+
+def initialize_process_group() -> tuple[int, int]:
+    """Join the job's process group; (rank, world size). A process that no launcher started is a world of one."""
+    import deepspeed
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if "RANK" not in os.environ:
+        import socket
+
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo")
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def deepspeed_config(train: TrainConfig, accumulation: int) -> dict[str, Any]:
+    """The DeepSpeed settings of a run.
+
+    Raises:
+        ConfigError: if the file is missing, is not a JSON object, or sets what the training config decides.
+    """
+    try:
+        settings = json.loads(train.deepspeed.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"train.deepspeed: cannot read {train.deepspeed}: {error.strerror}") from error
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"train.deepspeed: {train.deepspeed} is not JSON: {error}") from error
+    doubled = [key for key in FILLED_IN if key in settings]
+    if doubled:
+        raise ConfigError(
+            f"{train.deepspeed} sets {', '.join(doubled)}, which follow from the train section; remove them there"
+        )
+    return settings | {
+        "train_micro_batch_size_per_gpu": train.micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": train.grad_clip,
+        "bf16": {"enabled": train.dtype == "bfloat16"},
+    }
+
+
+def build_engine(module: nn.Module, train: TrainConfig, accumulation: int, steps: int) -> Any:
+    """The DeepSpeed engine with AdamW and a cosine schedule with warm-up."""
+    import deepspeed
+    import torch
+    from transformers import get_cosine_with_min_lr_schedule_with_warmup
+
+    optimizer = torch.optim.AdamW(
+        [parameter for parameter in module.parameters() if parameter.requires_grad],
+        lr=train.learning_rate,
+        betas=(0.9, 0.95),
+        weight_decay=train.weight_decay,
+    )
+    schedule = get_cosine_with_min_lr_schedule_with_warmup(
+        optimizer,
+        num_warmup_steps=round(train.warmup * steps),
+        num_training_steps=steps,
+        min_lr_rate=train.min_learning_rate,
+    )
+    engine, *_ = deepspeed.initialize(
+        model=module, optimizer=optimizer, lr_scheduler=schedule, config=deepspeed_config(train, accumulation)
+    )
+    return engine

@@ -1,0 +1,30 @@
+"""The student and its loss as one module.
+
+The loss runs inside the engine's forward, because under ZeRO-3 the head's weight exists only there.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from student.data.batch import MicroBatch
+from student.losses import fused
+from student.losses.terms import LossSettings
+from student.model.attention import AnchoredLayout
+
+
+class DistillationModule(nn.Module):
+    """Micro-batch in, summed loss and summed metrics out."""
+
+    def __init__(self, model: nn.Module, settings: LossSettings) -> None:
+        super().__init__()
+        self.model = model
+        self.settings = settings
+
+    def forward(self, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Sum of the weighted loss over the micro-batch's targets, and detached sums for logging."""
+        layout = AnchoredLayout(batch.document_ids, batch.block_ids, batch.position_ids)
+        hidden_BxLxD = self.model.hidden_states(batch.input_ids, layout=layout, position_ids=batch.position_ids)
+        hidden_NxD = hidden_BxLxD.flatten(0, 1).index_select(0, batch.supervised)
+        terms = fused.distillation_loss(hidden_NxD, self.model.head_weight, batch.targets, self.settings)
+        return terms.total, terms.sums
