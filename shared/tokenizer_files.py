@@ -1,0 +1,327 @@
+"""Read the tokenizer formats in use and recover the exact bytes of every token.
+
+One reader per format, one result: a `tokenizer.json` tree (the format of the `tokenizers` library) with the
+bytes, the spelling and the special flag of every id. Formats: a directory or file with `tokenizer.json`
+(byte-level BPE, SentencePiece-like with byte fallback), `tekken.json`, and tiktoken rank files.
+
+Bytes come from the vocabulary alone, never from decoding a single id: decoding is lossy for a token that
+holds part of a character. A 128k vocabulary takes about half a second; merges of rank files another three.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from shared.errors import VocabularyError
+
+SPACE_SYMBOL = "▁"  # SentencePiece's spelling of a space
+
+
+@dataclass(slots=True)
+class TokenizerFile:
+    """One tokenizer as read from disk.
+
+    Attributes:
+        source: the path that it was read from, for messages.
+        tokens: bytes of every id, b"" for specials and for ids that no token has.
+        texts: the spelling of every id in its own file, "" for ids that no token has.
+        is_special: True for special tokens and for ids that no token has.
+        tree: the `tokenizer.json` tree; its `pre_tokenizer` is None for a rank file without its pattern.
+        settings: `tokenizer_config.json`, empty where there is none.
+        chat_template: Jinja source, or None.
+    """
+
+    source: Path
+    tokens: list[bytes]
+    texts: list[str]
+    is_special: list[bool]
+    tree: dict[str, Any]
+    settings: dict[str, Any] = field(default_factory=dict)
+    chat_template: str | None = None
+    needs_pattern: bool = False
+
+
+def read_tokenizer_file(
+    path: Path, *, specials: dict[str, int] | None = None, pattern: str | None = None
+) -> TokenizerFile:
+    """Read the tokenizer at `path`, a file or a directory that holds one.
+
+    Args:
+        specials: spelling → id of the special tokens, for tiktoken rank files, which do not hold them.
+        pattern: the regular expression that splits text before merging, for the same files.
+
+    Raises:
+        VocabularyError: if there is no tokenizer, the format is unknown, or a token's bytes cannot be recovered.
+    """
+    file = _find(path)
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise VocabularyError(f"cannot read the tokenizer {file}: {error.strerror}") from error
+    if file.suffix == ".json":
+        try:
+            tree = json.loads(content)
+        except ValueError as error:
+            raise VocabularyError(
+                f"{file} is not valid JSON ({error}); pass a tokenizer.json or tekken.json"
+            ) from error
+        if "model" in tree and "added_tokens" in tree:
+            return _read_hugging_face(file, tree)
+        if "vocab" in tree and "config" in tree:
+            return _read_tekken(file, tree)
+        raise VocabularyError(
+            f"{file} has the keys {sorted(tree)[:8]}, which is neither a tokenizer.json nor a tekken.json"
+        )
+    return _read_tiktoken(file, content, specials or {}, pattern)
+
+
+def _find(path: Path) -> Path:
+    if not path.is_dir():
+        if not path.exists():
+            raise VocabularyError(
+                f"{path} does not exist; pass a tokenizer directory, a tokenizer.json or a tiktoken file"
+            )
+        return path
+    for name in ("tokenizer.json", "tekken.json", "tokenizer.model"):
+        if (path / name).is_file():
+            return path / name
+    raise VocabularyError(
+        f"{path} holds no tokenizer.json, tekken.json or tokenizer.model; save the tokenizer there first"
+    )
+
+
+# --- tokenizer.json -------------------------------------------------------------------------------------
+
+
+def _read_hugging_face(file: Path, tree: dict[str, Any]) -> TokenizerFile:
+    vocab = _model_vocabulary(file, tree["model"])
+    added = tree["added_tokens"]
+    size = max([*vocab.values(), *(entry["id"] for entry in added)], default=-1) + 1
+    texts, tokens, is_special = [""] * size, [b""] * size, [True] * size
+    added_ids = {entry["id"] for entry in added}
+    to_bytes = _byte_recovery(file, tree)
+    for text, index in vocab.items():
+        texts[index] = text
+        if index not in added_ids:
+            tokens[index] = to_bytes(text, index)
+            is_special[index] = False
+    for entry in added:
+        texts[entry["id"]] = entry["content"]
+        if not entry["special"]:
+            tokens[entry["id"]] = entry["content"].encode()
+            is_special[entry["id"]] = False
+    settings = _read_settings(file.parent)
+    return TokenizerFile(file, tokens, texts, is_special, tree, settings, _read_chat_template(file.parent, settings))
+
+
+def _model_vocabulary(file: Path, model: dict[str, Any]) -> dict[str, int]:
+    vocab = model["vocab"]
+    if isinstance(vocab, dict):
+        return vocab
+    return {entry[0]: index for index, entry in enumerate(vocab)}  # Unigram: [piece, score] in order of id
+
+
+class _ByteLevel:
+    """Bytes of a token that GPT-2's byte-level alphabet spells."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.byte_of = file, {character: byte for byte, character in byte_alphabet().items()}
+
+    def __call__(self, text: str, index: int) -> bytes:
+        try:
+            return bytes([self.byte_of[character] for character in text])
+        except KeyError as error:
+            raise VocabularyError(
+                f"{self.file}: token {index} {text!r} has the character {error.args[0]!r}, which is outside the "
+                "byte-level alphabet, so its bytes cannot be recovered; declare it as an added token"
+            ) from None
+
+
+class _SentencePiece:
+    """Bytes of a token spelt as text with ▁ for the space, and `<0xNN>` for a byte where the model falls back to bytes."""
+
+    def __init__(self, byte_fallback: bool) -> None:
+        self.byte_fallback = byte_fallback
+
+    def __call__(self, text: str, index: int) -> bytes:
+        if self.byte_fallback and len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
+            return bytes([int(text[3:5], 16)])
+        return text.replace(SPACE_SYMBOL, " ").encode()
+
+
+def _byte_recovery(file: Path, tree: dict[str, Any]) -> _ByteLevel | _SentencePiece:
+    kinds = {part["type"] for key in ("pre_tokenizer", "decoder") for part in components(tree.get(key))}
+    if "ByteLevel" in kinds:
+        return _ByteLevel(file)
+    model = tree["model"]
+    replaces_space = any(
+        part["type"] == "Metaspace"
+        or (part["type"] == "Replace" and SPACE_SYMBOL in (part.get("content"), part["pattern"].get("String")))
+        for key in ("normalizer", "pre_tokenizer", "decoder")
+        for part in components(tree.get(key))
+    )
+    if replaces_space:
+        return _SentencePiece(bool(model.get("byte_fallback")))
+    prefix = model.get("continuing_subword_prefix")
+    odd = next((text for text in _model_vocabulary(file, model) if prefix and text.startswith(prefix)), None)
+    example = f"; token {odd!r} may or may not follow a space" if odd else ""
+    raise VocabularyError(
+        f"{file}: a {model.get('type')} model whose pre-tokenizer and decoder are {sorted(kinds) or 'absent'} drops the spaces "
+        f"between tokens, so the bytes of its tokens cannot be recovered{example}; "
+        "expected a byte-level BPE, or SentencePiece with ▁ for the space"
+    )
+
+
+def components(part: dict[str, Any] | None) -> Iterable[dict[str, Any]]:
+    """The leaves of a normalizer, pre-tokenizer or decoder tree, in order."""
+    if part is None:
+        return
+    nested = next((part[key] for key in ("normalizers", "pretokenizers", "decoders") if key in part), None)
+    if nested is None:
+        yield part
+    else:
+        for child in nested:
+            yield from components(child)
+
+
+def _read_settings(directory: Path) -> dict[str, Any]:
+    settings: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json", "generation_config.json"):
+        if (directory / name).is_file():
+            content = json.loads((directory / name).read_text(encoding="utf-8"))
+            if name == "generation_config.json":
+                content = {"generation_eos_token_id": content.get("eos_token_id")}
+            settings.update({key: value for key, value in content.items() if value is not None})
+    return settings
+
+
+def _read_chat_template(directory: Path, settings: dict[str, Any]) -> str | None:
+    template = settings.get("chat_template")
+    if (directory / "chat_template.jinja").is_file():
+        return (directory / "chat_template.jinja").read_text(encoding="utf-8")
+    if isinstance(template, list):  # several named templates
+        template = next((entry["template"] for entry in template if entry["name"] == "default"), None)
+    return template
+
+
+# --- rank files -----------------------------------------------------------------------------------------
+
+
+def _read_tekken(file: Path, tree: dict[str, Any]) -> TokenizerFile:
+    settings = tree["config"]
+    special_count = settings["default_num_special_tokens"]
+    ranks = [
+        base64.b64decode(entry["token_bytes"])
+        for entry in tree["vocab"][: settings["default_vocab_size"] - special_count]
+    ]
+    named = {entry["rank"]: entry["token_str"] for entry in tree.get("special_tokens") or []}
+    specials = {named.get(index, f"<SPECIAL_{index}>"): index for index in range(special_count)}
+    # Ids of the ranks come after the specials.
+    return _from_ranks(
+        file,
+        dict(zip(ranks, range(special_count, special_count + len(ranks)), strict=True)),
+        specials,
+        settings["pattern"],
+    )
+
+
+def _read_tiktoken(file: Path, content: bytes, specials: dict[str, int], pattern: str | None) -> TokenizerFile:
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(content.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except (ValueError, binascii.Error):
+            raise VocabularyError(
+                f"{file}: line {number} is not 'BASE64 RANK', so this is not a tiktoken file; a SentencePiece .model must be "
+                "converted first: transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...) writes tokenizer.json"
+            ) from None
+    if not ranks:
+        raise VocabularyError(f"{file} is empty; expected one 'BASE64 RANK' per line")
+    return _from_ranks(file, ranks, specials, pattern)
+
+
+def _from_ranks(file: Path, ids: dict[bytes, int], specials: dict[str, int], pattern: str | None) -> TokenizerFile:
+    clash = next((text for text, index in specials.items() if index in set(ids.values())), None)
+    if clash is not None:
+        raise VocabularyError(
+            f"{file}: special token {clash!r} has the id {specials[clash]}, which is an ordinary token's"
+        )
+    size = max([*ids.values(), *specials.values()]) + 1
+    alphabet = byte_alphabet()
+    tokens, texts, is_special = [b""] * size, [""] * size, [True] * size
+    for token, index in ids.items():
+        tokens[index], texts[index], is_special[index] = token, "".join(alphabet[byte] for byte in token), False
+    for text, index in specials.items():
+        texts[index] = text
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    tree = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {
+                "id": index,
+                "content": text,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": True,
+            }
+            for text, index in sorted(specials.items(), key=lambda item: item[1])
+        ],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]} if pattern else None,
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": True,
+            "vocab": {texts[index]: index for index in ids.values()},
+            "merges": [],  # made by `with_merges` when somebody encodes
+        },
+    }
+    return TokenizerFile(file, tokens, texts, is_special, tree, needs_pattern=pattern is None)
+
+
+def with_merges(tree: dict[str, Any]) -> dict[str, Any]:
+    """Fill in the merges of a tree that came from ranks: every split of a token into two tokens, in order of rank.
+
+    tiktoken joins the adjacent pair whose concatenation has the lowest rank, whichever the parts are, which is
+    a BPE whose merges are all such pairs.
+    """
+    vocab: dict[str, int] = tree["model"]["vocab"]
+    merges: list[list[str]] = []
+    for text in sorted(vocab, key=vocab.__getitem__):
+        splits = [
+            (text[:cut], text[cut:]) for cut in range(1, len(text)) if text[:cut] in vocab and text[cut:] in vocab
+        ]
+        merges.extend(
+            [left, right] for left, right in sorted(splits, key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
+        )
+    return {**tree, "model": {**tree["model"], "merges": merges}}
+
+
+@lru_cache(maxsize=1)
+def byte_alphabet() -> dict[int, str]:
+    """GPT-2's spelling of the 256 bytes: printable Latin-1 stands for itself, the rest follow from U+0100."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + index) for index, byte in enumerate(others)}
