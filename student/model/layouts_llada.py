@@ -1,0 +1,233 @@
+"""Who attends to whom: the attention layouts of draft training, packing and block diffusion, and one way to run them.
+
+A layout is a rule over per-token features ("same document and key position before the query's limit"). The one
+rule makes the dense mask of scaled_dot_product_attention (B x L x L booleans, right for CPUs and for short
+sequences) and the sparse block mask of flex attention (GPUs: empty 128 x 128 tiles cost nothing). This file is
+copied beside exported weights and imports nothing of this project.
+
+Legend: B batch, L tokens, H query heads, K key and value heads, E head width. Positions are 0-based and count
+tokens of the document; document -1 is padding, which only sees padding.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Features = tuple[Tensor, ...]
+
+
+class Layout:
+    """Base of the layouts: `features` are BxL tensors, `rule` says whether a query sees a key by their features."""
+
+    position_ids_BxL: Tensor
+
+    def features(self) -> Features:
+        raise NotImplementedError
+
+    @staticmethod
+    def rule(query: Features, key: Features) -> Tensor:
+        raise NotImplementedError
+
+    def mask(self) -> Tensor:
+        """bool [B, L, L], True where the query (dim 1) sees the key (dim 2). Every token sees itself."""
+        features = self.features()
+        return self.rule(tuple(f[:, :, None] for f in features), tuple(f[:, None, :] for f in features))
+
+
+def _run_starts(*ids_BxL: Tensor) -> Tensor:
+    """int64 [B, L]: for each token the index of the first token of its run of equal ids."""
+    boundary = torch.ones_like(ids_BxL[0], dtype=torch.bool)
+    boundary[:, 1:] = False
+    for ids in ids_BxL:
+        boundary[:, 1:] |= ids[:, 1:] != ids[:, :-1]
+    index = torch.arange(boundary.shape[1], device=boundary.device)
+    return torch.where(boundary, index, 0).cummax(dim=1).values
+
+
+def positions_in_documents(document_ids_BxL: Tensor) -> Tensor:
+    """int64 [B, L]: the position of each token in its document; documents are runs of equal ids."""
+    return torch.arange(document_ids_BxL.shape[1], device=document_ids_BxL.device) - _run_starts(document_ids_BxL)
+
+
+class PackedLayout(Layout):
+    """Documents side by side in a row, each bidirectional within itself: LLaDA's own attention, packed.
+
+    Also what a padding mask means: the tokens of a row are one document and the padding is another.
+    """
+
+    def __init__(self, document_ids_BxL: Tensor, position_ids_BxL: Tensor | None = None) -> None:
+        self.document_ids_BxL = document_ids_BxL
+        self.position_ids_BxL = (
+            positions_in_documents(document_ids_BxL) if position_ids_BxL is None else position_ids_BxL
+        )
+
+    @classmethod
+    def from_padding(cls, attention_mask_BxL: Tensor) -> PackedLayout:
+        """The layout of a padding mask (1 for tokens, 0 for padding on either side); positions count columns."""
+        columns = torch.arange(attention_mask_BxL.shape[1], device=attention_mask_BxL.device)
+        return cls(attention_mask_BxL.to(torch.int64) - 1, columns.expand(attention_mask_BxL.shape))
+
+    def features(self) -> Features:
+        return (self.document_ids_BxL,)
+
+    @staticmethod
+    def rule(query: Features, key: Features) -> Tensor:
+        return query[0] == key[0]
+
+
+class BlockCausalLayout(Layout):
+    """A token sees its document's blocks up to and including its own.
+
+    `block_index_BxL` rises along a document: all equal is bidirectional, one a token is causal, `position // n` is
+    block diffusion, and one a token followed by one for a masked block is drafting without a cache.
+    """
+
+    def __init__(
+        self, document_ids_BxL: Tensor, block_index_BxL: Tensor, position_ids_BxL: Tensor | None = None
+    ) -> None:
+        self.document_ids_BxL = document_ids_BxL
+        self.block_index_BxL = block_index_BxL
+        self.position_ids_BxL = (
+            positions_in_documents(document_ids_BxL) if position_ids_BxL is None else position_ids_BxL
+        )
+
+    @classmethod
+    def causal(cls, document_ids_BxL: Tensor) -> BlockCausalLayout:
+        """The autoregressive mask, to compare with the model that a student was made from."""
+        positions = positions_in_documents(document_ids_BxL)
+        return cls(document_ids_BxL, positions, positions)
+
+    def features(self) -> Features:
+        return self.document_ids_BxL, self.block_index_BxL
+
+    @staticmethod
+    def rule(query: Features, key: Features) -> Tensor:
+        return (query[0] == key[0]) & (key[1] <= query[1])
+
+
+class AnchoredLayout(Layout):
+    """A clean copy of each document and many masked blocks anchored in it, in one row.
+
+    Within a document: a clean token sees the clean tokens up to itself; a token of block b sees the clean tokens
+    before the block's first position, and all of block b; clean tokens never see blocks, blocks never see one
+    another. So each block's outputs are those of a forward on [clean prefix | block] alone, and the clean tokens'
+    keys and values are the prefix's, whatever follows: a prefix cache is exact.
+
+    Args:
+        document_ids_BxL: -1 is padding.
+        block_ids_BxL: 0 for the clean copy, b >= 1 for masked block b. The tokens of a block are consecutive
+            and in order of position.
+        position_ids_BxL: a block's tokens have the positions of the clean tokens that they hide.
+        clean: "bidirectional" lets clean tokens see the whole clean copy. Only right where the clean copy ends
+            at the anchor: otherwise the block's answer leaks through the clean tokens' states.
+    """
+
+    def __init__(
+        self,
+        document_ids_BxL: Tensor,
+        block_ids_BxL: Tensor,
+        position_ids_BxL: Tensor,
+        clean: Literal["causal", "bidirectional"] = "causal",
+    ) -> None:
+        if not document_ids_BxL.shape == block_ids_BxL.shape == position_ids_BxL.shape:
+            raise ValueError(
+                "AnchoredLayout takes three tensors of one shape, got "
+                f"{tuple(document_ids_BxL.shape)}, {tuple(block_ids_BxL.shape)}, {tuple(position_ids_BxL.shape)}"
+            )
+        if clean not in ("causal", "bidirectional"):
+            raise ValueError(f"clean is {clean!r}, expected 'causal' or 'bidirectional'")
+        self.document_ids_BxL = document_ids_BxL
+        self.block_ids_BxL = block_ids_BxL
+        self.position_ids_BxL = position_ids_BxL
+        self.clean = clean
+
+    def features(self) -> Features:
+        positions = self.position_ids_BxL
+        block_start = positions.gather(1, _run_starts(self.document_ids_BxL, self.block_ids_BxL))
+        own = positions + 1 if self.clean == "causal" else torch.full_like(positions, torch.iinfo(positions.dtype).max)
+        # Clean keys are visible below this position.
+        limit = torch.where(self.block_ids_BxL == 0, own, block_start)
+        return self.document_ids_BxL, self.block_ids_BxL, positions, limit
+
+    @staticmethod
+    def rule(query: Features, key: Features) -> Tensor:
+        q_document, q_block, _, q_limit = query
+        k_document, k_block, k_position, _ = key
+        visible = torch.where(k_block == 0, k_position < q_limit, k_block == q_block)
+        return (q_document == k_document) & visible
+
+
+@dataclass
+class AttentionPlan:
+    """What all layers of one forward share: the kernel and its mask, made once.
+
+    `extend` is called by every layer with its new keys and values and returns those to attend to; a cache hooks
+    in there.
+    """
+
+    implementation: str
+    mask_Bx1xLxL: Tensor | None = None
+    block_mask: Any = None
+    extend: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+
+    @classmethod
+    def of(cls, layout: Layout | None, implementation: str) -> AttentionPlan:
+        """The plan of a forward under `layout`; None is bidirectional attention over the whole row."""
+        if layout is None:
+            # Without a mask SDPA has its fastest kernels; flex has nothing to skip.
+            return cls("eager" if implementation == "eager" else "sdpa")
+        if implementation == "flex_attention":
+            return cls(implementation, block_mask=_flex_block_mask(layout))
+        return cls(implementation, mask_Bx1xLxL=layout.mask()[:, None])
+
+
+def attend(q_BxHxLxE: Tensor, k_BxKxTxE: Tensor, v_BxKxTxE: Tensor, plan: AttentionPlan) -> Tensor:
+    """softmax(q k' / sqrt(E)) v under the plan's mask, BxHxLxE; each key head serves H / K query heads."""
+    grouped = q_BxHxLxE.shape[1] != k_BxKxTxE.shape[1]
+    if plan.implementation == "sdpa":
+        return F.scaled_dot_product_attention(
+            q_BxHxLxE, k_BxKxTxE, v_BxKxTxE, attn_mask=plan.mask_Bx1xLxL, enable_gqa=grouped
+        )
+    if plan.implementation == "flex_attention":
+        return _flex_attention(q_BxHxLxE.device.type)(
+            q_BxHxLxE, k_BxKxTxE, v_BxKxTxE, block_mask=plan.block_mask, enable_gqa=grouped
+        )
+    return _eager_attention(q_BxHxLxE, k_BxKxTxE, v_BxKxTxE, plan.mask_Bx1xLxL)
+
+
+def _eager_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """The formula, written out; scores and softmax in float32."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    scores = (q @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32)) / q.shape[-1] ** 0.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return scores.softmax(dim=-1).to(v.dtype) @ v
+
+
+def _flex_block_mask(layout: Layout) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    features, rule = layout.features(), layout.rule
+
+    def visible(batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return rule(tuple(f[batch, query] for f in features), tuple(f[batch, key] for f in features))
+
+    batch, length = features[0].shape
+    return create_block_mask(visible, batch, None, length, length, device=features[0].device)
+
+
+@functools.cache
+def _flex_attention(device_type: str) -> Callable[..., Tensor]:
+    """Flex attention: compiled where it makes a kernel of its own, as plain PyTorch on a CPU."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    kernel: Any = flex_attention if device_type == "cpu" else torch.compile(flex_attention)
+    return kernel
