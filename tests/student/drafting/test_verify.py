@@ -1,0 +1,196 @@
+"""Losslessness by exact enumeration: every random outcome is followed with its probability, none is sampled."""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from student.drafting.verify import Draft, FactorizedDraft, OneHotDraft, Target, verify
+
+V = 3
+LENGTH = 3  # tokens of output that are compared; drafts are shorter, so a second round is enumerated too
+Distribution = dict[tuple[int, ...], float]
+Drafter = Callable[[tuple[int, ...]], list[tuple[Draft, float]]]
+"""Context → every draft that it may make there, with its probability."""
+
+
+def random_target(seed: int) -> Target:
+    def target(context: tuple[int, ...]) -> np.ndarray:
+        rng = np.random.default_rng([seed, *[token + 1 for token in context]])
+        weights = rng.random(V) ** 3
+        weights[rng.integers(V)] *= rng.integers(2)  # zeros too
+        return weights / weights.sum()
+
+    return target
+
+
+def sequence_distribution(target: Target, length: int) -> Distribution:
+    result: Distribution = {(): 1.0}
+    for _ in range(length):
+        result = {(*s, t): m * target(s)[t] for s, m in result.items() for t in range(V) if m * target(s)[t] > 0}
+    return result
+
+
+def outcomes(draft: Draft, target: Target, context: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], float]]:
+    """All results of one round of `verify`, by the very functions that it uses."""
+    reached = 1.0
+    tokens: tuple[int, ...] = ()
+    for depth, token in enumerate(draft.tokens):
+        target_V = target((*context, *tokens))
+        accept = draft.acceptance(depth, target_V)
+        if accept < 1:
+            rest = draft.residual(depth, target_V)
+            yield from (((*tokens, t), reached * (1 - accept) * rest[t]) for t in range(V))
+        reached, tokens = reached * accept, (*tokens, token)
+    yield from (((*tokens, t), reached * target((*context, *tokens))[t]) for t in range(V))
+
+
+def output_distribution(drafter: Drafter, target: Target, length: int) -> Distribution:
+    done: Distribution = defaultdict(float)
+    open_: Distribution = {(): 1.0}
+    while open_:
+        following: Distribution = defaultdict(float)
+        for context, mass in open_.items():
+            for draft, chance in drafter(context):
+                for tokens, probability in outcomes(draft, target, context):
+                    sequence = (*context, *tokens)
+                    (done if len(sequence) >= length else following)[sequence[:length]] += mass * chance * probability
+        open_ = {s: m for s, m in following.items() if m > 0}
+    return done
+
+
+def distance(a: Distribution, b: Distribution) -> float:
+    return 0.5 * sum(abs(a.get(s, 0.0) - b.get(s, 0.0)) for s in a.keys() | b.keys())
+
+
+def all_factorized(rows_GxV: np.ndarray) -> list[tuple[Draft, float]]:
+    """Every draft that `draw` can make of these rows: a generator that is told what to draw stands in for chance."""
+
+    class Told:
+        def __init__(self, tokens: tuple[int, ...]) -> None:
+            self.tokens = iter(tokens)
+
+        def choice(self, _size: int, p: np.ndarray) -> int:
+            token = next(self.tokens)
+            assert p[token] > 0
+            return token
+
+    drafts: list[tuple[Draft, float]] = []
+    for tokens in itertools.product(range(V), repeat=len(rows_GxV)):
+        chance = float(np.prod([row[t] for row, t in zip(rows_GxV, tokens, strict=True)]))
+        if chance > 0:
+            drafts.append((FactorizedDraft.draw(rows_GxV, Told(tokens)), chance))  # type: ignore[arg-type]
+    return drafts
+
+
+def any_order_joint(seed: int) -> list[tuple[tuple[int, int], np.ndarray, float]]:
+    """Low-confidence remasking of two positions: the surer position is drawn first, the other is drawn given it.
+
+    Returns (tokens, the row that each token was drawn from when it was drawn, probability).
+    """
+    rng = np.random.default_rng([77, seed])
+    joint = rng.random((V, V)) ** 4
+    joint /= joint.sum()
+    first, second = joint.sum(1), joint.sum(0)
+    result = []
+    for a, b in itertools.product(range(V), repeat=2):
+        rows = (
+            np.stack([first, joint[a] / first[a]])
+            if first.max() >= second.max()
+            else np.stack([joint[:, b] / second[b], second])
+        )
+        result.append(((a, b), rows, float(joint[a, b])))
+    return result
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6))
+def test_ratio_rule_is_lossless_for_independent_draws(seed: int) -> None:
+    target = random_target(seed)
+
+    def drafter(context: tuple[int, ...]) -> list[tuple[Draft, float]]:
+        rows = np.random.default_rng([1, seed, len(context)]).random((2, V)) ** 3
+        return all_factorized(rows / rows.sum(1, keepdims=True))
+
+    assert distance(output_distribution(drafter, target, LENGTH), sequence_distribution(target, LENGTH)) < 1e-12
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6))
+def test_one_hot_rule_is_lossless_for_any_order_unmasking(seed: int) -> None:
+    target = random_target(seed)
+
+    def drafter(_context: tuple[int, ...]) -> list[tuple[Draft, float]]:
+        return [(OneHotDraft(tokens), chance) for tokens, _, chance in any_order_joint(seed)]
+
+    assert distance(output_distribution(drafter, target, LENGTH), sequence_distribution(target, LENGTH)) < 1e-12
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.integers(0, 3))
+def test_one_hot_rule_is_lossless_for_the_best_of_several(seed: int, length: int) -> None:
+    """The draft may even look at the target: of several draws, the one that the target likes best is proposed."""
+    target = random_target(seed)
+
+    def drafter(context: tuple[int, ...]) -> list[tuple[Draft, float]]:
+        candidates = list(itertools.product(range(V), repeat=length))
+        best = max(candidates, key=lambda c: np.prod([target((*context, *c[:i]))[t] for i, t in enumerate(c)]))
+        return [(OneHotDraft(best), 1.0)]
+
+    assert distance(output_distribution(drafter, target, LENGTH), sequence_distribution(target, LENGTH)) < 1e-12
+
+
+def test_ratio_rule_on_any_order_unmasking_would_change_the_output() -> None:
+    """The forbidden pair, put together behind the type's back: far from lossless, which is why there is a type."""
+
+    def smuggled(tokens: tuple[int, int], rows: np.ndarray) -> Draft:
+        draft = object.__new__(FactorizedDraft)
+        draft.rows_GxV, draft.tokens = rows, tokens
+        return draft
+
+    worst = 0.0
+    for seed in range(10):
+        target = random_target(seed)
+
+        def drafter(_context: tuple[int, ...], seed: int = seed) -> list[tuple[Draft, float]]:
+            return [(smuggled(tokens, rows), chance) for tokens, rows, chance in any_order_joint(seed)]
+
+        worst = max(worst, distance(output_distribution(drafter, target, 2), sequence_distribution(target, 2)))
+    assert worst > 0.02
+
+
+def test_rows_and_tokens_cannot_be_put_together() -> None:
+    with pytest.raises(TypeError, match="OneHotDraft"):
+        FactorizedDraft()
+    draft = FactorizedDraft.draw(np.array([[0.5, 0.25, 0.25]]), np.random.default_rng(0))
+    with pytest.raises(ValueError, match="read-only"):
+        draft.rows_GxV[0, 0] = 0.1
+    with pytest.raises(ValueError, match="sums"):
+        FactorizedDraft.draw(np.array([[0.5, 0.5, 0.5]]), np.random.default_rng(0))
+
+
+def test_verify_samples_what_the_enumeration_says() -> None:
+    target, generator = random_target(5), np.random.default_rng(5)
+    rows = np.array([[0.6, 0.3, 0.1], [0.2, 0.2, 0.6]])
+    rounds = 20_000
+    counts: Distribution = defaultdict(float)
+    for _ in range(rounds):
+        tokens = verify(FactorizedDraft.draw(rows, generator), target, generator).tokens
+        counts[tokens[:1]] += 1 / rounds
+    assert distance(counts, sequence_distribution(target, 1)) < 0.02
+
+
+def test_greedy_target_accepts_exactly_its_own_tokens() -> None:
+    def target(context: tuple[int, ...]) -> np.ndarray:
+        return np.eye(V)[len(context) % V]
+
+    generator = np.random.default_rng(0)
+    assert verify(OneHotDraft((0, 1)), target, generator).tokens == (0, 1, 2)
+    result = verify(OneHotDraft((0, 2)), target, generator)
+    assert (result.accepted, result.tokens) == (1, (0, 1))
