@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from shared.console import ConfigArgument, LogLevelOption, SetOption, application, configure_logging, run
 from shared.config import load_config
+from shared.console import ConfigArgument, LogLevelOption, SetOption, application, configure_logging, run
 
 app = application("Fine-tune LLaDA into a draft model from a teacher's shards, measure it and decode with it.")
 

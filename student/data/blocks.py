@@ -9,7 +9,7 @@ blocks apart. Anchors are a pure function of (seed, epoch, sample id).
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +41,17 @@ class BlockRow:
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    def at_depth(self, depth: int) -> BlockRow:
+        """The same row, supervised at one depth only."""
+        kept = self.depth == depth
+        return replace(
+            self,
+            supervised=self.supervised[kept],
+            response_positions=self.response_positions[kept],
+            depth=self.depth[kept],
+            block=self.block[kept],
+        )
 
 
 def sample_generator(seed: int, epoch: int, sample_id: str) -> np.random.Generator:

@@ -57,12 +57,14 @@ def acceptance_curve(entries: Sequence[dict[str, Any]], path: Path) -> Path:
     """One-hot hits over training: how often the first d drafted student tokens all match, on training text."""
     steps = [entry["step"] for entry in entries]
     figure, axes = plt.subplots(figsize=(6.4, 3.6))
-    depths = len(entries[0]["hit_by_depth"])
+    depths = len(entries[0]["match_by_depth"])
     colours = plt.get_cmap("viridis")(np.linspace(0.1, 0.85, depths))
     for depth in range(depths):
-        hits = [entry["hit_by_depth"][depth] for entry in entries]
+        hits = [entry["match_by_depth"][depth] or 0.0 for entry in entries]
         axes.plot(steps, _smooth(hits, max(len(hits) // 40, 1)), color=colours[depth], label=f"first {depth + 1}")
-    axes.set(xlabel="step", ylabel="share of blocks", ylim=(0, None), title="Leading student tokens right, training text")
+    axes.set(
+        xlabel="step", ylabel="share of blocks", ylim=(0, None), title="Leading student tokens right, training text"
+    )
     axes.legend(ncol=2, fontsize=8)
     return _save(figure, path)
 
@@ -77,7 +79,9 @@ def depth_bars(before: Sequence[float], after: Sequence[float], served: Sequence
     for number, (label, values, colour) in enumerate(series):
         depths = np.arange(1, len(values) + 1)
         axes.bar(depths + (number - (len(series) - 1) / 2) * width, values, width, label=label, color=colour)
-    axes.set(xlabel="teacher tokens accepted, at least", ylabel="share of drafts", title="Acceptance on held-out prompts")
+    axes.set(
+        xlabel="teacher tokens accepted, at least", ylabel="share of drafts", title="Acceptance on held-out prompts"
+    )
     axes.set_xticks(np.arange(1, len(after) + 1))
     axes.legend()
     return _save(figure, path)

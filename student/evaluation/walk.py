@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import batched
 from typing import Protocol
 
 import numpy as np
@@ -76,13 +75,12 @@ def walk(
 ) -> WalkResult:
     """Draft along `records`, `batch` at a time. The first response token is the teacher's own, as in serving."""
     accepted: dict[str, list[int]] = {record.sample_id: [] for record in records}
-    for group in batched(records, batch):
+    for start in range(0, len(records), batch):
+        group = records[start : start + batch]
         position = {record.sample_id: 1 for record in group}
         by_id = {record.sample_id: record for record in group}
         while active := [i for i in position if position[i] < len(by_id[i].response_ids)]:
-            contexts = [
-                np.concatenate([by_id[i].prompt_ids, by_id[i].response_ids[: position[i]]]) for i in active
-            ]
+            contexts = [np.concatenate([by_id[i].prompt_ids, by_id[i].response_ids[: position[i]]]) for i in active]
             for sample_id, draft in zip(active, drafter.propose(active, contexts), strict=True):
                 matches = leading_matches(draft[:draft_tokens], by_id[sample_id].response_ids[position[sample_id] :])
                 accepted[sample_id].append(matches)

@@ -34,7 +34,9 @@ def require_same_run(found: dict[str, Any], wanted: dict[str, Any], where: Path)
         CheckpointError: naming every setting that differs, with both values.
     """
     keys = sorted(found.keys() | wanted.keys())
-    differing = [f"{key}: {found.get(key)!r} there, {wanted.get(key)!r} now" for key in keys if found.get(key) != wanted.get(key)]
+    differing = [
+        f"{key}: {found.get(key)!r} there, {wanted.get(key)!r} now" for key in keys if found.get(key) != wanted.get(key)
+    ]
     if differing:
         raise CheckpointError(
             f"{where} was trained with other settings ({'; '.join(differing)}); "
@@ -64,6 +66,8 @@ def resume(engine: Any, directory: Path, identity: dict[str, Any]) -> int:
         return 0
     path, state = engine.load_checkpoint(str(directory))
     if path is None:
-        raise CheckpointError(f"{directory}/latest names a checkpoint that cannot be read; delete {directory} to start over")
+        raise CheckpointError(
+            f"{directory}/latest names a checkpoint that cannot be read; delete {directory} to start over"
+        )
     require_same_run(state["identity"], identity, directory)
     return int(state["step"])

@@ -7,10 +7,11 @@ the run had never stopped.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from shared.files import write_text
 
 
 class Journal:
@@ -22,8 +23,8 @@ class Journal:
         metrics, log = directory / "metrics.jsonl", directory / "training_log.log"
         kept = [entry for entry in read_metrics(metrics) if entry["step"] <= resume_step]
         self.entries = kept
-        _replace(metrics, "".join(json.dumps(entry) + "\n" for entry in kept))
-        _replace(log, "".join(describe(entry) + "\n" for entry in kept))
+        write_text(metrics, "".join(json.dumps(entry) + "\n" for entry in kept))
+        write_text(log, "".join(describe(entry) + "\n" for entry in kept))
         self._metrics = metrics.open("a", encoding="utf-8")
         self._log = log.open("a", encoding="utf-8")
 
@@ -58,13 +59,7 @@ def describe(entry: dict[str, Any]) -> str:
     minutes, seconds = divmod(round(entry["eta_s"]), 60)
     return (
         f"{entry['time']} step {entry['step']}/{entry['steps']} epoch {entry['epoch']:.2f} | "
-        f"loss {entry['loss']:.4f} {terms} hit@1 {entry['hit_by_depth'][0]:.3f} | "
+        f"loss {entry['loss']:.4f} {terms} match@1 {entry['match_by_depth'][0] or 0:.3f} | "
         f"lr {entry['learning_rate']:.2e} grad {entry['grad_norm']:.2f} | "
         f"{entry['tokens_per_s']:,.0f} tok/s eta {minutes}m{seconds:02d}s"
     )
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

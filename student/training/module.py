@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from student.data.batch import MicroBatch
 from student.losses import fused
-from student.losses.terms import LossSettings
+from student.losses.settings import LossSettings
 from student.model.attention import AnchoredLayout
 
 
@@ -21,10 +21,14 @@ class DistillationModule(nn.Module):
         self.model = model
         self.settings = settings
 
-    def forward(self, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Sum of the weighted loss over the micro-batch's targets, and detached sums for logging."""
+    def hidden_states(self, batch: MicroBatch) -> Tensor:
+        """[N, D] final hidden states of the supervised positions."""
         layout = AnchoredLayout(batch.document_ids, batch.block_ids, batch.position_ids)
         hidden_BxLxD = self.model.hidden_states(batch.input_ids, layout=layout, position_ids=batch.position_ids)
-        hidden_NxD = hidden_BxLxD.flatten(0, 1).index_select(0, batch.supervised)
+        return hidden_BxLxD.flatten(0, 1).index_select(0, batch.supervised)
+
+    def forward(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """The loss summed over the micro-batch's targets, and `LossTerms.sums` for the log."""
+        hidden_NxD = self.hidden_states(batch)
         terms = fused.distillation_loss(hidden_NxD, self.model.head_weight, batch.targets, self.settings)
-        return terms.total, terms.sums
+        return terms.total, terms.sums()

@@ -50,7 +50,9 @@ class TrainingData:
         prepared = PreparedDataset.open(config.prepared_dir)
         samples = np.asarray(prepared.indices(split="train"))
         if not len(samples):
-            raise TrainingError(f"{config.prepared_dir} holds no sample of the split 'train'; collect some and prepare again")
+            raise TrainingError(
+                f"{config.prepared_dir} holds no sample of the split 'train'; collect some and prepare again"
+            )
         order = StepOrder(
             lengths=np.asarray(prepared.lengths)[samples],
             seed=config.seed,
@@ -61,7 +63,9 @@ class TrainingData:
         steps = config.train.steps or max(round((config.train.epochs or 1) * order.steps_per_epoch), 1)
         return cls(prepared, samples, order, steps)
 
-    def micro_batch(self, config: PipelineConfig, epoch: int, chosen: np.ndarray, mask_id: int, pad_id: int) -> MicroBatch:
+    def micro_batch(
+        self, config: PipelineConfig, epoch: int, chosen: np.ndarray, mask_id: int, pad_id: int
+    ) -> MicroBatch:
         """The collated forward of the sample numbers `chosen`."""
         train = config.train
         samples = [self.prepared[int(self.samples[number])] for number in chosen]
@@ -92,7 +96,7 @@ def train(config: PipelineConfig, *, fresh: bool = False) -> None:
 
 def _already_done(config: PipelineConfig, world_size: int, fresh: bool) -> bool:
     """Everything that can fail before a rank starts; whether there is nothing left to do."""
-    from student.losses.terms import resolve_loss
+    from student.losses.settings import resolve_loss
     from student.training.engine import deepspeed_config
 
     if not (config.student_init_dir / "config.json").exists():
@@ -111,7 +115,9 @@ def _already_done(config: PipelineConfig, world_size: int, fresh: bool) -> bool:
     if not finished.exists():
         return False
     summary = json.loads(finished.read_text(encoding="utf-8"))
-    require_same_run(summary["identity"], run_identity(config, data.prepared.fingerprint, world_size), config.student_final_dir)
+    require_same_run(
+        summary["identity"], run_identity(config, data.prepared.fingerprint, world_size), config.student_final_dir
+    )
     logger.info("already trained: %s, %d steps; --fresh trains anew", config.student_final_dir, summary["steps"])
     return True
 
@@ -120,7 +126,7 @@ def _run_rank(config: PipelineConfig) -> None:
     """This rank's whole run."""
     import torch
 
-    from student.losses.terms import LossSettings, resolve_loss
+    from student.losses.settings import LossSettings, resolve_loss
     from student.model.export import load_student
     from student.training.engine import build_engine, initialize_process_group
     from student.training.module import DistillationModule
@@ -134,7 +140,7 @@ def _run_rank(config: PipelineConfig) -> None:
     if config.train.activation_checkpointing:
         model.gradient_checkpointing_enable()
     model.train()
-    settings = LossSettings.from_config(config.train, loss=loss)
+    settings = LossSettings.from_config(config.train, config.train.block_length, loss)
     engine = build_engine(DistillationModule(model, settings), config.train, data.order.accumulation, data.steps)
     identity = run_identity(config, data.prepared.fingerprint, world_size)
     done = resume(engine, config.checkpoints_dir, identity)
@@ -158,7 +164,7 @@ def _train_steps(
     import torch
 
     from student.losses.normalization import global_scale
-    from student.training.metrics import reduce_sums, step_metrics
+    from student.losses.terms import summarize
 
     started, tokens_done = time.monotonic(), 0
     with progress() as bar:
@@ -169,29 +175,32 @@ def _train_steps(
                 data.micro_batch(config, epoch, part, tokenizer.mask_token_id, tokenizer.pad_token_id) for part in parts
             ]
             scale = global_scale(sum(batch.weight for batch in batches), data.order.world_size, data.order.accumulation)
-            sums: dict[str, torch.Tensor] = {}
+            sums = []
             for batch in batches:
                 total, terms = engine(batch.to(engine.device))
                 engine.backward(total * scale)
                 engine.step()
-                for name, value in terms.items():
-                    sums[name] = sums[name] + value if name in sums else value
-            reduced = reduce_sums(sums, sum(batch.tokens for batch in batches), engine.device)
+                sums.append(terms)
+            tokens = terms.new_tensor([sum(batch.tokens for batch in batches)])
+            reduced = torch.cat([torch.stack(sums).sum(0), tokens])
+            torch.distributed.all_reduce(reduced)
             if journal is not None:
-                tokens_done += reduced["tokens"]
+                step_tokens = int(reduced[-1])
+                tokens_done += step_tokens
                 elapsed = time.monotonic() - started
-                entry = step_metrics(reduced, config.train.block_length) | {
+                entry = summarize(reduced[:-1]) | {
                     "step": step + 1,
                     "steps": data.steps,
                     "epoch": (step + 1) / data.order.steps_per_epoch,
                     "learning_rate": engine.get_lr()[0],
                     "grad_norm": float(engine.get_global_grad_norm()),
+                    "tokens": step_tokens,
                     "tokens_per_s": tokens_done / elapsed,
                     "eta_s": elapsed / (step + 1 - done) * (data.steps - step - 1),
                     "time": time.strftime("%H:%M:%S"),
                 }
                 journal.write(entry)
-                note = f"loss {entry['loss']:.3f} hit@1 {entry['hit_by_depth'][0]:.3f} {entry['tokens_per_s']:,.0f} tok/s"
+                note = f"loss {entry['loss']:.3f} match@1 {entry['match_by_depth'][0]:.3f} {entry['tokens_per_s']:,.0f} tok/s"
                 bar.update(task, completed=step + 1, note=note)
             every = config.train.checkpoint_steps
             if every and (step + 1) % every == 0 and step + 1 < data.steps:
@@ -250,7 +259,7 @@ def training_summary(entries: list[dict[str, Any]], order: StepOrder) -> dict[st
     return {
         "steps": len(entries),
         "tokens": sum(entry["tokens"] for entry in entries),
-        "targets": sum(entry["targets"] for entry in entries),
+        "targets": round(sum(entry["positions"] for entry in entries)),
         "loss_first": float(np.mean(losses[:window])),
         "loss_last": float(np.mean(losses[-window:])),
         "tokens_per_s": entries[-1]["tokens_per_s"],

@@ -1,0 +1,164 @@
+"""`student evaluate`: how good the drafter is on held-out text, before and after training, with no teacher at hand.
+
+Two measurements, each from the shards alone. *One-hot*: the walk of `student.evaluation.walk` with the very drafter
+that serving uses, in teacher tokens, on text of each decoding rule; its tau is what greedy (or T = 1) speculative
+decoding with these drafts would show. *Ratio*: teacher-forced blocks at every anchor of text sampled at T = 1, for
+1 + J and the bounds on α (METHOD 4), in student tokens.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shared.config import PipelineConfig
+from shared.console import progress
+from shared.dataset import Dataset
+from shared.errors import CheckpointError, DatasetError
+from shared.files import write_json
+from shared.records import Record
+from student.alignment.prepared import PreparedDataset
+from student.data.batch import collate
+from student.data.blocks import lay_out
+from student.evaluation.walk import WalkResult, walk
+
+logger = logging.getLogger(__name__)
+
+
+def evaluate(config: PipelineConfig) -> dict[str, Any]:
+    """Measure the initial and the trained student and write `evaluate.json` into the run's directory.
+
+    Raises:
+        DatasetError: if the dataset or its prepared form is missing or holds no held-out text.
+        CheckpointError: if either student is missing.
+    """
+    students = {"before": config.student_init_dir, "after": config.student_final_dir}
+    for directory in students.values():
+        if not (directory / "config.json").exists():
+            raise CheckpointError(
+                f"{directory} holds no model; run `student init` and `student train` with this config first"
+            )
+    dataset = Dataset.open(config.shards_dir)
+    held_out = {rule: _held_out(dataset, rule, config.evaluate.max_samples) for rule in ("greedy", "sample")}
+    if not held_out[config.evaluate.rule]:
+        raise DatasetError(
+            f"{config.shards_dir} holds no held-out response decoded by the rule {config.evaluate.rule!r}: "
+            "add one to collect.decoding, or set evaluate.rule to the other"
+        )
+    prepared = PreparedDataset.open(config.prepared_dir)
+    result: dict[str, Any] = {"rule": config.evaluate.rule, "draft_tokens": config.evaluate.draft_tokens}
+    for name, directory in students.items():
+        result[name] = _measure(config, name, directory, dataset, held_out, prepared)
+    write_json(config.run_dir / "evaluate.json", result)
+    for name in students:
+        logger.info("%s: tau %.3f (%s)", name, result[name]["tau"], config.evaluate.rule)
+    return result
+
+
+def _held_out(dataset: Dataset, rule: str, most: int | None) -> list[Record]:
+    records = dataset.records(split="held_out", rule=rule, distributions=False)
+    return sorted(records, key=lambda record: record.sample_id)[:most]
+
+
+def _measure(
+    config: PipelineConfig,
+    name: str,
+    directory: Path,
+    dataset: Dataset,
+    held_out: dict[str, list[Record]],
+    prepared: PreparedDataset,
+) -> dict[str, Any]:
+    from student.drafting.propose import Drafter
+    from student.model.export import load_student
+
+    model, tokenizer = load_student(directory)
+    model.eval()
+    drafter = Drafter.from_student(
+        model,
+        directory,
+        dataset.vocabulary,
+        dataset.tokenizer_dir,
+        config.evaluate.draft_tokens,
+        config.train.block_length,
+    )
+    walks: dict[str, WalkResult] = {}
+    with progress() as bar:
+        for rule, records in held_out.items():
+            if records:
+                task = bar.add_task(f"{name}: drafting {rule} text", total=len(records), note="")
+                walks[rule] = walk(
+                    drafter, records, config.evaluate.draft_tokens, config.evaluate.batch, lambda t=task: bar.advance(t)
+                )
+        sampled = prepared.indices(split="held_out", rule="sample")[: config.evaluate.max_samples]
+        task = bar.add_task(f"{name}: ratio rule", total=len(sampled), note="")
+        ratio = _ratio(config, model, tokenizer, prepared, sampled, lambda count: bar.advance(task, count))
+    headline = walks[config.evaluate.rule]
+    return {
+        "tau": 1 + headline.mean_accepted,
+        "accepted_one_hot": headline.mean_accepted,
+        "by_depth": headline.by_depth(),
+        "alpha_low": ratio.get("alpha_low"),
+        "alpha_high": ratio.get("alpha_high"),
+        "drafts": headline.drafts,
+        "by_skill": headline.by_skill(),
+        "rules": {
+            rule: {"tau": 1 + result.mean_accepted, "by_depth": result.by_depth(), "drafts": result.drafts}
+            for rule, result in walks.items()
+        },
+        "ratio": ratio,
+    }
+
+
+def _ratio(
+    config: PipelineConfig,
+    model: Any,
+    tokenizer: Any,
+    prepared: PreparedDataset,
+    chosen: Sequence[int],
+    advance: Callable[[int], None],
+) -> dict[str, Any]:
+    """1 + J and the α bounds at every anchor of the held-out samples `chosen`; student tokens, ratio rule, T = 1."""
+    import torch
+
+    from student.evaluation.bounds import acceptance_bounds
+    from student.losses.fused import distillation_loss
+    from student.losses.settings import LossSettings
+    from student.losses.terms import summarize
+    from student.training.module import DistillationModule
+
+    if not len(chosen):
+        return {}
+    block_length = config.train.block_length
+    settings = LossSettings(loss="kl", block_length=block_length)
+    module = DistillationModule(model, settings)
+    sums, lows, highs = [], [], []
+    for start in range(0, len(chosen), config.evaluate.batch):
+        samples = [prepared[int(i)] for i in chosen[start : start + config.evaluate.batch]]
+        rows = [
+            lay_out(s, np.flatnonzero(s.is_anchor), block_length, tokenizer.mask_token_id, config.train.max_length)
+            for s in samples
+        ]
+        batch = collate(samples, rows, pad_id=tokenizer.pad_token_id)
+        first = collate(samples, [row.at_depth(1) for row in rows], pad_id=tokenizer.pad_token_id)
+        with torch.inference_mode():
+            hidden_NxD = module.hidden_states(batch)
+            sums.append(distillation_loss(hidden_NxD, model.head_weight, batch.targets, settings).sums())
+            first_logits = hidden_NxD[batch.targets.depth == 1] @ model.head_weight.T
+            low, high = acceptance_bounds(first_logits, first.targets)
+        lows.append(low)
+        highs.append(high)
+        advance(len(samples))
+    summary = summarize(torch.stack(sums).sum(0))
+    return {
+        "tau": 1 + summary["accepted"],
+        "alpha_low": float(torch.cat(lows).nanmean()),
+        "alpha_high": float(torch.cat(highs).nanmean()),
+        "by_depth": summary["alpha_by_depth"],
+        "ce": summary["ce"],
+        "kl": summary["kl"],
+        "blocks": summary["blocks"],
+    }

@@ -1,0 +1,219 @@
+"""`student report`: what every stage measured, as one JSON file, one page with pictures and one table on the screen.
+
+Nothing is computed here. A figure whose stage has not run is null, and the page says so.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from shared.config import PipelineConfig, dump_config
+from shared.console import stdout
+from shared.errors import UserError
+from shared.files import write_json, write_text
+
+COLLECT = ("responses", "tokens", "tokens_per_s", "bytes_per_token", "mean_topk_mass", "capture_ratio")
+PREPARE = ("positions", "supervised_fraction", "mapped_mass")
+TRAIN = ("steps", "tokens", "loss_first", "loss_last", "tokens_per_s")
+EVALUATE = ("tau", "alpha_low", "alpha_high", "accepted_one_hot", "by_depth")
+SPECULATE = (
+    "drafts",
+    "acceptance_length",
+    "accepted_per_position",
+    "outputs_identical",
+    "tokens_per_s",
+    "baseline_tokens_per_s",
+)
+
+
+def gather(config: PipelineConfig) -> dict[str, Any]:
+    """The report's keys, each from the file that its stage wrote."""
+    stages = {name: _read(path) for name, path in _sources(config).items()}
+    report = {
+        "collect": _pick(stages["collect"], COLLECT),
+        "prepare": _pick(stages["prepare"], PREPARE),
+        "train": _pick(stages["train"], TRAIN),
+        "evaluate": {when: _pick(stages["evaluate"].get(when, {}), EVALUATE) for when in ("before", "after")},
+        "speculate": _pick(stages["speculate"], SPECULATE),
+    }
+    report["evaluate"]["rule"] = stages["evaluate"].get("rule")
+    report["details"] = stages
+    return report
+
+
+def _sources(config: PipelineConfig) -> dict[str, Path]:
+    return {
+        "collect": config.run_dir / "collect.json",
+        "init": config.student_init_dir / "initialization.json",
+        "prepare": config.prepared_dir / "summary.json",
+        "train": config.student_final_dir / "training.json",
+        "evaluate": config.run_dir / "evaluate.json",
+        "speculate": config.run_dir / "speculate.json",
+    }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _pick(stage: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    return {key: stage.get(key) for key in keys}
+
+
+def write_report(config: PipelineConfig) -> dict[str, Any]:
+    """Write `report.json`, the pictures and `index.html`, and print the summary.
+
+    Raises:
+        UserError: if no stage has left anything to report.
+    """
+    from student.training.journal import read_metrics
+
+    report = gather(config)
+    if not any(report["details"].values()):
+        raise UserError(f"{config.run_dir} holds no result of any stage; run `make collect-logits` first")
+    entries = list(read_metrics(config.run_dir / "metrics.jsonl"))
+    write_json(config.report_dir / "report.json", report)
+    pictures = _draw(config, report, entries)
+    write_text(config.report_dir / "index.html", _page(config, report, pictures))
+    stdout.print(summary(config, report))
+    return report
+
+
+def _draw(config: PipelineConfig, report: dict[str, Any], entries: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """File name and caption of every picture that there is data for."""
+    from student.evaluation import plots
+
+    directory, pictures = config.report_dir, []
+    if entries:
+        plots.loss_curve(entries, directory / "loss.png")
+        pictures.append(
+            ("loss.png", "The trained loss. Zero would be the teacher's own distribution, as far as it was stored.")
+        )
+        plots.acceptance_curve(entries, directory / "acceptance.png")
+        pictures.append(
+            ("acceptance.png", "Blocks whose first tokens are all the teacher's, in student tokens, while training.")
+        )
+    before, after = (report["details"]["evaluate"].get(when) for when in ("before", "after"))
+    if before and after:
+        served = report["speculate"]["accepted_per_position"]
+        plots.depth_bars(before["by_depth"], after["by_depth"], served, directory / "depth.png")
+        pictures.append(("depth.png", f"Held-out prompts, {report['evaluate']['rule']} decoding, in teacher tokens."))
+        plots.skill_bars(before["by_skill"], after["by_skill"], directory / "skills.png")
+        pictures.append(("skills.png", "Mean tokens per forward of the teacher, by the prompt's skill."))
+    return pictures
+
+
+def _page(config: PipelineConfig, report: dict[str, Any], pictures: list[tuple[str, str]]) -> str:
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("student.evaluation", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["figure"] = figure
+    return environment.get_template("report.html.j2").render(
+        name=config.name, report=report, pictures=pictures, config=dump_config(config), stages=_stages(config, report)
+    )
+
+
+def figure(value: Any) -> str:
+    """A figure as people read it; null is what was not measured."""
+    match value:
+        case None:
+            return "not measured"
+        case bool():
+            return "yes" if value else "no"
+        case int():
+            return f"{value:,}"
+        case float():
+            return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}" if abs(value) < 0.1 else f"{value:.2f}"
+        case list():
+            return "  ".join(figure(item) for item in value)
+    return str(value)
+
+
+def _stages(config: PipelineConfig, report: dict[str, Any]) -> list[tuple[str, str, list[tuple[str, Any]]]]:
+    """(stage, what it did, its figures by name) for the page and the screen."""
+    collect, prepare, train, speculate = (report[key] for key in ("collect", "prepare", "train", "speculate"))
+    before, after = report["evaluate"]["before"], report["evaluate"]["after"]
+    rule = report["evaluate"]["rule"]
+    return [
+        (
+            "collect",
+            f"{config.teacher.model} answered; its top {config.collect.top_k} were kept",
+            [
+                ("responses", collect["responses"]),
+                ("tokens", collect["tokens"]),
+                ("tokens/s", collect["tokens_per_s"]),
+                ("bytes per token", collect["bytes_per_token"]),
+                ("mean top-k mass", collect["mean_topk_mass"]),
+                ("speed with capture ÷ without", collect["capture_ratio"]),
+            ],
+        ),
+        (
+            "prepare",
+            "stored rows became events over the student's vocabulary",
+            [
+                ("positions", prepare["positions"]),
+                ("share with a soft target", prepare["supervised_fraction"]),
+                ("mapped mass", prepare["mapped_mass"]),
+            ],
+        ),
+        (
+            "train",
+            f"blocks of {config.train.block_length}, loss {config.train.loss}",
+            [
+                ("steps", train["steps"]),
+                ("tokens", train["tokens"]),
+                ("loss, first → last", _arrow(train["loss_first"], train["loss_last"])),
+                ("tokens/s", train["tokens_per_s"]),
+            ],
+        ),
+        (
+            "evaluate",
+            f"held-out prompts, {rule} decoding, one-hot drafts of {config.evaluate.draft_tokens} teacher tokens",
+            [
+                ("acceptance length τ, before → after", _arrow(before["tau"], after["tau"])),
+                ("accepted to depth d", after["by_depth"]),
+                ("α at depth 1, bounds (T = 1, ratio rule)", _between(after["alpha_low"], after["alpha_high"])),
+            ],
+        ),
+        (
+            "speculate",
+            "vLLM decoded the held-out prompts greedily, with the draft and without",
+            [
+                ("acceptance length", speculate["acceptance_length"]),
+                ("accepted to depth d", speculate["accepted_per_position"]),
+                ("outputs identical", speculate["outputs_identical"]),
+                ("tokens/s with draft", speculate["tokens_per_s"]),
+                ("tokens/s without", speculate["baseline_tokens_per_s"]),
+            ],
+        ),
+    ]
+
+
+def _arrow(first: float | None, last: float | None) -> str | None:
+    return None if first is None or last is None else f"{first:.3f} → {last:.3f}"
+
+
+def _between(low: float | None, high: float | None) -> str | None:
+    return None if low is None or high is None else f"{low:.3f} … {high:.3f}"
+
+
+def summary(config: PipelineConfig, report: dict[str, Any]) -> Table:
+    """The run on one screen."""
+    table = Table(title=f"{config.name}: the run in one table", title_justify="left", show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column()
+    table.add_column(justify="right")
+    for stage, what, figures in _stages(config, report):
+        table.add_section()
+        table.add_row(stage, f"[dim]{what}[/]", "")
+        for label, value in figures:
+            table.add_row("", label, figure(value))
+    table.caption = f"pictures and details: {config.report_dir / 'index.html'}"
+    table.caption_justify = "left"
+    return table
