@@ -127,6 +127,9 @@ class TrainConfig(Section):
     alpha: NonNegativeFloat = Field(0.5, description="Weight of cross-entropy in `hybrid`.")
     beta: NonNegativeFloat = Field(0.5, description="Weight of KL in `hybrid`.")
     temperature: PositiveFloat = 1.0
+    max_unknown_share: float = Field(
+        0.1, ge=0, le=1, description="Refuse a temperature at which the rows leave more than this share in the dark."
+    )
     tv_weight: NonNegativeFloat = Field(0.0, description="Weight of total variation at depth 1.")
     path_weight: NonNegativeFloat = Field(0.0, description="Weight of the path term -log J.")
     depth_decay: float = Field(1.0, gt=0, le=1, description="Weight of depth d is depth_decay^(d-1).")
