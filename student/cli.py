@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import typer
+
 from shared.config import load_config
 from shared.console import ConfigArgument, LogLevelOption, SetOption, application, configure_logging, run
 
@@ -9,12 +13,17 @@ app = application("Fine-tune LLaDA into a draft model from a teacher's shards, m
 
 
 @app.command()
-def train(config: ConfigArgument, overrides: SetOption = None, log_level: LogLevelOption = "info") -> None:
-    """Train on the prepared targets; started by `torchrun` or `deepspeed` on every rank, or alone."""
+def train(
+    config: ConfigArgument,
+    overrides: SetOption = None,
+    log_level: LogLevelOption = "info",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget checkpoints and the trained model.")] = False,
+) -> None:
+    """Train on the prepared targets; alone it starts its own ranks, under `torchrun` or `deepspeed` it is one."""
     configure_logging(log_level)
     from student.training.train import train as train_student
 
-    train_student(load_config(config, overrides))
+    train_student(load_config(config, overrides), fresh=fresh)
 
 
 @app.command()

@@ -1,0 +1,79 @@
+"""The training samples of a run as micro-batches: order, anchors and collation put together.
+
+A forward's content depends on (seed, step) alone. Reading and collating happen in the caller's process; both are
+array copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.config import PipelineConfig
+from shared.errors import TrainingError
+from student.alignment.prepared import PreparedDataset
+from student.alignment.targets import AlignedSample
+from student.data.batch import MicroBatch, collate
+from student.data.blocks import choose_anchors, lay_out, sample_generator
+from student.data.order import StepOrder
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingFeed:
+    """The prepared training samples, their order, and how many steps there will be.
+
+    Attributes:
+        chosen: int64 [n], numbers of the training samples within `prepared`.
+        steps: of the whole run.
+    """
+
+    config: PipelineConfig
+    prepared: PreparedDataset
+    chosen: NDArray[np.int64]
+    order: StepOrder
+    steps: int
+
+    @classmethod
+    def open(cls, config: PipelineConfig, world_size: int) -> TrainingFeed:
+        """The feed of `config` for `world_size` ranks.
+
+        Raises:
+            DatasetError: if there is no prepared dataset.
+            TrainingError: if it holds no training sample.
+            ConfigError: if the batch cannot be shared out.
+        """
+        prepared = PreparedDataset.open(config.prepared_dir)
+        chosen = np.asarray(prepared.indices(split="train"), dtype=np.int64)
+        if not len(chosen):
+            raise TrainingError(
+                f"{config.prepared_dir} holds no sample of the split 'train': collect some and prepare again"
+            )
+        order = StepOrder(
+            lengths=np.asarray(prepared.lengths)[chosen],
+            seed=config.seed,
+            global_batch=config.train.global_batch,
+            micro_batch=config.train.micro_batch,
+            world_size=world_size,
+        )
+        steps = config.train.steps or max(round((config.train.epochs or 1) * order.steps_per_epoch), 1)
+        return cls(config, prepared, chosen, order, steps)
+
+    def sample(self, number: int) -> AlignedSample:
+        """Training sample `number`, 0 ≤ number < n."""
+        return self.prepared[int(self.chosen[number])]
+
+    def micro_batches(self, step: int, rank: int, mask_id: int, pad_id: int) -> Iterator[MicroBatch]:
+        """This rank's forwards of `step`."""
+        epoch, parts = self.order.micro_batches(step, rank)
+        train = self.config.train
+        for part in parts:
+            samples = [self.sample(number) for number in part]
+            rows = []
+            for sample in samples:
+                generator = sample_generator(self.config.seed, epoch, sample.sample_id)
+                anchors = choose_anchors(sample, train.anchors, generator)
+                rows.append(lay_out(sample, anchors, train.block_length, mask_id, train.max_length))
+            yield collate(samples, rows, pad_id=pad_id, depth_decay=train.depth_decay)

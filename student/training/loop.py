@@ -1,0 +1,135 @@
+"""The training loop of one rank.
+
+One step: this rank's micro-batches go through the engine, each loss scaled so that the step's gradient is the mean over
+all targets of all ranks; then the sums for the log are added up over ranks. Every rank runs the same number of
+micro-batches, with or without work in them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed
+
+from shared.config import PipelineConfig, dump_config
+from shared.console import progress
+from shared.files import new_directory, write_text
+from student.data.feed import TrainingFeed
+from student.losses.normalization import global_scale
+from student.losses.terms import summarize
+from student.model.export import save_student
+from student.training import checkpoint
+from student.training.journal import Journal
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class TrainingRun:
+    """What one rank needs to train; `journal` is rank 0's alone."""
+
+    config: PipelineConfig
+    feed: TrainingFeed
+    engine: Any
+    tokenizer: Any
+    identity: dict[str, Any]
+    rank: int
+    journal: Journal | None = None
+    done: int = 0
+    started: float = field(default_factory=time.monotonic)
+    tokens: int = 0
+
+    def run(self) -> None:
+        """Resume if there is something to resume, train to the end, publish the model."""
+        self.done = checkpoint.resume(self.engine, self.config.checkpoints_dir, self.identity)
+        if self.rank == 0:
+            self.journal = Journal(self.config.run_dir, self.done)
+            if self.done:
+                logger.info("resuming after step %d of %d", self.done, self.feed.steps)
+        self.started = time.monotonic()
+        every = self.config.train.checkpoint_steps
+        with progress() as bar:
+            task = bar.add_task("training", total=self.feed.steps, completed=self.done, note="", visible=self.rank == 0)
+            for step in range(self.done, self.feed.steps):
+                entry = self.step(step)
+                if self.journal is not None:
+                    self.journal.write(entry)
+                    match = entry["match_by_depth"][0] or 0.0
+                    note = f"loss {entry['loss']:.3f} match@1 {match:.3f} {entry['tokens_per_s']:,.0f} tok/s"
+                    bar.update(task, completed=step + 1, note=note)
+                if every and (step + 1) % every == 0 and step + 1 < self.feed.steps:
+                    keep = self.config.train.keep_checkpoints
+                    checkpoint.save(self.engine, self.config.checkpoints_dir, step + 1, self.identity, keep, self.rank)
+        self.publish()
+
+    def step(self, step: int) -> dict[str, Any]:
+        """Train step `step` (0-based); its entry for the journal, the same on every rank."""
+        batches = list(
+            self.feed.micro_batches(step, self.rank, self.tokenizer.mask_token_id, self.tokenizer.pad_token_id)
+        )
+        scale = global_scale(sum(batch.weight for batch in batches), self.feed.order.accumulation, self.engine.device)
+        sums = []
+        for batch in batches:
+            total, terms = self.engine(batch.to(self.engine.device))
+            self.engine.backward(total * scale)
+            self.engine.step()
+            sums.append(terms)
+        tokens = sums[0].new_tensor([sum(batch.tokens for batch in batches)])
+        reduced = torch.cat([torch.stack(sums).sum(0), tokens])
+        torch.distributed.all_reduce(reduced)
+        self.tokens += int(reduced[-1])
+        elapsed = time.monotonic() - self.started
+        return summarize(reduced[:-1]) | {
+            "step": step + 1,
+            "steps": self.feed.steps,
+            "epoch": (step + 1) / self.feed.order.steps_per_epoch,
+            "learning_rate": self.engine.get_lr()[0],
+            "grad_norm": float(self.engine.get_global_grad_norm()),
+            "tokens": int(reduced[-1]),
+            "tokens_per_s": self.tokens / elapsed,
+            "eta_s": elapsed / (step + 1 - self.done) * (self.feed.steps - step - 1),
+            "time": time.strftime("%H:%M:%S"),
+        }
+
+    def publish(self) -> None:
+        """Write the trained model, whole or not at all. A collective: under ZeRO-3 every rank holds a part."""
+        weights = full_weights(self.engine)
+        if self.journal is not None:
+            self.journal.close()
+            summary = training_summary(self.journal.entries) | {"identity": self.identity}
+            with new_directory(self.config.student_final_dir) as directory:
+                save_student(self.engine.module.model, self.tokenizer, directory, state_dict=weights)
+                write_text(directory / "resolved_config.yaml", dump_config(self.config))
+                write_text(directory / "training.json", json.dumps(summary, indent=2))
+            shutil.rmtree(self.config.checkpoints_dir, ignore_errors=True)
+            logger.info("trained model: %s", self.config.student_final_dir)
+        torch.distributed.barrier()
+
+
+def full_weights(engine: Any) -> dict[str, torch.Tensor]:
+    """The student's state dict without the wrapper's prefix; empty on ranks other than 0 under ZeRO-3."""
+    zero3 = engine.zero_optimization_stage() == 3
+    state = engine._zero3_consolidated_16bit_state_dict() if zero3 else engine.module.state_dict()
+    return {name.removeprefix("model."): value for name, value in (state or {}).items()}
+
+
+def training_summary(entries: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the report says of a run; its first and last losses are means over a twentieth of the steps."""
+    window = max(len(entries) // 20, 1)
+    losses = [entry["loss"] for entry in entries]
+    return {
+        "steps": len(entries),
+        "tokens": sum(entry["tokens"] for entry in entries),
+        "targets": round(sum(entry["positions"] for entry in entries)),
+        "loss_first": float(np.mean(losses[:window])),
+        "loss_last": float(np.mean(losses[-window:])),
+        "tokens_per_s": entries[-1]["tokens_per_s"],
+        "epochs": entries[-1]["epoch"],
+    }
