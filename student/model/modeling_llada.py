@@ -2,7 +2,7 @@
 
 The module names are upstream's (`model.transformer.blocks.N.ff_proj` …), so the checkpoints of GSAI-ML/LLaDA-8B
 and LLaDA-1.5 load with strict=True, and ours load there. It differs from upstream's remote code in what training a
-drafter needs: grouped key and value heads, attention layouts (`layouts_llada`), a prefix cache (`cache_llada`),
+drafter needs: grouped key and value heads, attention layouts (`attention`), a prefix cache (`prefix_cache`),
 ZeRO-3, activation checkpointing and torch.compile. Nothing in a forward waits for the device. There are no buffers:
 the rotary tables are computed once a forward (L x E / 2 sines and cosines), so a model made on the meta device is
 whole once its parameters are loaded.
@@ -26,9 +26,9 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MaskedLMOutput
 
-from .cache_llada import PrefixCache
+from .attention import AnchoredLayout, AttentionPlan, BlockCausalLayout, Layout, PackedLayout, attend
 from .configuration_llada import LladaConfig
-from .layouts_llada import AnchoredLayout, AttentionPlan, BlockCausalLayout, Layout, PackedLayout, attend
+from .prefix_cache import PrefixCache
 
 __all__ = [
     "AnchoredLayout",

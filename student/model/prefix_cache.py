@@ -1,6 +1,6 @@
 """The prefix cache of drafting: keys and values of clean tokens, one slot a request.
 
-Exact because clean tokens attend causally to clean tokens only (`layouts_llada.AnchoredLayout`): nothing that
+Exact because clean tokens attend causally to clean tokens only (`attention.AnchoredLayout`): nothing that
 follows a prefix changes its keys and values. Memory: 2 x layers x slots x capacity x n_kv_heads x head_dim
 numbers. The lengths live on the host, as the scheduler that rejects drafts knows them: a step never waits for the
 device. This file is copied beside exported weights and imports nothing of this project.

@@ -1,0 +1,249 @@
+"""Loading and saving a student: strict about keys and shapes, and self-contained on disk.
+
+A saved student is safetensors, tokenizer, config.json and the modelling files, so that
+`AutoModel.from_pretrained(directory, trust_remote_code=True)` needs torch and transformers only. Keys and config
+fields are upstream's, so upstream's code loads it too, and `load_student` loads upstream's checkpoints.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shared.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+    from student.model.configuration_llada import LladaConfig
+    from student.model.modeling_llada import LladaForMaskedDiffusion
+
+MODELLING_FILES = ("configuration_llada.py", "modeling_llada.py", "attention.py", "prefix_cache.py")
+AUTO_MAP = {
+    "AutoConfig": "configuration_llada.LladaConfig",
+    "AutoModel": "modeling_llada.LladaForMaskedDiffusion",
+    "AutoModelForMaskedLM": "modeling_llada.LladaForMaskedDiffusion",
+    "AutoModelForCausalLM": "modeling_llada.LladaForMaskedDiffusion",
+}
+
+
+def register() -> None:
+    """Make transformers' Auto classes know `llada` in this process."""
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+
+    from student.model.configuration_llada import LladaConfig
+    from student.model.modeling_llada import LladaForMaskedDiffusion
+
+    AutoConfig.register(LladaConfig.model_type, LladaConfig, exist_ok=True)
+    for auto in (AutoModel, AutoModelForMaskedLM, AutoModelForCausalLM):
+        auto.register(LladaConfig, LladaForMaskedDiffusion, exist_ok=True)
+
+
+def load_student(
+    directory: str | Path, dtype: torch.dtype | None = None, attention: str | None = None
+) -> tuple[LladaForMaskedDiffusion, Any]:
+    """The model and tokenizer of `directory`, a saved student or upstream's checkpoint.
+
+    Args:
+        dtype: of the weights; null takes the checkpoint's.
+        attention: `sdpa`, `flex_attention` or `eager`; null takes flex attention where there is a GPU.
+
+    Raises:
+        CheckpointError: if files are missing, keys are missing, extra or misshapen (all are listed), or the
+            tokenizer does not fit the config.
+    """
+    import torch
+
+    from student.model.modeling_llada import LladaForMaskedDiffusion
+
+    directory = Path(directory)
+    config = read_config(directory)
+    check_state({name: shape for name, (shape, _) in tensor_shapes(directory).items()}, config, directory)
+    tokenizer = _load_tokenizer(directory, config)
+    model = LladaForMaskedDiffusion.from_pretrained(
+        directory,
+        config=config,
+        dtype=dtype or "auto",
+        attn_implementation=attention or ("flex_attention" if torch.cuda.is_available() else "sdpa"),
+    )
+    return model, tokenizer
+
+
+def save_student(
+    model: LladaForMaskedDiffusion,
+    tokenizer: Any,
+    directory: str | Path,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+    max_shard_size: str = "5GB",
+) -> None:
+    """Write a self-contained checkpoint into `directory`.
+
+    Args:
+        state_dict: the weights where the model does not hold them whole (ZeRO-3, meta device).
+        max_shard_size: of one safetensors file.
+
+    Raises:
+        CheckpointError: if `state_dict` is not the model's (its keys are listed), or the tokenizer does not fit.
+    """
+    directory = Path(directory)
+    weights = dict(model.state_dict() if state_dict is None else state_dict)
+    check_state({name: tuple(tensor.shape) for name, tensor in weights.items()}, model.config, directory)
+    check_tokenizer(tokenizer, model.config, directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    model.config.auto_map = dict(AUTO_MAP)
+    model.save_pretrained(directory, state_dict=weights, max_shard_size=max_shard_size)
+    # save_pretrained records the module's dtype, which need not be that of the weights that were given.
+    model.config.dtype = next(iter(weights.values())).dtype
+    model.config.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    for name in MODELLING_FILES:
+        shutil.copyfile(Path(__file__).with_name(name), directory / name)
+
+
+def read_config(directory: Path) -> LladaConfig:
+    """The LLaDA config of a checkpoint.
+
+    Raises:
+        CheckpointError: if there is none, or it is not of a LLaDA model that this code computes.
+    """
+    from student.model.configuration_llada import LladaConfig
+
+    tree = read_config_tree(directory)
+    if tree.get("model_type") != LladaConfig.model_type:
+        raise CheckpointError(
+            f"{directory}/config.json is of a {tree.get('model_type')!r} model, expected 'llada'; "
+            "make a student of it with `student init`"
+        )
+    try:
+        return LladaConfig.from_dict(tree)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{directory}/config.json: {error}") from error
+
+
+def read_config_tree(directory: Path) -> dict[str, Any]:
+    """config.json as it stands.
+
+    Raises:
+        CheckpointError: if it is missing or not JSON.
+    """
+    path = directory / "config.json"
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(
+            f"{directory} holds no model: {path.name} cannot be read ({error.strerror}); "
+            "expected a directory that `student init` or save_pretrained wrote"
+        ) from error
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(tree, dict):
+        raise CheckpointError(f"{path} holds {type(tree).__name__}, expected a mapping")
+    return tree
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, whole or sharded.
+
+    Raises:
+        CheckpointError: if there are none, or the index names one that is not there.
+    """
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if single.exists():
+        return [single]
+    if not index.exists():
+        raise CheckpointError(f"{directory} has neither {single.name} nor {index.name}; convert it to safetensors")
+    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    missing = [name for name in names if not (directory / name).exists()]
+    if missing:
+        raise CheckpointError(f"{index} names {', '.join(missing)}, not in {directory}; copy the whole checkpoint")
+    return [directory / name for name in names]
+
+
+def tensor_shapes(directory: Path) -> dict[str, tuple[tuple[int, ...], Path]]:
+    """Name → (shape, file) of every stored tensor; reads headers only.
+
+    Raises:
+        CheckpointError: if a file is missing or damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    found = {}
+    for path in weight_files(directory):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (a handle, not a mapping)
+                    found[name] = (tuple(file.get_slice(name).get_shape()), path)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} is damaged ({error}); copy it again") from error
+    return found
+
+
+def expected_shapes(config: LladaConfig) -> dict[str, tuple[int, ...]]:
+    """Name → shape of the state dict of a model of this config."""
+    import torch
+
+    from student.model.modeling_llada import LladaForMaskedDiffusion
+
+    with torch.device("meta"):
+        model = LladaForMaskedDiffusion(config)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def check_state(found: Mapping[str, tuple[int, ...]], config: LladaConfig, source: Path | str) -> None:
+    """Hold the keys and shapes of a state dict against the config's.
+
+    Raises:
+        CheckpointError: listing every key that is missing, extra or of another shape.
+    """
+    expected = expected_shapes(config)
+    problems = [f"missing: {name}" for name in expected if name not in found]
+    problems += [f"extra: {name}" for name in found if name not in expected]
+    problems += [
+        f"shape of {name}: {list(found[name])}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and tuple(found[name]) != shape
+    ]
+    if problems:
+        shown = problems if len(problems) <= 40 else [*problems[:40], f"and {len(problems) - 40} more"]
+        raise CheckpointError(
+            f"{source} does not hold the weights that its config.json describes:\n  " + "\n  ".join(shown)
+        )
+
+
+def check_tokenizer(tokenizer: Any, config: LladaConfig, source: Path | str) -> None:
+    """Hold a tokenizer against the config.
+
+    Raises:
+        CheckpointError: if it has more tokens than the config, or another mask id.
+    """
+    if len(tokenizer) > config.vocab_size:
+        raise CheckpointError(
+            f"{source}: the tokenizer has {len(tokenizer)} tokens but the config's vocab_size is "
+            f"{config.vocab_size}; this is another model's tokenizer"
+        )
+    if config.mask_token_id >= len(tokenizer):
+        raise CheckpointError(
+            f"{source}: mask_token_id is {config.mask_token_id} but the tokenizer has {len(tokenizer)} tokens; "
+            "this is another model's tokenizer"
+        )
+    if tokenizer.mask_token_id is not None and tokenizer.mask_token_id != config.mask_token_id:
+        raise CheckpointError(
+            f"{source}: the tokenizer's mask is {tokenizer.mask_token!r} ({tokenizer.mask_token_id}), the config's "
+            f"mask_token_id is {config.mask_token_id}; this is another model's tokenizer"
+        )
+
+
+def _load_tokenizer(directory: Path, config: LladaConfig) -> Any:
+    from transformers import AutoTokenizer
+
+    if not (directory / "tokenizer.json").exists():
+        raise CheckpointError(f"{directory} has no tokenizer.json; copy the checkpoint's tokenizer beside its weights")
+    tokenizer = AutoTokenizer.from_pretrained(directory, config=config)
+    check_tokenizer(tokenizer, config, directory)
+    if tokenizer.mask_token_id is None:
+        # Upstream's tokenizer has the mask but does not register it.
+        tokenizer.mask_token = tokenizer.convert_ids_to_tokens(config.mask_token_id)
+    return tokenizer
