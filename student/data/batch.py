@@ -41,9 +41,9 @@ class MicroBatch:
     tokens: int
 
     @property
-    def weight(self) -> float:
-        """Sum of the target weights, this micro-batch's share of the global normalisation."""
-        return float(self.targets.weight.sum())
+    def target_count(self) -> int:
+        """N, this micro-batch's part of the number that the step's loss is divided by."""
+        return len(self.targets.realized_ids)
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same micro-batch on `device`."""

@@ -22,7 +22,7 @@ from shared.config import PipelineConfig, dump_config
 from shared.console import progress
 from shared.files import new_directory, write_text
 from student.data.feed import TrainingFeed
-from student.losses.normalization import global_scale
+from student.losses.normalization import loss_scale, sum_over_ranks
 from student.losses.terms import summarize
 from student.model.export import save_student
 from student.training import checkpoint
@@ -74,7 +74,9 @@ class TrainingRun:
         batches = list(
             self.feed.micro_batches(step, self.rank, self.tokenizer.mask_token_id, self.tokenizer.pad_token_id)
         )
-        scale = global_scale(sum(batch.weight for batch in batches), self.feed.order.accumulation, self.engine.device)
+        order = self.feed.order
+        targets = sum_over_ranks(torch.tensor(sum(batch.target_count for batch in batches), device=self.engine.device))
+        scale = loss_scale(int(targets), world_size=order.world_size, accumulation_steps=order.accumulation)
         sums = []
         for batch in batches:
             total, terms = self.engine(batch.to(self.engine.device))
@@ -82,14 +84,13 @@ class TrainingRun:
             self.engine.step()
             sums.append(terms)
         tokens = sums[0].new_tensor([sum(batch.tokens for batch in batches)])
-        reduced = torch.cat([torch.stack(sums).sum(0), tokens])
-        torch.distributed.all_reduce(reduced)
+        reduced = sum_over_ranks(torch.cat([torch.stack(sums).sum(0), tokens]))
         self.tokens += int(reduced[-1])
         elapsed = time.monotonic() - self.started
         return summarize(reduced[:-1]) | {
             "step": step + 1,
             "steps": self.feed.steps,
-            "epoch": (step + 1) / self.feed.order.steps_per_epoch,
+            "epoch": (step + 1) / order.steps_per_epoch,
             "learning_rate": self.engine.get_lr()[0],
             "grad_norm": float(self.engine.get_global_grad_norm()),
             "tokens": int(reduced[-1]),

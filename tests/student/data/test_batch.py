@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from student.data.batch import collate, take_positions
+from student.data.blocks import lay_out
+from tests.student.data.samples import make_sample
+
+
+def test_taking_positions_keeps_each_position_its_own_events() -> None:
+    targets = make_sample("a", 2, 9).targets
+    positions = np.array([7, 0, 7, 3])
+    taken = take_positions(targets, positions)
+    for row, position in enumerate(positions):
+        for holder, index in ((taken, row), (targets, position)):
+            events = range(holder.event_offsets[index], holder.event_offsets[index + 1])
+            listed = [
+                (
+                    float(holder.event_mass[e]),
+                    holder.members[holder.member_offsets[e] : holder.member_offsets[e + 1]].tolist(),
+                )
+                for e in events
+            ]
+            if holder is taken:
+                got = listed
+        assert got == listed
+        assert taken.tail[row] == targets.tail[position]
+
+
+def test_rows_are_padded_apart_and_targets_follow_their_positions() -> None:
+    samples = [make_sample("a", 3, 6), make_sample("b", 1, 4)]
+    rows = [lay_out(s, np.array([0, 2]), block_length=3, mask_id=99, max_length=100) for s in samples]
+    batch = collate(samples, rows, pad_id=7)
+    assert batch.input_ids.shape == (2, len(rows[0]))
+    padding = batch.document_ids[1] == -1
+    assert padding.sum() == len(rows[0]) - len(rows[1])
+    assert (batch.input_ids[1][padding] == 7).all()
+    assert batch.tokens == len(rows[0]) + len(rows[1])
+    # What stands at the supervised positions is masked, and its position says which token is wanted.
+    flat_positions = batch.position_ids.flatten()[batch.supervised]
+    row_of = batch.supervised // batch.input_ids.shape[1]
+    wanted = [samples[r].input_ids[p] for r, p in zip(row_of.tolist(), flat_positions.tolist(), strict=True)]
+    assert batch.targets.realized_ids.tolist() == wanted
+    assert (batch.input_ids.flatten()[batch.supervised] == 99).all()
+    # Blocks are numbered through the micro-batch, in order, depth 1 first.
+    starts = batch.targets.depth == 1
+    assert batch.targets.block[starts].tolist() == [0, 1, 2, 3]
+    assert torch.equal(batch.targets.block.diff() != 0, starts[1:])
+
+
+def test_event_masses_and_tail_sum_to_one_after_collation() -> None:
+    samples = [make_sample("a", 3, 6), make_sample("b", 1, 5)]
+    rows = [lay_out(s, np.array([0, 2, 4]), block_length=4, mask_id=99, max_length=100) for s in samples]
+    targets = collate(samples, rows, pad_id=0).targets
+    for n in range(len(targets.realized_ids)):
+        mass = targets.event_mass[targets.event_offsets[n] : targets.event_offsets[n + 1]].sum() + targets.tail[n]
+        assert abs(float(mass) - 1) < 1e-6
+    assert targets.member_offsets[-1] == len(targets.members)
+
+
+def test_depth_weights() -> None:
+    sample = make_sample("a", 3, 6)
+    row = lay_out(sample, np.array([1]), block_length=3, mask_id=99, max_length=100)
+    assert collate([sample], [row], pad_id=0, depth_decay=0.5).targets.weight.tolist() == [1, 0.5, 0.25]
+
+
+def test_an_empty_micro_batch_is_one_padding_token() -> None:
+    batch = collate([], [], pad_id=5)
+    assert batch.input_ids.tolist() == [[5]]
+    assert batch.document_ids.tolist() == [[-1]]
+    assert batch.target_count == 0
+    assert batch.tokens == 0

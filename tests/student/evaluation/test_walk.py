@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from shared.records import Record, Sampling
+from student.evaluation.walk import leading_matches, walk
+
+
+def record(name: str, response: list[int]) -> Record:
+    return Record(
+        sample_id=name,
+        prompt_id=name,
+        split="held_out",
+        skill=name[0],
+        messages=(),
+        prompt_text="",
+        prompt_ids=np.array([100, 101], np.int32),
+        response_ids=np.array(response, np.int32),
+        response_bytes=b"",
+        finish_reason="stop",
+        sampling=Sampling(0, 1, 0, 64, None),
+        distributions=None,
+    )
+
+
+class Oracle:
+    """Knows the responses; `shift` makes it propose what stands that many tokens later."""
+
+    def __init__(self, records: Sequence[Record], shift: int = 0, right: int = 99) -> None:
+        self.responses = {r.sample_id: r.response_ids for r in records}
+        self.shift, self.right, self.contexts = shift, right, []
+
+    def propose(self, request_ids: Sequence[str], contexts: Sequence[np.ndarray]) -> list[list[int]]:
+        self.contexts += [context.tolist() for context in contexts]
+        drafts = []
+        for request, context in zip(request_ids, contexts, strict=True):
+            start = len(context) - 2 + self.shift
+            draft = self.responses[request][start : start + 3].tolist()
+            drafts.append([t if i < self.right else -1 for i, t in enumerate(draft)])
+        return drafts
+
+    def release(self, request_ids: Sequence[str]) -> None:
+        for request in request_ids:
+            del self.responses[request]
+
+
+def test_a_perfect_drafter_is_accepted_to_the_end() -> None:
+    records = [record("a1", [1, 2, 3, 4, 5, 6, 7, 8, 9]), record("b1", [1, 2, 3])]
+    drafter = Oracle(records)
+    result = walk(drafter, records, draft_tokens=3, batch=2)
+    assert result.accepted == {"a1": [3, 3], "b1": [2]}
+    assert drafter.contexts[0] == [100, 101, 1], "the first response token is the teacher's own"
+    assert drafter.responses == {}, "requests are released"
+
+
+def test_after_n_accepted_tokens_the_teacher_adds_one() -> None:
+    records = [record("a1", [1, 2, 3, 4, 5, 6, 7, 8, 9])]
+    result = walk(Oracle(records, right=1), records, draft_tokens=3, batch=1)
+    assert result.accepted["a1"] == [1, 1, 1, 1]
+    assert result.mean_accepted == 1
+    assert result.by_depth() == [1, 0, 0]
+    assert result.by_skill() == {"a": 2}
+
+
+def test_a_drafter_that_is_off_by_one_is_worth_nothing() -> None:
+    records = [record("a1", list(range(1, 30)))]
+    assert walk(Oracle(records, shift=1), records, draft_tokens=3, batch=1).mean_accepted == 0
+
+
+@pytest.mark.parametrize(
+    ("draft", "realized", "matches"),
+    [([1, 2], [1, 2, 3], 2), ([1, 9, 3], [1, 2, 3], 1), ([], [1], 0), ([1, 2], [1], 1)],
+)
+def test_leading_matches(draft: list[int], realized: list[int], matches: int) -> None:
+    assert leading_matches(draft, realized) == matches
