@@ -94,9 +94,10 @@ def save_student(
     check_tokenizer(tokenizer, model.config, directory)
     directory.mkdir(parents=True, exist_ok=True)
     model.config.auto_map = dict(AUTO_MAP)
+    dtype = next(iter(weights.values())).dtype
     model.save_pretrained(directory, state_dict=weights, max_shard_size=max_shard_size)
     # save_pretrained records the module's dtype, which need not be that of the weights that were given.
-    model.config.dtype = next(iter(weights.values())).dtype
+    model.config.dtype = dtype
     model.config.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     for name in MODELLING_FILES:
