@@ -101,7 +101,7 @@ def _find(path: Path) -> Path:
 
 
 def _read_hugging_face(file: Path, tree: dict[str, Any]) -> TokenizerFile:
-    vocab = _model_vocabulary(file, tree["model"])
+    vocab = _model_vocabulary(tree["model"])
     added = tree["added_tokens"]
     size = max([*vocab.values(), *(entry["id"] for entry in added)], default=-1) + 1
     texts, tokens, is_special = [""] * size, [b""] * size, [True] * size
@@ -121,7 +121,7 @@ def _read_hugging_face(file: Path, tree: dict[str, Any]) -> TokenizerFile:
     return TokenizerFile(file, tokens, texts, is_special, tree, settings, _read_chat_template(file.parent, settings))
 
 
-def _model_vocabulary(file: Path, model: dict[str, Any]) -> dict[str, int]:
+def _model_vocabulary(model: dict[str, Any]) -> dict[str, int]:
     vocab = model["vocab"]
     if isinstance(vocab, dict):
         return vocab
@@ -145,12 +145,12 @@ class _ByteLevel:
 
 
 class _SentencePiece:
-    """Bytes of a token spelt as text with ▁ for the space, and `<0xNN>` for a byte where the model falls back to bytes."""
+    """Bytes of a token spelt as text with ▁ for the space, and `<0xNN>` for a byte if the model has byte fallback."""
 
     def __init__(self, byte_fallback: bool) -> None:
         self.byte_fallback = byte_fallback
 
-    def __call__(self, text: str, index: int) -> bytes:
+    def __call__(self, text: str, _index: int) -> bytes:
         if self.byte_fallback and len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
             return bytes([int(text[3:5], 16)])
         return text.replace(SPACE_SYMBOL, " ").encode()
@@ -170,11 +170,11 @@ def _byte_recovery(file: Path, tree: dict[str, Any]) -> _ByteLevel | _SentencePi
     if replaces_space:
         return _SentencePiece(bool(model.get("byte_fallback")))
     prefix = model.get("continuing_subword_prefix")
-    odd = next((text for text in _model_vocabulary(file, model) if prefix and text.startswith(prefix)), None)
+    odd = next((text for text in _model_vocabulary(model) if prefix and text.startswith(prefix)), None)
     example = f"; token {odd!r} may or may not follow a space" if odd else ""
     raise VocabularyError(
-        f"{file}: a {model.get('type')} model whose pre-tokenizer and decoder are {sorted(kinds) or 'absent'} drops the spaces "
-        f"between tokens, so the bytes of its tokens cannot be recovered{example}; "
+        f"{file}: a {model.get('type')} model whose pre-tokenizer and decoder are {sorted(kinds) or 'absent'} drops "
+        f"the spaces between tokens, so the bytes of its tokens cannot be recovered{example}; "
         "expected a byte-level BPE, or SentencePiece with ▁ for the space"
     )
 
@@ -242,8 +242,8 @@ def _read_tiktoken(file: Path, content: bytes, specials: dict[str, int], pattern
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error):
             raise VocabularyError(
-                f"{file}: line {number} is not 'BASE64 RANK', so this is not a tiktoken file; a SentencePiece .model must be "
-                "converted first: transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...) writes tokenizer.json"
+                f"{file}: line {number} is not 'BASE64 RANK', so this is not a tiktoken file; a SentencePiece .model "
+                "must be converted first: AutoTokenizer.from_pretrained(...).save_pretrained(...) writes tokenizer.json"
             ) from None
     if not ranks:
         raise VocabularyError(f"{file} is empty; expected one 'BASE64 RANK' per line")
@@ -265,7 +265,7 @@ def _from_ranks(file: Path, ids: dict[bytes, int], specials: dict[str, int], pat
         texts[index] = text
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    tree = {
+    tree: dict[str, Any] = {
         "version": "1.0",
         "truncation": None,
         "padding": None,

@@ -140,8 +140,8 @@ class Vocabulary:
         expected = metadata.get(b"fingerprint", b"").decode()
         if expected and expected != vocabulary.fingerprint:
             raise VocabularyError(
-                f"the vocabulary table has the fingerprint {vocabulary.fingerprint[:12]} but was written with {expected[:12]}: "
-                "it is damaged; copy it again from where the dataset was collected"
+                f"the vocabulary table has the fingerprint {vocabulary.fingerprint[:12]} but was written with "
+                f"{expected[:12]}: it is damaged; copy it again from where the dataset was collected"
             )
         return vocabulary
 
@@ -196,8 +196,8 @@ class Encoder:
         own = Vocabulary(file.tokens, np.array(file.is_special, dtype=np.bool_), file.texts, find_roles(file))
         if vocabulary is not None and vocabulary.fingerprint != own.fingerprint:
             raise VocabularyError(
-                f"{path} has the fingerprint {own.fingerprint[:12]} ({len(own)} tokens), expected {vocabulary.fingerprint[:12]} "
-                f"({len(vocabulary)} tokens): it is another tokenizer"
+                f"{path} has the fingerprint {own.fingerprint[:12]} ({len(own)} tokens), expected "
+                f"{vocabulary.fingerprint[:12]} ({len(vocabulary)} tokens): it is another tokenizer"
             )
         return cls(file, vocabulary or own)
 
@@ -217,13 +217,13 @@ class Encoder:
         valid = [piece for parts in pieces for piece in parts if isinstance(piece, str)]
         encodings = iter(self._backend.encode_batch(valid, add_special_tokens=False))
         results = []
-        for text, parts in zip(texts, pieces, strict=True):
+        for parts in pieces:
             ids = [
                 index
                 for piece in parts
                 for index in (next(encodings).ids if isinstance(piece, str) else self._encode_raw(piece))
             ]
-            self._check(ids, parts, text)
+            self._check(ids, parts)
             results.append(np.array(ids, dtype=np.int32))
         return results
 
@@ -234,7 +234,7 @@ class Encoder:
         characters = text.decode("utf-8", "ignore") if isinstance(text, bytes) else text
         return bool(self._normalizer.normalize_str(characters) != characters)
 
-    def _check(self, ids: list[int], parts: list[str | bytes], text: str | bytes) -> None:
+    def _check(self, ids: list[int], parts: list[str | bytes]) -> None:
         expected = b"".join(part.encode() if isinstance(part, str) else part for part in parts)
         try:
             actual = b"".join([self.vocabulary.tokens[index] for index in ids])
@@ -246,8 +246,8 @@ class Encoder:
                 min(len(actual), len(expected)),
             )
             raise VocabularyError(
-                f"the tokenizer gives tokens of other bytes for {expected[max(0, at - 20) : at + 20]!r}: it has no tokens for "
-                f"{expected[at : at + 8]!r}; expected a vocabulary with all 256 bytes, or byte fallback"
+                f"the tokenizer gives tokens of other bytes for {expected[max(0, at - 20) : at + 20]!r}: it has no "
+                f"tokens for {expected[at : at + 8]!r}; expected a vocabulary with all 256 bytes, or byte fallback"
             )
 
     def _encode_raw(self, data: bytes) -> list[int]:
@@ -257,7 +257,8 @@ class Encoder:
         missing = next((byte for byte in data if byte not in self._byte_ids), None)
         if missing is not None:
             raise VocabularyError(
-                f"the tokenizer has no token for the single byte 0x{missing:02X}; expected all 256 bytes, or byte fallback"
+                f"the tokenizer has no token for the single byte 0x{missing:02X}; "
+                "expected all 256 bytes, or byte fallback"
             )
         return [self._byte_ids[byte] for byte in data]
 
@@ -273,7 +274,7 @@ class Encoder:
 def load_tokenizer(
     path: str | Path, roles: Mapping[str, int | str] | None = None, **reading: Any
 ) -> tuple[Vocabulary, Encoder]:
-    """The vocabulary and the encoder of the tokenizer at `path`, read once; errors as for `Vocabulary.from_tokenizer`."""
+    """The vocabulary and the encoder of the tokenizer at `path`, read once; errors as `Vocabulary.from_tokenizer`."""
     file = read_tokenizer_file(Path(path), **reading)
     vocabulary = Vocabulary(file.tokens, np.array(file.is_special, dtype=np.bool_), file.texts, find_roles(file, roles))
     return vocabulary, Encoder(file, vocabulary)

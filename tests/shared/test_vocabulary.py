@@ -25,8 +25,9 @@ TEXTS = [
 ]
 
 LLAMA3_TEMPLATE = (
-    "{% for m in messages %}{% if loop.first %}{{ bos_token }}{% endif %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
-    "{{ m.content | trim }}<|eot_id|>{% endfor %}"
+    "{% for m in messages %}{% if loop.first %}{{ bos_token }}{% endif %}"
+    "<|start_header_id|>{{ m.role }}<|end_header_id|>"
+    "\n\n{{ m.content | trim }}<|eot_id|>{% endfor %}"
 )
 CHATML_TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 INST_TEMPLATE = (
@@ -181,7 +182,7 @@ def test_an_id_with_two_roles_means_the_conversational_one(tmp_path: Path) -> No
     }
 
 
-def test_an_override_wins_and_is_checked(llama3: tuple[Vocabulary, Encoder]) -> None:
+def test_an_override_wins_and_is_checked() -> None:
     assert Vocabulary.from_tokenizer(LLAMA3, {"end_of_turn": "<|eot_id|>", "pad": 128004}).roles == {
         "end_of_turn": 128009,
         "pad": 128004,
@@ -248,7 +249,7 @@ def test_a_bad_file_gets_one_clear_message(name: str, content: str | None, messa
 
 
 def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(VocabularyError, match="holds no tokenizer.json"):
+    with pytest.raises(VocabularyError, match=r"holds no tokenizer\.json"):
         Vocabulary.from_tokenizer(tmp_path)
 
 
