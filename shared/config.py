@@ -91,7 +91,11 @@ class StudentTokenizerConfig(Section):
     """The student's vocabulary: its own, trained on the dataset's training text, or an existing one."""
 
     kind: Literal["trained", "checkpoint", "teacher"] = "checkpoint"
-    vocab_size: PositiveInt = 8192
+    vocab_size: PositiveInt = Field(8192, description="Of a trained tokenizer: its tokens, specials included.")
+    individual_digits: bool = Field(False, description="Of a trained tokenizer: every digit is its own token.")
+    mask_token: str | None = Field(
+        None, description="An unused special token to serve as mask; null appends one where there is none."
+    )
 
 
 class StudentConfig(Section):
@@ -103,6 +107,9 @@ class StudentConfig(Section):
     revision: str | None = None
     layers: list[int] | None = Field(None, description="Layers of the checkpoint to keep, in order; null keeps all.")
     shape: dict[str, Any] = Field(default_factory=dict, description="LladaConfig fields for a random start.")
+    weight_tying: bool | None = Field(
+        None, description="false gives a checkpoint that ties its embeddings a head of its own; null keeps what it has."
+    )
     tokenizer: StudentTokenizerConfig = StudentTokenizerConfig()
     max_sequence_length: PositiveInt = 4096
 
