@@ -1,0 +1,96 @@
+"""A mistake of the user gets one message with the value and the fix, exit code 2 and no traceback, and leaves nothing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+DEMO = ROOT / "configs" / "demo.yaml"
+TEACHER, STUDENT = "teacher.cli", "student.cli"
+
+
+def demo_in(directory: Path, **changes: Any) -> Path:
+    """The demo's config with its runs in `directory`; a change's key is a path such as `collect.prompts`."""
+    tree = yaml.safe_load(DEMO.read_text())
+    tree["runs"] = str(directory / "runs")
+    for key, value in changes.items():
+        node = tree
+        *parents, last = key.split("__")
+        for parent in parents:
+            node = node[parent]
+        if value is None:
+            node.pop(last)
+        else:
+            node[last] = value
+    path = directory / "config.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def command(module: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", module, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT
+    )
+
+
+def assert_refused(done: subprocess.CompletedProcess[str], directory: Path, *parts: str) -> None:
+    message = " ".join(done.stderr.split())
+    assert done.returncode == 2, message
+    assert "Traceback" not in message
+    assert "error:" in message
+    for part in parts:
+        assert part in message
+    assert not (directory / "runs").exists(), "nothing is left behind"
+
+
+@pytest.mark.parametrize("module_and_command", [(TEACHER, "collect"), (STUDENT, "train")])
+def test_an_unknown_key_is_named_with_the_one_that_was_meant(
+    tmp_path: Path, module_and_command: tuple[str, str]
+) -> None:
+    path = demo_in(tmp_path, train__learing_rate=0.1)
+    done = command(*module_and_command, path)
+    assert_refused(done, tmp_path, "train.learing_rate: unknown key", "did you mean 'learning_rate'?")
+
+
+def test_a_missing_key_is_named(tmp_path: Path) -> None:
+    done = command(TEACHER, "collect", demo_in(tmp_path, collect__decoding=None))
+    assert_refused(done, tmp_path, "collect.decoding: missing")
+
+
+def test_a_missing_config_file_is_named(tmp_path: Path) -> None:
+    done = command(STUDENT, "train", tmp_path / "no.yaml")
+    assert_refused(done, tmp_path, "cannot read the config", "no.yaml")
+
+
+def test_an_override_that_is_no_assignment(tmp_path: Path) -> None:
+    done = command(STUDENT, "train", demo_in(tmp_path), "--set", "train.loss")
+    assert_refused(done, tmp_path, "--set 'train.loss' is not KEY.PATH=VALUE")
+
+
+def test_a_missing_prompts_file(tmp_path: Path) -> None:
+    done = command(TEACHER, "collect", demo_in(tmp_path, collect__prompts=str(tmp_path / "none.jsonl")))
+    assert_refused(done, tmp_path, "none.jsonl")
+
+
+def test_an_empty_prompts_file(tmp_path: Path) -> None:
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("\n")
+    done = command(TEACHER, "collect", demo_in(tmp_path, collect__prompts=str(empty)))
+    assert_refused(done, tmp_path, "empty.jsonl", "no prompt")
+
+
+def test_k_larger_than_the_vocabulary(tmp_path: Path) -> None:
+    done = command(TEACHER, "collect", demo_in(tmp_path, collect__top_k=60000))
+    assert_refused(done, tmp_path, "60000", "49152")
+
+
+@pytest.mark.parametrize("name", ["init", "prepare", "train", "evaluate", "speculate"])
+def test_a_directory_that_holds_no_dataset(tmp_path: Path, name: str) -> None:
+    done = command(STUDENT, name, demo_in(tmp_path))
+    assert_refused(done, tmp_path, str(tmp_path / "runs"))
