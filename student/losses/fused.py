@@ -2,19 +2,20 @@
 
 Method: positions go through the head in chunks of whole blocks (the path term couples a block's positions, so it
 stays exact). Within a chunk the logits are made once; three vectors (log q of realized tokens, events, tail) are read
-off them; `reference.combine` turns these into the loss, and autograd on the small vectors alone gives the loss's
-slopes. With those the chunk of logits is overwritten by its own gradient,
+off them; `reference.combine` turns these into the loss, and autograd on the small vectors alone gives its slopes g.
+With P the softmax over the tokens outside the events and G = g_realized + sum_e g_e + g_tail, the gradient of the
+chunk's logits follows in place,
 
-    dL/dz_v = exp(z_v - lse_rest) (g_tail - G q_tail)      for v in no event, G = g_realized + sum_e g_e + g_tail
+    dL/dz_v = P_v (g_tail - G q_tail)                      for v in no event
     dL/dz_v = g_e exp(z_v - lse_e) - G exp(z_v - lse)      for v in event e
     plus g_realized at the realized token,
 
-and multiplied into the gradients of the hidden states and the head at once, as Liger's fused linear cross-entropy
-(arXiv:2410.10989) does. So there are three matrix products in all, the plain computation's number, and backward only
+and goes into the gradients of the hidden states and the head at once, as in Liger's fused linear cross-entropy
+(arXiv:2410.10989). So there are three matrix products in all, the plain computation's number, and backward only
 scales what forward has computed.
 
-Cost beyond the gradients themselves: `chunk_bytes` (its float32 logits; twice for half-precision parameters). The
-gradient of the head is summed in float32. There is no second derivative.
+Cost beyond the gradients themselves: one float32 slice of the logits of `chunk_bytes` and a quarter of it for scratch
+(half-precision parameters add half a slice). The head's gradient is summed in float32. There is no second derivative.
 
 Legend: N positions, C positions of a chunk, V vocabulary, D hidden size, E events, M members.
 """
@@ -33,7 +34,11 @@ from student.losses.settings import LossSettings
 from student.losses.targets import TargetBatch
 from student.losses.terms import LossTerms, terms_from_sums
 
-DEFAULT_CHUNK_BYTES = 64 << 20
+# Slices large enough that re-reading the head's gradient for each costs less than its product. The GPU's is the
+# number of positions that Liger picks for a LLaMA-sized head.
+DEFAULT_CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
+# Rows of the head that are converted at a time where its gradient changes precision.
+_HEAD_ROWS = 8192
 
 
 def distillation_loss(
@@ -42,7 +47,7 @@ def distillation_loss(
     targets: TargetBatch,
     settings: LossSettings,
     *,
-    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> LossTerms:
     """`reference.distillation_loss(hidden_NxD @ head_weight_VxD.T, …)`, chunked; equal in values and gradients.
 
@@ -50,12 +55,15 @@ def distillation_loss(
     that need no gradient, cost nothing. With N = 0 the total is 0 and both gradients are zeros, so ranks stay in step.
 
     Args:
-        chunk_bytes: bound on the float32 logits held at once; a chunk has at least one block whatever it says.
+        chunk_bytes: bound on one float32 slice of logits; a slice has at least one block whatever it says. None takes
+            the device's default.
     """
     if torch.is_autocast_enabled(hidden_NxD.device.type):
         dtype = torch.get_autocast_dtype(hidden_NxD.device.type)
         hidden_NxD, head_weight_VxD = hidden_NxD.to(dtype), head_weight_VxD.to(dtype)
     hidden_NxD = hidden_NxD.to(head_weight_VxD.dtype)
+    if chunk_bytes is None:
+        chunk_bytes = DEFAULT_CHUNK_BYTES.get(hidden_NxD.device.type, DEFAULT_CHUNK_BYTES["cpu"])
     grad = torch.is_grad_enabled()
     needs = (grad and hidden_NxD.requires_grad, grad and head_weight_VxD.requires_grad)
     total, sums = _ChunkedLoss.apply(hidden_NxD, head_weight_VxD, targets, settings, chunk_bytes, needs)
@@ -96,7 +104,7 @@ def _scale(gradient: Tensor, factor: Tensor) -> None:
         gradient.mul_(factor)
         return
     # A bfloat16 factor would tilt every gradient by up to 0.4 %.
-    for part in gradient.split(8192):
+    for part in gradient.split(_HEAD_ROWS):
         part.copy_(part.to(factor.dtype) * factor)
 
 
@@ -118,22 +126,26 @@ def _forward(
     needs_head: bool,
 ) -> _Result:
     accumulate = torch.float64 if head_VxD.dtype == torch.float64 else torch.float32
-    hidden_grad_NxD = torch.zeros_like(hidden_NxD) if needs_hidden else None
+    hidden_grad_NxD = torch.empty_like(hidden_NxD, memory_format=torch.contiguous_format) if needs_hidden else None
     head_grad_VxD = torch.zeros(head_VxD.shape, dtype=accumulate, device=head_VxD.device) if needs_head else None
     chunk_rows = max(1, chunk_bytes // (head_VxD.shape[0] * 4))
     total: Tensor | None = None
     sums: Tensor | None = None
     for start, stop, chunk in _chunks(targets, chunk_rows):
         hidden_CxD = hidden_NxD[start:stop]
-        logits_CxV = (hidden_CxD @ head_VxD.T).to(accumulate)
-        terms = _chunk_terms(logits_CxV, chunk, settings, gradient=needs_hidden or needs_head)
+        terms, slope_CxV = _chunk_terms(
+            hidden_CxD @ head_VxD.T, chunk, settings, accumulate, gradient=needs_hidden or needs_head
+        )
         total = terms.total if total is None else total + terms.total
         sums = terms.sums() if sums is None else sums + terms.sums()
-        # From here `logits_CxV` holds the loss's gradient with respect to the logits.
+        if slope_CxV is None:
+            continue
+        slope_CxV = slope_CxV.to(head_VxD.dtype)
         if hidden_grad_NxD is not None:
-            hidden_grad_NxD[start:stop] = logits_CxV.to(head_VxD.dtype) @ head_VxD
+            torch.mm(slope_CxV, head_VxD, out=hidden_grad_NxD[start:stop])
         if head_grad_VxD is not None:
-            head_grad_VxD.addmm_(logits_CxV.T, hidden_CxD.to(accumulate))
+            _add_product(head_grad_VxD, slope_CxV, hidden_CxD)
+        del slope_CxV  # before the next slice is made
     assert total is not None
     assert sums is not None
     if head_grad_VxD is not None:
@@ -141,21 +153,24 @@ def _forward(
     return _Result(total, sums, hidden_grad_NxD, head_grad_VxD)
 
 
-def _chunk_terms(logits_CxV: Tensor, targets: TargetBatch, settings: LossSettings, *, gradient: bool) -> LossTerms:
-    """The chunk's terms; on return `logits_CxV` holds d total / d logits if `gradient`, and is spoilt otherwise."""
+def _chunk_terms(
+    logits_CxV: Tensor, targets: TargetBatch, settings: LossSettings, accumulate: torch.dtype, *, gradient: bool
+) -> tuple[LossTerms, Tensor | None]:
+    """The chunk's terms, and d total / d logits in `accumulate` if `gradient`. Spoils `logits_CxV`."""
     rows_C = torch.arange(len(targets), device=logits_CxV.device)
     rows_E, events_M = targets.event_rows(), targets.member_events()
     rows_M = rows_E[events_M]
-    realized_C = logits_CxV[rows_C, targets.realized_ids]
-    member_M = logits_CxV[rows_M, targets.members]
+    realized_C = logits_CxV[rows_C, targets.realized_ids].to(accumulate)
+    member_M = logits_CxV[rows_M, targets.members].to(accumulate)
 
-    # The rest of the vocabulary, in place: logits become exp(logit - peak).
-    logits_CxV[rows_M, targets.members] = -torch.inf
+    # The tokens outside the events. A finite floor instead of -inf keeps a row finite where there are none.
+    floor = torch.finfo(logits_CxV.dtype).min
+    logits_CxV[rows_M, targets.members] = floor
     peak_C, top1_C = logits_CxV.max(dim=1)
-    top1_C = _top1(peak_C, top1_C, member_M, rows_M, targets.members)
-    peak_C = torch.where(peak_C.isneginf(), 0, peak_C)
-    rest_sum_C = logits_CxV.sub_(peak_C[:, None]).exp_().sum(dim=1)
-    rest_C = rest_sum_C.log() + peak_C
+    rest_CxV = _softmax(logits_CxV, accumulate)
+    has_rest_C = peak_C > floor
+    peak_C = peak_C.to(accumulate)
+    rest_C = torch.where(has_rest_C, peak_C - rest_CxV[rows_C, top1_C].log(), -torch.inf)
     event_E = segment_logsumexp(member_M, events_M, len(rows_E))
     normalizer_C = torch.logaddexp(rest_C, segment_logsumexp(event_E, rows_E, len(targets)))
 
@@ -163,26 +178,42 @@ def _chunk_terms(logits_CxV: Tensor, targets: TargetBatch, settings: LossSetting
         realized_N=(realized_C - normalizer_C).requires_grad_(gradient),
         event_E=(event_E - normalizer_C[rows_E]).requires_grad_(gradient),
         tail_N=(rest_C - normalizer_C).requires_grad_(gradient),
-        top1_N=top1_C,
+        top1_N=_top1(peak_C, top1_C, member_M, rows_M, targets.members),
     )
     with torch.set_grad_enabled(gradient):
         terms = combine(student, targets, settings)
     if not gradient:
-        return terms
+        return terms, None
     leaves = (student.realized_N, student.event_E, student.tail_N)
-    slopes = torch.autograd.grad(terms.total, leaves, materialize_grads=True)
+    realized_g_C, event_g_E, tail_g_C = torch.autograd.grad(terms.total, leaves, materialize_grads=True)
     terms.total = terms.total.detach()
-    realized_slope_C, event_slope_E, tail_slope_C = slopes
-    slope_sum_C = (realized_slope_C + tail_slope_C).index_add(0, rows_E, event_slope_E)
+    sum_g_C = (realized_g_C + tail_g_C).index_add(0, rows_E, event_g_E)
 
-    tail_q_C = (rest_C - normalizer_C).exp()
-    coefficient_C = (tail_slope_C - slope_sum_C * tail_q_C) / rest_sum_C.where(rest_sum_C > 0, 1)
-    logits_CxV.mul_(coefficient_C[:, None])
-    finite_event_M = event_E.where(event_E > -torch.inf, 0)[events_M]
-    inside_M = event_slope_E[events_M] * (member_M - finite_event_M).exp()
-    logits_CxV[rows_M, targets.members] = inside_M - slope_sum_C[rows_M] * (member_M - normalizer_C[rows_M]).exp()
-    logits_CxV[rows_C, targets.realized_ids] += realized_slope_C
-    return terms
+    slope_CxV = rest_CxV.mul_((tail_g_C - sum_g_C * (rest_C - normalizer_C).exp())[:, None])
+    event_M = event_E.where(event_E > -torch.inf, 0)[events_M]
+    slope_CxV[rows_M, targets.members] = (
+        event_g_E[events_M] * (member_M - event_M).exp() - sum_g_C[rows_M] * (member_M - normalizer_C[rows_M]).exp()
+    )
+    slope_CxV[rows_C, targets.realized_ids] += realized_g_C
+    return terms, slope_CxV
+
+
+def _softmax(logits_CxV: Tensor, dtype: torch.dtype) -> Tensor:
+    """Row-wise softmax in `dtype`, over the logits where that is theirs; a quarter of a slice at a time is extra."""
+    probabilities_CxV = logits_CxV if logits_CxV.dtype == dtype else torch.empty_like(logits_CxV, dtype=dtype)
+    rows = max(1, -(-len(logits_CxV) // 4))
+    for source, destination in zip(logits_CxV.split(rows), probabilities_CxV.split(rows), strict=True):
+        destination.copy_(torch.softmax(source, dim=1, dtype=dtype))
+    return probabilities_CxV
+
+
+def _add_product(head_grad_VxD: Tensor, slope_CxV: Tensor, hidden_CxD: Tensor) -> None:
+    """`head_grad_VxD += slope_CxV.T @ hidden_CxD`; a half-precision product is added up in float32, part by part."""
+    if head_grad_VxD.dtype == slope_CxV.dtype:
+        head_grad_VxD.addmm_(slope_CxV.T, hidden_CxD)
+        return
+    for part_RxD, slope_CxR in zip(head_grad_VxD.split(_HEAD_ROWS), slope_CxV.split(_HEAD_ROWS, dim=1), strict=True):
+        part_RxD += slope_CxR.T @ hidden_CxD
 
 
 def _top1(peak_C: Tensor, top1_C: Tensor, member_M: Tensor, rows_M: Tensor, members: Tensor) -> Tensor:

@@ -1,11 +1,12 @@
 """Which temperatures a truncated row supports, by bounds on its tail.
 
-At T ≠ 1 a distribution is raised to 1/T and normalised. The rows say how the events' masses change, but not how the
-tail's does: a tail of mass r over n tokens becomes r^(1/T) if one token holds it all and n^(1 - 1/T) r^(1/T) if all hold
-the same, and everything between is possible (1/T < 1 is concave, 1/T > 1 convex: the two exchange places). The share of
-the softened target that may lie on either side of the tail's border is the unknown share; it is 0 at T = 1 and for
-complete rows. Above a limit the temperature is refused: `reference.event_kl` would soften some other distribution than
-the teacher's. Numpy, linear in the number of events; runs before training.
+At T ≠ 1 a distribution is raised to 1/T and normalised. The rows say how the events' masses change, but not how
+the tail's does: a tail of mass r over n tokens becomes r^(1/T) if one token holds it all and n^(1 - 1/T) r^(1/T) if
+all hold the same, and everything between is possible (1/T < 1 is concave, 1/T > 1 convex: the two exchange places).
+The share of the softened target that may lie on either side of the tail's border is the unknown share; it is 0 at
+T = 1 and for complete rows. Above a limit the temperature is refused: `reference.event_kl`, which tempers the tail
+as one event, would then soften some other distribution than the teacher's. Numpy, linear in the number of events;
+runs before training.
 """
 
 from __future__ import annotations
@@ -71,9 +72,9 @@ def check_temperature(
     support = temperature_support(targets, temperature, vocabulary_size)
     if temperature != 1 and support.unknown > max_unknown_share:
         raise ConfigError(
-            f"train.temperature is {temperature}, but the stored rows do not support it: at that temperature their tail "
-            f"may hold between {support.lower:.1%} and {support.upper:.1%} of the mass (mean of {support.positions} "
-            f"positions), so {support.unknown:.1%} is unknown, expected at most {max_unknown_share:.1%} "
-            "(train.max_unknown_share): use a temperature closer to 1, or collect with a larger collect.top_k"
+            f"train.temperature is {temperature}, but the stored rows do not support it: there their tail may hold "
+            f"{support.lower:.1%} to {support.upper:.1%} of the mass (means of {support.positions} positions), so "
+            f"{support.unknown:.1%} is unknown, expected at most {max_unknown_share:.1%} (train.max_unknown_share): "
+            "use a temperature closer to 1, or collect with a larger collect.top_k"
         )
     return support
