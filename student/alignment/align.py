@@ -1,0 +1,153 @@
+"""From a teacher's record to an aligned sample: the one entry of this package for a single response."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from shared.config import PrepareConfig
+from shared.records import Record
+from shared.vocabulary import Encoder, Vocabulary
+from student.alignment.reference import ReferenceAlignment, Targets
+from student.alignment.spans import Spans, lay_spans, transliterate
+from student.alignment.tables import PairTables, pair_tables
+from student.alignment.targets import AlignedSample, SparseTargets
+
+
+class Aligner:
+    """Aligns the records of one dataset for one student.
+
+    Args:
+        teacher, student: the two vocabularies.
+        encoder: the student's.
+        prepare: settings; None takes the defaults.
+        teacher_encoder: the teacher's. Without it the teacher's tokenization of student tokens is taken as greedy.
+        reference: compute with the readable reference instead of the fast path.
+        cache: directory of the pair tables; None takes the user's cache.
+
+    Raises:
+        VocabularyError: if one tokenizer has no tokens for bytes of the other.
+    """
+
+    def __init__(
+        self,
+        teacher: Vocabulary,
+        student: Vocabulary,
+        encoder: Encoder,
+        prepare: PrepareConfig | None = None,
+        *,
+        teacher_encoder: Encoder | None = None,
+        reference: bool = False,
+        cache: Path | None = None,
+    ) -> None:
+        self.prepare = prepare or PrepareConfig()
+        self.tables: PairTables = pair_tables(teacher, student, encoder, teacher_encoder, cache)
+        self.reference = reference
+
+    def align(self, record: Record) -> AlignedSample | None:
+        """The aligned sample, or None for a record that has nothing to learn from or must not be used.
+
+        `align_counted` says why.
+        """
+        return self.align_counted(record)[0]
+
+    def align_counted(self, record: Record) -> tuple[AlignedSample | None, Counter[str]]:
+        """The aligned sample and what was met on the way.
+
+        Counts of records: `records`, and, where they are refused, `empty`, `bytes_mismatch`, `outside_vocabulary`,
+        `dropped_changed_text`; `changed_text` and `cut_character` for those that are kept.
+        Counts of positions: `positions`, `soft`, `conditional` (inside a teacher token), `disagreements`,
+        `below_known_mass`, `unusable_rows`, `unknown_realized`; of tokens: `teacher_tokens`, `dropped_specials`,
+        `inner_specials`; sums: `mapped_mass` over soft positions.
+        """
+        counts: Counter[str] = Counter(records=1)
+        refusal = self._refusal(record, counts)
+        if refusal:
+            counts[refusal] += 1
+            return None, counts
+        spans = lay_spans(self.tables, record.response_ids)
+        targets = self._targets(record, spans)
+        counts += targets.counts
+        prompt_ids = transliterate(self.tables, record.prompt_ids, counts)
+        soft = ~np.isnan(targets.sparse.tail)
+        inner = self.tables.teacher.is_special[record.response_ids[:-1]].sum()
+        counts += Counter(
+            positions=len(spans.ids),
+            soft=int(soft.sum()),
+            conditional=int((~spans.is_anchor).sum()),
+            unknown_realized=int(np.isnan(targets.realized_logprob).sum()),
+            teacher_tokens=len(record.response_ids),
+            dropped_specials=int(self.tables.teacher.is_special[record.response_ids].sum() - spans.is_special.sum()),
+            inner_specials=int(inner),
+        )
+        counts["mapped_mass"] += float((1 - targets.sparse.tail[soft]).sum())  # type: ignore[assignment]
+        sampled = record.distributions.sampled if record.distributions else np.full(len(record.response_ids), np.nan)
+        sample = AlignedSample(
+            sample_id=record.sample_id,
+            prompt_id=record.prompt_id,
+            split=record.split,
+            rule=record.sampling.rule,
+            skill=record.skill,
+            input_ids=np.concatenate([prompt_ids, spans.ids]).astype(np.int32),
+            prompt_length=len(prompt_ids),
+            byte_ends=spans.ends,
+            is_anchor=spans.is_anchor,
+            teacher_index=spans.teacher_index,
+            realized_logprob=targets.realized_logprob,
+            targets=targets.sparse,
+            teacher_ids=np.asarray(record.response_ids, dtype=np.int32),
+            teacher_byte_ends=spans.teacher_ends,
+            teacher_sampled_logprob=np.asarray(sampled, dtype=np.float32),
+            anchor_logprob=targets.anchor_logprob,
+        )
+        return sample, counts
+
+    def transliterate(self, teacher_ids: ArrayLike) -> NDArray[np.int32]:
+        """The student's ids of a text in the teacher's ids: text re-encoded, specials by role or left out.
+
+        Raises:
+            VocabularyError: if an id is outside the teacher's vocabulary.
+        """
+        return transliterate(self.tables, teacher_ids)
+
+    def _refusal(self, record: Record, counts: Counter[str]) -> str | None:
+        teacher = self.tables.teacher
+        if not len(record.response_ids):
+            return "empty"
+        for ids in (record.prompt_ids, record.response_ids):
+            if len(ids) and (ids.min() < 0 or ids.max() >= len(teacher)):
+                return "outside_vocabulary"
+        if teacher.decode(record.response_ids) != record.response_bytes:
+            return "bytes_mismatch"
+        if self.tables.identity:
+            return None
+        if self.tables.student_encoder.changed_by_normalizer(record.response_bytes):
+            counts["changed_text"] += 1
+            if self.prepare.changed_text == "drop":
+                return "dropped_changed_text"
+        try:
+            record.response_bytes.decode()
+        except UnicodeDecodeError:
+            counts["cut_character"] += 1
+        return None
+
+    def _targets(self, record: Record, spans: Spans) -> Targets:
+        if record.distributions is None:
+            return _no_targets(len(spans.ids))
+        return ReferenceAlignment(self.tables, spans, record.distributions, self.prepare.min_known_mass).compute()
+
+
+def _no_targets(count: int) -> Targets:
+    unknown = np.full(count, np.nan, np.float32)
+    sparse = SparseTargets(
+        event_offsets=np.zeros(count + 1, np.int64),
+        event_mass=np.empty(0, np.float32),
+        member_offsets=np.zeros(1, np.int64),
+        members=np.empty(0, np.int32),
+        tail=unknown,
+        known=unknown,
+    )
+    return Targets(sparse, unknown, unknown, Counter())

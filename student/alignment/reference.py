@@ -1,0 +1,297 @@
+"""Event targets and realised probabilities, written as the formulas read. The fast path is held to this by test.
+
+Notation of METHOD 2: student token x_i starts at byte u inside teacher token y_j, whose bytes a_j…u are h.
+
+*What is known at u.* The teacher tokens before y_j, and the student tokens from the one that covers byte a_j up to
+x_{i-1}. A candidate v of row j *survives* if its bytes start with h and go on, and the student would spell it with
+exactly those tokens. With h empty every candidate survives.
+
+*Events.* A surviving candidate and a student token belong together if
+  (a) the student spells v (in this context) with s next, or
+  (b) s reaches at least to the end of v and the teacher's tokenization of h + s starts with v.
+Events are the connected components of this relation; an event is the set of its student tokens and has the mass of
+its candidates, so it is disjoint from the others by construction. If the realised pair (y_j, x_i) is not related,
+because the text went on in a way that changed a tokenization, it is joined, and counted as a disagreement.
+
+*When this is exact.* Call a text's pair its first teacher token from a_j on and the student token at u. If every text
+that the teacher can produce has a related pair, event and candidates happen together, so the event's mass is its
+probability. In general the error is at most the probability of texts with an unrelated pair. Related pairs are all
+there is if both tokenizations are canonical and the first token does not depend on what follows the shorter of the
+two: always with one-byte tokens on either side (digits, bytes), and for BPE except where text that follows inside
+the same word pulls the boundary.
+
+*Realised probabilities.* W(c) is the probability that the text has the bytes up to student boundary c, spelt as
+realised: the teacher tokens of the realised path that end at c, plus all candidates of earlier rows that start like
+the text, reach over c, and are spelt so by the student. Then p(x_i | x_<i) = W(c_i) / W(c_{i-1}), a product that
+telescopes to the teacher's probability of the response. A block that starts at a boundary of the teacher knows that
+the teacher's token ended there, so its first token has `anchor_logprob`, in which only rows from j on count.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.records import Distributions
+from student.alignment.spans import Spans
+from student.alignment.tables import PairTables
+from student.alignment.targets import SparseTargets
+
+# A row's own tail and 1 - sum of its probabilities may differ by what quantised logprobs lose, not by more.
+TAIL_TOLERANCE = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """What both paths compute: sparse targets, realised logprobs (float32 [S]) and what was met on the way."""
+
+    sparse: SparseTargets
+    realized_logprob: NDArray[np.float32]
+    anchor_logprob: NDArray[np.float32]
+    counts: Counter[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One teacher row: candidates with their probabilities, the realised token always among them where known.
+
+    `usable` is False where the tail is unknown or does not fit the candidates.
+    """
+
+    ids: list[int]
+    mass: list[float]
+    tail: float
+    usable: bool
+    realized_logprob: float
+
+
+def read_row(distributions: Distributions, position: int, realized: int) -> Row:
+    """Row `position`, the realised token added by its own logprob where it is outside the top k."""
+    stored_ids, logprobs = distributions.row(position)
+    ids, mass = [int(v) for v in stored_ids], [math.exp(float(p)) for p in logprobs]
+    tail, sampled = float(distributions.tail[position]), float(distributions.sampled[position])
+    usable = bool(ids) and not math.isnan(tail) and abs(1 - sum(mass) - tail) <= TAIL_TOLERANCE
+    if realized in ids:
+        sampled = math.log(mass[ids.index(realized)]) if math.isnan(sampled) else sampled
+    elif not math.isnan(sampled):
+        ids.append(realized)
+        mass.append(math.exp(sampled))
+    total = sum(mass)
+    if total > 1:
+        mass = [m / total for m in mass]
+    return Row(ids, mass, max(0.0, 1 - total), usable, sampled)
+
+
+class ReferenceAlignment:
+    """One response's targets, position by position; about a millisecond each."""
+
+    def __init__(self, tables: PairTables, spans: Spans, distributions: Distributions, min_known_mass: float) -> None:
+        self.tables, self.spans, self.min_known_mass = tables, spans, min_known_mass
+        self.rows = [read_row(distributions, j, int(v)) for j, v in enumerate(spans.teacher_ids)]
+        self.text = spans.text.tobytes()
+        self.counts: Counter[str] = Counter()
+        self.longest = int(tables.teacher.byte_lengths.max(initial=1))
+        self._base = self._base_tokens()
+
+    def compute(self) -> Targets:
+        """Targets of all S positions."""
+        count = len(self.spans.ids)
+        events: list[list[tuple[float, list[int]]]] = []
+        tail, known = np.full(count, np.nan, np.float32), np.full(count, np.nan, np.float32)
+        realized, anchor = np.full(count, np.nan, np.float32), np.full(count, np.nan, np.float32)
+        for i in range(count):
+            realized[i], anchor[i] = self.realized_logprobs(i)
+            position_events, tail[i], known[i] = self.events(i, float(anchor[i]))
+            events.append(position_events)
+        lengths = [len(members) for position in events for _, members in position]
+        sparse = SparseTargets(
+            event_offsets=np.concatenate([[0], np.cumsum([len(e) for e in events])]).astype(np.int64),
+            event_mass=np.array([mass for position in events for mass, _ in position], dtype=np.float32),
+            member_offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+            members=np.array([s for position in events for _, members in position for s in members], dtype=np.int32),
+            tail=tail,
+            known=known,
+        )
+        return Targets(sparse, realized, anchor, self.counts)
+
+    # --- the student's spelling of candidates ----------------------------------------------------------------
+
+    def _base_tokens(self) -> list[int]:
+        """For each teacher token with bytes, the student token that covers its first byte; -1 for specials."""
+        widths = self.spans.teacher_ends - self.spans.teacher_starts
+        texts = np.flatnonzero(~self.spans.is_special)
+        found = np.searchsorted(self.spans.ends[texts], self.spans.teacher_starts, side="right")
+        return [int(texts[k]) if width else -1 for k, width in zip(found, widths, strict=True)]
+
+    def spelling(self, row: int, candidate: int) -> list[int]:
+        """Student tokens of `candidate` in place of y_row, from the student token that covers its first byte."""
+        start = int(self.spans.starts[self._base[row]])
+        before = self.text[start : self.spans.teacher_starts[row]]
+        if before:
+            return self.tables.spelling_after(before, candidate).tolist()
+        return self.tables.spelling(candidate).tolist()
+
+    def reaches_over(self, row: int, candidate: int, position: int) -> bool:
+        """`candidate` in place of y_row has the text's bytes up to the start of student token `position` and more,
+        and is spelt with the realised student tokens up to there."""
+        a = int(self.spans.teacher_starts[row])
+        u = int(self.spans.ends[position - 1]) if position else 0
+        token = self.tables.teacher.tokens[candidate]
+        if len(token) <= u - a or not token.startswith(self.text[a:u]):
+            return False
+        if candidate == self.spans.teacher_ids[row]:
+            return True  # it happened
+        base = self._base[row]
+        return self.spelling(row, candidate)[: position - base] == self.spans.ids[base:position].tolist()
+
+    # --- events ----------------------------------------------------------------------------------------------
+
+    def events(self, i: int, anchor_logprob: float) -> tuple[list[tuple[float, list[int]]], float, float]:
+        """[(mass, members)], tail mass and known mass m at student position i; no events and NaN without a target."""
+        j = int(self.spans.teacher_index[i])
+        row, realized = self.rows[j], int(self.spans.teacher_ids[j])
+        fixed = int(self.spans.starts[i] - self.spans.teacher_starts[j])
+        if not row.usable:
+            self.counts["unusable_rows"] += 1
+            return [], math.nan, math.nan
+        if fixed and realized not in row.ids:
+            return [], math.nan, math.nan  # its logprob is unknown, and with it every conditional
+        survivors = [
+            (v, mass) for v, mass in zip(row.ids, row.mass, strict=True) if not fixed or self.reaches_over(j, v, i)
+        ]
+        kept = sum(mass for _, mass in survivors)
+        known, scale = 1 - row.tail, 1.0
+        if fixed:
+            share = self.tail_share(j, i, row)
+            known = kept / (kept + row.tail * (share > 0))
+            scale = 1 / (kept + row.tail * share)
+            if known < self.min_known_mass:
+                self.counts["below_known_mass"] += 1
+                return [], math.nan, known
+
+        # Connected components; a component is represented by its first candidate.
+        group_of_token: dict[int, int] = {}
+        parent = list(range(len(survivors)))
+
+        def find(n: int) -> int:
+            while parent[n] != n:
+                n = parent[n]
+            return n
+
+        members: list[list[int]] = []
+        for n, (v, _) in enumerate(survivors):
+            related = self.related(j, v, i, fixed)
+            if v == realized and int(self.spans.ids[i]) not in related:
+                self.counts["disagreements"] += 1
+                related = [*related, int(self.spans.ids[i])]
+            members.append(related)
+            for s in related:
+                a, b = find(n), find(group_of_token.setdefault(s, n))
+                parent[max(a, b)] = min(a, b)
+        masses: dict[int, float] = {}
+        tokens: dict[int, set[int]] = {}
+        for n, (_, mass) in enumerate(survivors):
+            root = find(n)
+            masses[root] = masses.get(root, 0.0) + mass * scale
+            tokens.setdefault(root, set()).update(members[n])
+        events = [(masses[root], sorted(tokens[root])) for root in sorted(masses) if tokens[root]]
+        events = self.split_realized(i, j, events, math.exp(anchor_logprob) * kept * scale)
+        return events, max(0.0, 1 - sum(mass for mass, _ in events)), known
+
+    def related(self, j: int, v: int, i: int, fixed: int) -> list[int]:
+        """Student tokens at position i that belong to candidate v of row j."""
+        if self.tables.teacher.is_special[v]:
+            return self.tables.spelling(v).tolist()
+        related = set(self.tables.extensions_after(fixed, v).tolist())
+        skip = i - self._base[j] if fixed else 0
+        spelling = self.spelling(j, v) if fixed else self.tables.spelling(v).tolist()
+        if not fixed or spelling[:skip] == self.spans.ids[self._base[j] : i].tolist():
+            related.add(spelling[skip])
+        return sorted(related)
+
+    def split_realized(
+        self, i: int, j: int, events: list[tuple[float, list[int]]], probability: float
+    ) -> list[tuple[float, list[int]]]:
+        """METHOD 2.3: a realised student token that reaches past y_j has its own probability and its own event."""
+        x = int(self.spans.ids[i])
+        if self.spans.is_special[i] or self.spans.ends[i] <= self.spans.teacher_ends[j] or math.isnan(probability):
+            return events
+        result = []
+        for mass, members in events:
+            if x not in members:
+                result.append((mass, members))
+                continue
+            others = [s for s in members if s != x]
+            if others:
+                result.append((max(0.0, mass - probability), others))
+        return [*result, (probability, [x])]
+
+    def tail_share(self, j: int, i: int, row: Row) -> float:
+        """The share of row j's tail that can be expected among the survivors: tokens outside the row that start with
+        h and go on, of all tokens outside the row. A uniform guess, exact where the tail is empty."""
+        h = self.text[self.spans.teacher_starts[j] : self.spans.starts[i]]
+        inside = set(row.ids)
+        tokens, ids = self.tables.sorted_teacher
+        first, stop = self.tables.teacher_range(h)
+        outside = sum(1 for k in range(first, stop) if ids[k] not in inside and len(tokens[k]) > len(h))
+        return outside / max(1, len(ids) - len(inside))
+
+    # --- realised probabilities ------------------------------------------------------------------------------
+
+    def realized_logprobs(self, i: int) -> tuple[float, float]:
+        """log p(x_i | x_<i), and the same where the teacher tokens before y_j are known to have ended."""
+        spans, j = self.spans, int(self.spans.teacher_index[i])
+        if not spans.is_special[i]:
+            first = self._first_row(j, int(spans.run_start[j]), i)
+            return self._step(first, i), self._step(j, i)
+        own = self.rows[j].realized_logprob
+        follows_text = (
+            i > 0 and j > 0 and not spans.is_special[i - 1] and spans.run_stop[spans.teacher_index[i - 1]] == j
+        )
+        if not follows_text:
+            return own, own
+        # The teacher's last token of text ended where the text did; it could have gone on.
+        first = self._first_row(j, int(spans.run_start[j - 1]), i)
+        ended = math.exp(sum(row.realized_logprob for row in self.rows[first:j]))
+        return own + math.log(ended / self._path_mass(first, j, i)), own
+
+    def _step(self, first: int, i: int) -> float:
+        stop = int(self.spans.run_stop[first])
+        before, after = self._path_mass(first, stop, i), self._path_mass(first, stop, i + 1)
+        return math.log(after / before) if after > 0 else math.nan
+
+    def _first_row(self, j: int, start: int, i: int) -> int:
+        """The earliest row from `start` on whose candidates may reach over the start of x_i; stops at a row whose
+        realised logprob is unknown."""
+        spans, first = self.spans, j
+        while (
+            first > start
+            and not math.isnan(self.rows[first - 1].realized_logprob)
+            and spans.starts[i] - spans.teacher_starts[first - 1] < self.longest
+        ):
+            first -= 1
+        return first
+
+    def _path_mass(self, first: int, stop: int, position: int) -> float:
+        """W at the start of student token `position`, relative to the start of row `first`; rows end at `stop`.
+
+        NaN if a realised logprob that it needs is unknown.
+        """
+        spans = self.spans
+        c = int(spans.ends[position - 1]) if position else 0
+        total, path = 0.0, 0.0
+        for row in range(first, stop):
+            if spans.teacher_starts[row] >= c:
+                break
+            if math.isnan(self.rows[row].realized_logprob):
+                return math.nan
+            candidates = zip(self.rows[row].ids, self.rows[row].mass, strict=True)
+            total += math.exp(path) * sum(mass for v, mass in candidates if self.reaches_over(row, v, position))
+            path += self.rows[row].realized_logprob
+            if spans.teacher_ends[row] > c:
+                return total
+        return total + math.exp(path)
