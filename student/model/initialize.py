@@ -1,0 +1,210 @@
+"""`student init`: make the model that training starts from.
+
+A body (layers of a LLaDA or LLaMA-architecture checkpoint, or random weights) and a vocabulary (the checkpoint's,
+the teacher's, or one trained on the dataset's training text) are chosen apart; where they differ, the embedding and
+the head are transplanted (`transplant`). What was done is written beside the weights as initialization.json.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shared.config import PipelineConfig, dump_config
+from shared.errors import ConfigError
+from shared.files import new_directory, write_json
+from student.model.source import EMBEDDING, HEAD, Source, changed
+from student.model.transplant import TransplantReport, plan_transplant
+
+if TYPE_CHECKING:
+    from shared.vocabulary import Vocabulary
+    from student.model.configuration_llada import LladaConfig
+
+_logger = logging.getLogger(__name__)
+
+
+def initialize_student(config: PipelineConfig) -> Path:
+    """Write the student's starting point to `config.student_init_dir`, whole or not at all; an older one goes.
+
+    Raises:
+        ConfigError: if the settings contradict one another or name layers that do not exist.
+        CheckpointError: if the checkpoint is missing or not of a supported architecture.
+        DatasetError: if the vocabulary comes from the dataset and there is none.
+    """
+    import torch
+
+    from shared.vocabulary import Vocabulary, load_tokenizer
+    from student.model.export import save_student
+    from student.model.modeling_llada import LladaForMaskedDiffusion
+
+    settings = config.student
+    source = None if settings.checkpoint is None else Source.open(settings.checkpoint, settings.revision)
+    if source is not None and settings.layers is not None:
+        source = source.keep_layers(settings.layers)
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer = _tokenizer(config, source)
+        tokenizer.save_pretrained(scratch)
+        # The mask is the one role that a tokenizer without settings for it must be told.
+        new = Vocabulary.from_tokenizer(scratch, roles={"mask": tokenizer.mask_token_id})
+    report: TransplantReport | None = None
+    if source is None:
+        shape = _student_config(_random_shape(config), new, config)
+        torch.manual_seed(config.seed)
+        model = LladaForMaskedDiffusion(shape)
+        weights = model.state_dict()
+    else:
+        weights = source.state_dict()
+        tied = source.config.weight_tying if settings.weight_tying is None else settings.weight_tying
+        if tied and not source.config.weight_tying:
+            raise ConfigError(
+                f"student.weight_tying is true, but {source.directory} has a head of its own, which tying would drop; "
+                "leave the key out"
+            )
+        if not tied and source.config.weight_tying:
+            weights[HEAD] = weights[EMBEDDING].clone()
+        known = {"mask": source.config.mask_token_id} if source.family == "llada" else None
+        old, encoder = load_tokenizer(source.directory, roles=known)
+        if (old.fingerprint, old.roles.get("mask")) != (new.fingerprint, new.roles["mask"]):
+            transplant = plan_transplant(old, encoder, new)
+            report = transplant.report
+            for name in {EMBEDDING, HEAD} & weights.keys():
+                weights[name] = transplant.apply(weights[name])
+            shape = changed(source.config, weight_tying=tied, vocab_size=len(new), embedding_size=len(new))
+        else:
+            shape = changed(source.config, weight_tying=tied)
+        shape = _student_config(shape, new, config)
+        with torch.device("meta"):
+            model = LladaForMaskedDiffusion(shape)
+    summary = _summary(config, source, shape, new, report, sum(tensor.numel() for tensor in weights.values()))
+    with new_directory(config.student_init_dir) as partial:
+        save_student(model, tokenizer, partial, state_dict=weights)
+        (partial / "resolved_config.yaml").write_text(dump_config(config), encoding="utf-8")
+        write_json(partial / "initialization.json", summary)
+    _logger.info("%s: %s", config.student_init_dir, summary["text"])
+    return config.student_init_dir
+
+
+def training_texts(config: PipelineConfig) -> Iterator[str]:
+    """The text of the dataset's training split: every prompt once, and every response.
+
+    Raises:
+        DatasetError: if there is no dataset.
+    """
+    from shared.dataset import Dataset
+
+    seen: set[str] = set()
+    for record in Dataset.open(str(config.shards_dir)).records(split="train", distributions=False):
+        if record.prompt_id not in seen:
+            seen.add(record.prompt_id)
+            yield from (message.content for message in record.messages)
+        yield record.response_bytes.decode("utf-8", "ignore")
+
+
+def _tokenizer(config: PipelineConfig, source: Source | None) -> Any:
+    """The student's tokenizer, with a mask token."""
+    from transformers import AutoTokenizer
+
+    from student.model.tokenizer import MASK, train_tokenizer
+
+    settings = config.student.tokenizer
+    if settings.kind == "trained":
+        return train_tokenizer(
+            training_texts(config),
+            settings.vocab_size,
+            individual_digits=settings.individual_digits,
+            max_length=config.student.max_sequence_length,
+        )
+    if settings.kind == "teacher":
+        from shared.dataset import Dataset
+
+        directory = Path(Dataset.open(str(config.shards_dir)).tokenizer_dir)
+    elif source is None:
+        raise ConfigError(
+            "student.tokenizer.kind is 'checkpoint' but student.checkpoint is null; choose 'trained' or 'teacher'"
+        )
+    else:
+        directory = source.directory
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer.model_max_length = config.student.max_sequence_length
+    mask = settings.mask_token
+    if mask is not None and mask not in tokenizer.get_vocab():
+        raise ConfigError(f"student.tokenizer.mask_token {mask!r} is not a token of {directory}")
+    if mask is None and settings.kind == "checkpoint" and source is not None and source.family == "llada":
+        mask = str(tokenizer.convert_ids_to_tokens(source.config.mask_token_id))
+    if mask is not None or tokenizer.mask_token is None:
+        tokenizer.add_special_tokens({"mask_token": mask or MASK})
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _random_shape(config: PipelineConfig) -> LladaConfig:
+    from student.model.configuration_llada import LladaConfig
+
+    try:
+        # A mask of 0 stands in until the vocabulary is known.
+        ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "mask_token_id": 0}
+        unknown = [key for key in config.student.shape if not hasattr(LladaConfig(), key)]
+        if unknown:
+            raise ConfigError(f"student.shape.{unknown[0]} is not a field of LladaConfig")
+        return LladaConfig(**{**config.student.shape, **ids})
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"student.shape {config.student.shape} is not a LLaDA shape: {error}") from error
+
+
+def _student_config(shape: LladaConfig, vocabulary: Vocabulary, config: PipelineConfig) -> LladaConfig:
+    """`shape` with the vocabulary's size and special ids, and the configured length."""
+    roles = vocabulary.roles
+    length = config.student.max_sequence_length
+    if config.student.checkpoint is not None and length > shape.max_sequence_length:
+        raise ConfigError(
+            f"student.max_sequence_length is {length}, but the checkpoint's positions end at "
+            f"{shape.max_sequence_length}; lower it"
+        )
+    end = roles.get("end_of_text", roles.get("end_of_turn"))
+    rows = {} if len(vocabulary) <= shape.vocab_size and config.student.checkpoint is not None else _rows(vocabulary)
+    return changed(
+        shape,
+        **rows,
+        max_sequence_length=length,
+        bos_token_id=roles.get("bos"),
+        eos_token_id=end,
+        pad_token_id=roles.get("pad", end),
+        mask_token_id=roles["mask"],
+    )
+
+
+def _rows(vocabulary: Vocabulary) -> dict[str, int]:
+    return {"vocab_size": len(vocabulary), "embedding_size": len(vocabulary)}
+
+
+def _summary(
+    config: PipelineConfig,
+    source: Source | None,
+    shape: LladaConfig,
+    vocabulary: Vocabulary,
+    report: TransplantReport | None,
+    parameters: int,
+) -> dict[str, Any]:
+    """What initialization.json says."""
+    if source is None:
+        origin = f"random weights (seed {config.seed})"
+    else:
+        layers = "all layers" if config.student.layers is None else f"layers {config.student.layers}"
+        origin = f"{layers} of {config.student.checkpoint}"
+    text = f"{parameters:,} parameters from {origin}, {shape.n_layers} layers"
+    if report is not None:
+        text += f"; vocabulary transplanted, {report}"
+    return {
+        "text": text,
+        "checkpoint": config.student.checkpoint,
+        "family": None if source is None else source.family,
+        "layers": config.student.layers,
+        "parameters": parameters,
+        "tokenizer": config.student.tokenizer.model_dump(mode="json"),
+        "vocabulary": {"tokens": len(vocabulary), "fingerprint": vocabulary.fingerprint, "roles": vocabulary.roles},
+        "transplant": None if report is None else report.as_dict(),
+    }
