@@ -54,6 +54,7 @@ class TeacherConfig(Section):
     fp32_head: bool = Field(
         True, description="Compute the output head in float32, so that logprobs are not rounded to bf16."
     )
+    load_format: Literal["auto", "dummy"] = Field("auto", description="`dummy` takes random weights: a dry run.")
 
 
 class DecodingConfig(Section):
@@ -75,6 +76,13 @@ class DecodingConfig(Section):
             return "sample"
         return "filtered"
 
+    @property
+    def tag(self) -> str:
+        """The rule with its settings, as units and sample ids carry it: `greedy`, `sample`, `t0.7-p0.9-k20`."""
+        if self.rule != "filtered":
+            return self.rule
+        return f"t{self.temperature:g}-p{self.top_p:g}-k{self.top_k}"
+
 
 class CollectConfig(Section):
     """What is asked of the teacher and what is kept of its answers."""
@@ -83,8 +91,35 @@ class CollectConfig(Section):
     system_prompt: str | None = None
     held_out: float = Field(0.1, ge=0, lt=1, description="Share of the prompts that training never sees.")
     top_k: PositiveInt = 64
+    retained_mass: float | None = Field(
+        None, gt=0, lt=1, description="Stop a token's candidates where they hold this mass; top_k stays the cap."
+    )
     unit_prompts: PositiveInt = Field(64, description="Prompts per unit of work, the unit of resume.")
     decoding: list[DecodingConfig] = Field(min_length=1)
+    template_arguments: dict[str, Any] = Field(
+        default_factory=dict, description="Passed to the chat template; pin what it would take from the clock."
+    )
+    measure_capture: bool = Field(False, description="Measure first what capturing costs in tokens per second.")
+    responses: Path | None = Field(
+        None, description="`teacher score` only: JSONL with a `response` per line, or a dataset to score again."
+    )
+    score_tokens: PositiveInt = Field(
+        1024, description="`teacher score` only: tokens per forward, each of which needs a row of the whole vocabulary."
+    )
+
+    @model_validator(mode="after")
+    def _rules_are_distinct(self) -> CollectConfig:
+        seen: set[tuple[str, str]] = set()
+        for number, decoding in enumerate(self.decoding):
+            if (decoding.split, decoding.tag) in seen:
+                raise ValueError(
+                    f"decoding[{number}] repeats the rule {decoding.tag} for {decoding.split}; use `samples` for more "
+                    "responses per prompt"
+                )
+            if decoding.rule == "greedy" and decoding.samples > 1:
+                raise ValueError(f"decoding[{number}] is greedy: {decoding.samples} samples would be one text")
+            seen.add((decoding.split, decoding.tag))
+        return self
 
 
 class StudentTokenizerConfig(Section):
