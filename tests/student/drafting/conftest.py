@@ -66,7 +66,8 @@ def train_byte_level(directory: Path, vocab_size: int, specials: list[str]) -> P
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(CORPUS * 3, trainer)
+    prompts = (Path(__file__).parents[3] / "configs" / "prompts" / "demo.jsonl").read_text(encoding="utf-8")
+    tokenizer.train_from_iterator([*CORPUS * 3, prompts], trainer)
     tokenizer.add_special_tokens([AddedToken(text, special=True) for text in specials])
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(directory / "tokenizer.json"))
@@ -76,14 +77,14 @@ def train_byte_level(directory: Path, vocab_size: int, specials: list[str]) -> P
 
 @pytest.fixture(scope="session")
 def student_side(tmp_path_factory: pytest.TempPathFactory) -> Side:
-    directory = train_byte_level(tmp_path_factory.mktemp("student_tokenizer"), 480, SPECIALS)
+    directory = train_byte_level(tmp_path_factory.mktemp("student_tokenizer"), 600, SPECIALS)
     return Side(directory, *load_tokenizer(directory, STUDENT_ROLES))
 
 
 @pytest.fixture(scope="session")
 def small_teacher(tmp_path_factory: pytest.TempPathFactory) -> Side:
     """A teacher whose vocabulary is quick to load and larger than the student's."""
-    directory = train_byte_level(tmp_path_factory.mktemp("teacher_tokenizer"), 700, SPECIALS[:-1])
+    directory = train_byte_level(tmp_path_factory.mktemp("teacher_tokenizer"), 1500, SPECIALS[:-1])
     return Side(directory, *load_tokenizer(directory, {k: v for k, v in STUDENT_ROLES.items() if k != "mask"}))
 
 

@@ -1,0 +1,207 @@
+"""The drafter: one forward a call, the same proposals with the cache, without it and in any company."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from shared.errors import CheckpointError, VocabularyError
+from shared.vocabulary import load_tokenizer
+from student.drafting.bridge import ByteBridge
+from student.drafting.propose import Drafter
+from student.model.configuration_llada import LladaConfig
+from student.model.modeling_llada import LladaForMaskedDiffusion
+from tests.student.drafting.conftest import CORPUS, STUDENT_ROLES, Side, train_byte_level
+
+BLOCK = 6
+
+
+@pytest.fixture(scope="module")
+def model(student_side: Side) -> LladaForMaskedDiffusion:
+    """Random, but wide awake: large weights make every context matter for the argmax."""
+    torch.manual_seed(3)
+    roles = student_side.vocabulary.roles
+    config = LladaConfig(
+        d_model=64,
+        n_layers=2,
+        n_heads=4,
+        n_kv_heads=2,
+        mlp_hidden_size=128,
+        vocab_size=len(student_side.vocabulary),
+        embedding_size=len(student_side.vocabulary) + 24,
+        max_sequence_length=512,
+        bos_token_id=roles["bos"],
+        eos_token_id=roles["end_of_text"],
+        pad_token_id=roles["end_of_text"],
+        mask_token_id=roles["mask"],
+        init_std=0.3,
+        draft_block_length=BLOCK,
+    )
+    return LladaForMaskedDiffusion(config).eval()
+
+
+@pytest.fixture(scope="module")
+def small_bridge(small_teacher: Side, student_side: Side) -> ByteBridge:
+    return ByteBridge(small_teacher.vocabulary, small_teacher.encoder, student_side.vocabulary, student_side.encoder)
+
+
+@pytest.fixture(scope="module")
+def conversations(small_teacher: Side) -> dict[str, np.ndarray]:
+    return {
+        f"request-{number}": np.array(small_teacher.conversation(f"Tell me about {text[:12]}", text * 2))
+        for number, text in enumerate(CORPUS)
+    }
+
+
+def prompt_length(ids: np.ndarray, side: Side) -> int:
+    header = np.flatnonzero(ids == side.vocabulary.roles["end_header"])[-1]
+    return int(header) + 2
+
+
+def test_proposes_the_argmax_of_the_masked_block(
+    model: LladaForMaskedDiffusion, small_bridge: ByteBridge, conversations: dict[str, np.ndarray]
+) -> None:
+    """Against the plain forward of [context | masks] under the training layout."""
+    from student.model.attention import AnchoredLayout
+
+    drafter = Drafter(model, small_bridge, 4, BLOCK, keep_growing=True)
+    for name, ids in conversations.items():
+        context = small_bridge.translate(ids)
+        clean = len(context.student_ids)
+        row = torch.tensor([context.student_ids + [model.config.mask_token_id] * BLOCK])
+        positions = torch.arange(clean + BLOCK)[None]
+        blocks = (positions >= clean).long()
+        layout = AnchoredLayout(torch.zeros_like(positions), blocks, positions)
+        with torch.inference_mode():
+            logits = model(row, layout=layout, position_ids=positions).logits[0, clean:]
+        allowed = torch.from_numpy(small_bridge.draftable_ids)
+        drafted = allowed[logits[:, allowed].argmax(-1)].tolist()
+        assert drafter.propose([name], [ids]) == [small_bridge.to_teacher(context, drafted, keep_growing=True)[:4]]
+
+
+@pytest.mark.parametrize("slots", [16, 3, 1])
+def test_cached_and_uncached_proposals_are_the_same(
+    model: LladaForMaskedDiffusion,
+    small_bridge: ByteBridge,
+    small_teacher: Side,
+    conversations: dict[str, np.ndarray],
+    slots: int,
+) -> None:
+    """Requests that advance by one to five tokens, join late, leave, come back, step back and change places."""
+    rng = np.random.default_rng(slots)
+    cached = Drafter(model, small_bridge, 4, BLOCK, slots=slots)
+    uncached = Drafter(model, small_bridge, 4, BLOCK, cached=False)
+    at = {name: prompt_length(ids, small_teacher) for name, ids in conversations.items()}
+    proposed = 0
+    for _ in range(16):
+        names = [name for name in conversations if rng.random() < 0.7]
+        rng.shuffle(names)
+        for name in names:
+            step = int(rng.integers(1, 6)) if rng.random() < 0.95 else -int(rng.integers(0, 20))
+            at[name] = int(np.clip(at[name] + step, 1, len(conversations[name])))
+        contexts = [conversations[name][: at[name]] for name in names]
+        drafts = cached.propose(names, contexts)
+        assert drafts == uncached.propose(names, contexts)
+        proposed += sum(map(len, drafts))
+        if rng.random() < 0.1:
+            cached.release(names[:1])
+    assert proposed > 40
+
+
+def test_steady_state_feeds_only_what_is_new(
+    model: LladaForMaskedDiffusion,
+    small_bridge: ByteBridge,
+    conversations: dict[str, np.ndarray],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One forward a call, of a few columns, however long the contexts are."""
+    widths: list[int] = []
+    forward = model.draft_hidden_states
+
+    def spy(cache, slots, clean_ids, lengths, block):  # type: ignore[no-untyped-def]
+        widths.append(clean_ids.shape[1])
+        return forward(cache, slots, clean_ids, lengths, block)
+
+    monkeypatch.setattr(model, "draft_hidden_states", spy)
+    drafter = Drafter(model, small_bridge, 4, BLOCK)
+    names = list(conversations)[:2]
+    drafter.propose(names, [conversations[name][:30] for name in names])
+    first = len(widths)
+    for position in range(31, 60):
+        drafter.propose(names, [conversations[name][:position] for name in names])
+    assert len(widths) - first == 29
+    assert max(widths[first:]) < 20 < max(widths[:first])
+
+
+def test_the_company_changes_nothing(
+    model: LladaForMaskedDiffusion, small_bridge: ByteBridge, conversations: dict[str, np.ndarray]
+) -> None:
+    together = Drafter(model, small_bridge, 4, BLOCK).propose(list(conversations), list(conversations.values()))
+    alone = [Drafter(model, small_bridge, 4, BLOCK).propose([n], [ids])[0] for n, ids in conversations.items()]
+    assert together == alone
+    assert all(len(draft) <= 4 for draft in together)
+
+
+def test_a_context_that_does_not_fit_gets_no_draft(
+    model: LladaForMaskedDiffusion, small_bridge: ByteBridge, conversations: dict[str, np.ndarray]
+) -> None:
+    unbounded = Drafter(model, small_bridge, 4, BLOCK, keep_growing=True)
+    drafts = unbounded.propose(list(conversations), list(conversations.values()))
+    ids, draft = next((i, d) for i, d in zip(conversations.values(), drafts, strict=True) if d)
+    room = len(small_bridge.translate(ids).student_ids) + BLOCK
+    assert Drafter(model, small_bridge, 4, BLOCK, max_length=room - 1, keep_growing=True).propose([0], [ids]) == [[]]
+    assert Drafter(model, small_bridge, 4, BLOCK, max_length=room, keep_growing=True).propose([0], [ids]) == [draft]
+    # One such request does not keep the others from being drafted for, and it may shrink and go on.
+    drafter = Drafter(model, small_bridge, 4, BLOCK, max_length=room - 1, keep_growing=True)
+    shorter = ids[:-6]
+    fresh = Drafter(model, small_bridge, 4, BLOCK, keep_growing=True).propose([0], [shorter])
+    assert drafter.propose([1, 0], [shorter, ids]) == [fresh[0], []]
+    assert drafter.propose([0], [shorter]) == fresh
+
+
+def test_memory_is_bounded_by_slots(
+    model: LladaForMaskedDiffusion, small_bridge: ByteBridge, conversations: dict[str, np.ndarray]
+) -> None:
+    drafter = Drafter(model, small_bridge, 4, BLOCK, slots=3)
+    ids = conversations["request-1"]
+    expected = drafter.propose(["first"], [ids])[0]
+    for wave in range(4):
+        names = [f"{wave}-{number}" for number in range(5)]
+        assert drafter.propose(names, [ids] * 5) == [expected] * 5
+    assert drafter._cache.slots == 3
+    assert len(drafter._requests) == 3
+
+
+def test_another_teachers_tokens_are_refused_and_change_nothing(
+    model: LladaForMaskedDiffusion, small_bridge: ByteBridge, conversations: dict[str, np.ndarray]
+) -> None:
+    drafter = Drafter(model, small_bridge, 4, BLOCK)
+    ids = conversations["request-2"]
+    expected = drafter.propose(["a", "b"], [ids[:40], ids[:40]])
+    with pytest.raises(VocabularyError, match="outside the teacher's vocabulary"):
+        drafter.propose(["a", "b"], [ids[:45], np.append(ids[:40], 10**6)])
+    assert drafter.propose(["a", "b"], [ids[:40], ids[:40]]) == expected
+
+
+def test_from_student_checks_what_it_is_given(
+    model: LladaForMaskedDiffusion, small_teacher: Side, tmp_path: Path
+) -> None:
+    from student.model.tokenizer import train_tokenizer
+
+    train_tokenizer(CORPUS, 400).save_pretrained(tmp_path / "student")
+    teacher = small_teacher.vocabulary
+    drafter = Drafter.from_student(model, tmp_path / "student", teacher, small_teacher.directory, 4)
+    assert drafter.block_length == BLOCK
+    other = train_byte_level(tmp_path / "other", 600, list(STUDENT_ROLES.values())[:-1])
+    with pytest.raises(VocabularyError, match=teacher.fingerprint[:12]):
+        Drafter.from_student(model, tmp_path / "student", teacher, other, 4)
+    untrained = LladaForMaskedDiffusion(LladaConfig(**{**model.config.to_dict(), "draft_block_length": None}))
+    with pytest.raises(CheckpointError, match="draft_block_length"):
+        Drafter.from_student(untrained, tmp_path / "student", teacher, small_teacher.directory, 4)
+    large = train_byte_level(tmp_path / "large", 900, list(STUDENT_ROLES.values()))
+    large_side = ByteBridge(teacher, small_teacher.encoder, *load_tokenizer(large, STUDENT_ROLES))
+    with pytest.raises(CheckpointError, match="rows"):
+        Drafter(model, large_side, 4, BLOCK)
