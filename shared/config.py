@@ -54,7 +54,6 @@ class TeacherConfig(Section):
     fp32_head: bool = Field(
         True, description="Compute the output head in float32, so that logprobs are not rounded to bf16."
     )
-    load_format: Literal["auto", "dummy"] = Field("auto", description="`dummy` takes random weights: a dry run.")
 
 
 class DecodingConfig(Section):
@@ -133,6 +132,18 @@ class StudentTokenizerConfig(Section):
     )
 
 
+class LoraConfig(Section):
+    """Low-rank adapters: only they are trained, and they are merged when the student is saved."""
+
+    rank: PositiveInt = 16
+    alpha: PositiveInt = Field(32, description="The adapters are scaled by alpha / rank.")
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: list[str] = Field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out"],
+        description="Layers of LLaDA's block, by their own names.",
+    )
+
+
 class StudentConfig(Section):
     """How the student starts. `checkpoint` may be a LLaDA or any LLaMA-architecture checkpoint, or null for random."""
 
@@ -146,6 +157,7 @@ class StudentConfig(Section):
         None, description="false gives a checkpoint that ties its embeddings a head of its own; null keeps what it has."
     )
     tokenizer: StudentTokenizerConfig = StudentTokenizerConfig()
+    lora: LoraConfig | None = Field(None, description="Train adapters only; null trains every weight.")
     max_sequence_length: PositiveInt = 4096
 
 

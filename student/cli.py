@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,6 +11,67 @@ from shared.config import load_config
 from shared.console import ConfigArgument, LogLevelOption, SetOption, application, configure_logging, run
 
 app = application("Fine-tune LLaDA into a draft model from a teacher's shards, measure it and decode with it.")
+
+
+@app.command()
+def init(config: ConfigArgument, overrides: SetOption = None, log_level: LogLevelOption = "info") -> None:
+    """Make the student that training starts from: layers of a checkpoint or random weights, and a vocabulary."""
+    configure_logging(log_level)
+    from student.model.initialize import initialize_student
+
+    initialize_student(load_config(config, overrides))
+
+
+@app.command()
+def export(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run such as runs/demo, or a model's directory.")],
+    to: Annotated[Path | None, typer.Option("--to", help="Where to write; RUN/export by default.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; as trained by default.")] = None,
+    shard_size: Annotated[str, typer.Option(help="Largest safetensors file.")] = "5GB",
+    log_level: LogLevelOption = "info",
+) -> None:
+    """Write the trained student as a self-contained checkpoint, and prove that it loads."""
+    configure_logging(log_level)
+    from student.model.export import export_student
+
+    export_student(run_dir, to, dtype, shard_size)
+
+
+@app.command()
+def generate(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Directory of a student, or of a LLaDA checkpoint.")],
+    prompt: Annotated[str, typer.Option(help="What to say to the model.")],
+    length: Annotated[int | None, typer.Option(help="Answer tokens.")] = None,
+    block_length: Annotated[int | None, typer.Option(help="Tokens that are denoised together.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps in all; the length unmasks one a step.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 takes the most probable token.")] = None,
+    cfg: Annotated[float | None, typer.Option("--cfg", help="Classifier-free guidance scale; 0 is off.")] = None,
+    remasking: Annotated[str | None, typer.Option(help="low_confidence or random.")] = None,
+    attention: Annotated[str | None, typer.Option(help="bidirectional (LLaDA's) or draft (prefix cache).")] = None,
+    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt without the chat template.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the noise at temperatures above 0.")] = 0,
+    log_level: LogLevelOption = "warning",
+) -> None:
+    """Talk to a student with LLaDA's own sampler."""
+    configure_logging(log_level)
+    from student.model.generate import generate as generate_answer
+
+    answer = generate_answer(
+        model,
+        prompt,
+        system=system,
+        raw=raw,
+        seed=seed,
+        length=length,
+        block_length=block_length,
+        steps=steps,
+        temperature=temperature,
+        guidance=cfg,
+        remasking=remasking,
+        attention=attention,
+    )
+    typer.echo(answer)
 
 
 @app.command()

@@ -8,12 +8,15 @@ fields are upstream's, so upstream's code loads it too, and `load_student` loads
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shared.errors import CheckpointError
+from shared.files import new_directory
+from student.model.lora import merge_lora
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +31,8 @@ AUTO_MAP = {
     "AutoModelForMaskedLM": "modeling_llada.LladaForMaskedDiffusion",
     "AutoModelForCausalLM": "modeling_llada.LladaForMaskedDiffusion",
 }
+
+_logger = logging.getLogger(__name__)
 
 
 def register() -> None:
@@ -79,7 +84,7 @@ def save_student(
     state_dict: Mapping[str, torch.Tensor] | None = None,
     max_shard_size: str = "5GB",
 ) -> None:
-    """Write a self-contained checkpoint into `directory`.
+    """Write a self-contained checkpoint into `directory`; adapters are merged into their layers.
 
     Args:
         state_dict: the weights where the model does not hold them whole (ZeRO-3, meta device).
@@ -89,12 +94,13 @@ def save_student(
         CheckpointError: if `state_dict` is not the model's (its keys are listed), or the tokenizer does not fit.
     """
     directory = Path(directory)
-    weights = dict(model.state_dict() if state_dict is None else state_dict)
+    weights = merge_lora(model, dict(model.state_dict() if state_dict is None else state_dict))
     check_state({name: tuple(tensor.shape) for name, tensor in weights.items()}, model.config, directory)
     check_tokenizer(tokenizer, model.config, directory)
     directory.mkdir(parents=True, exist_ok=True)
     model.config.auto_map = dict(AUTO_MAP)
     dtype = next(iter(weights.values())).dtype
+    # The module may hold adapters or no weights at all: what is saved is `weights`, under the plain class's config.
     model.save_pretrained(directory, state_dict=weights, max_shard_size=max_shard_size)
     # save_pretrained records the module's dtype, which need not be that of the weights that were given.
     model.config.dtype = dtype
@@ -102,6 +108,34 @@ def save_student(
     tokenizer.save_pretrained(directory)
     for name in MODELLING_FILES:
         shutil.copyfile(Path(__file__).with_name(name), directory / name)
+
+
+def export_student(run: Path, to: Path | None = None, dtype: str | None = None, max_shard_size: str = "5GB") -> Path:
+    """Write the trained student of `run` (or the model that `run` is) to `to`, and load it back.
+
+    Raises:
+        CheckpointError: if there is no model, or the dtype is unknown.
+    """
+    import torch
+
+    source = run if (run / "config.json").exists() else run / "student" / "final"
+    if not (source / "config.json").exists():
+        raise CheckpointError(
+            f"{run} holds no trained student (no {source}/config.json); train it with `student train`"
+        )
+    kinds = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    if dtype is not None and dtype not in kinds:
+        raise CheckpointError(f"--dtype {dtype!r} is not one of {', '.join(kinds)}")
+    target = to or run / "export"
+    model, tokenizer = load_student(source, kinds[dtype] if dtype else None)
+    with new_directory(target) as partial:
+        save_student(model, tokenizer, partial, max_shard_size=max_shard_size)
+        copy, _ = load_student(partial)
+        for name, tensor in copy.state_dict().items():
+            if not torch.equal(tensor, model.get_parameter(name)):
+                raise CheckpointError(f"{partial}: {name} does not read back as it was written; check the disk")
+    _logger.info("%s: %s parameters, %s", target, f"{model.num_parameters():,}", model.dtype)
+    return target
 
 
 def read_config(directory: Path) -> LladaConfig:

@@ -1,0 +1,65 @@
+"""`student generate`: talk to a student, or to any LLaDA checkpoint, with LLaDA's sampler."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from student.model.sampler import SamplerSettings, sample
+
+
+def generate(
+    directory: Path,
+    prompt: str,
+    settings: SamplerSettings | None = None,
+    *,
+    system: str | None = None,
+    raw: bool = False,
+    seed: int = 0,
+    **changes: Any,
+) -> str:
+    """The model's answer to `prompt`, up to the end of its turn.
+
+    Args:
+        settings: by default 128 tokens, in draft blocks for a model that was trained to draft and as LLaDA itself
+            decodes otherwise.
+        raw: continue `prompt` as it stands, without the chat template.
+        changes: fields of `settings` to override; those that are None are left alone.
+
+    Raises:
+        CheckpointError: if the directory holds no model.
+        ConfigError: if the settings contradict one another, or the text does not fit.
+    """
+    import torch
+
+    from shared.vocabulary import Vocabulary
+    from student.model.export import load_student
+
+    model, tokenizer = load_student(directory)
+    model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    settings = replace(
+        settings or default_settings(model.config),
+        **{name: value for name, value in changes.items() if value is not None},
+    )
+    if raw:
+        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    else:
+        turns = [{"role": "system", "content": system}] if system else []
+        turns.append({"role": "user", "content": prompt})
+        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
+    roles = Vocabulary.from_tokenizer(directory, roles={"mask": model.config.mask_token_id}).roles
+    ends = frozenset(roles[role] for role in ("end_of_turn", "end_of_text") if role in roles)
+    generator = torch.Generator().manual_seed(seed)
+    answer = sample(model, torch.tensor([ids], device=model.device), settings, generator, ends)[0].tolist()
+    end = next((i for i, token in enumerate(answer) if token in ends), len(answer))
+    return str(tokenizer.decode(answer[:end], skip_special_tokens=True))
+
+
+def default_settings(config: Any) -> SamplerSettings:
+    """What suits a model: draft blocks of the length it was trained on, or LLaDA's defaults."""
+    block = config.draft_block_length
+    if block is None:
+        return SamplerSettings()
+    blocks = -(-128 // block)
+    return SamplerSettings(length=blocks * block, block_length=block, steps=blocks * block, attention="draft")
