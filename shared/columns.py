@@ -1,0 +1,265 @@
+"""Records to Arrow tables and back, whole batches at a time.
+
+`records_to_table` refuses what cannot be stored faithfully, naming the record, the row and the value: it is the one
+way into a shard. `table_to_records` decodes a row group in a few passes and hands out slices of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from shared.encoding import decode_logprobs, encode_gaps, round_sampled, round_tail, row_matches
+from shared.errors import DatasetError
+from shared.records import Distributions, FinishReason, Message, Record, Sampling
+from shared.schema import DISTRIBUTION_COLUMNS, SCHEMA
+
+MASS_TOLERANCE = 1e-3
+"""Teachers compute in float32: a row's mass and tail may miss 1 by this much before it is an error."""
+SAMPLED_TOLERANCE = 1e-2
+"""The sampled token's own logprob and its entry come from one computation: further apart, they are not of one row."""
+
+
+def records_to_table(records: Sequence[Record], vocabulary_size: int | None = None, check: bool = True) -> pa.Table:
+    """The records as a table of `shared.schema.SCHEMA`.
+
+    Args:
+        vocabulary_size: ids must be below it, where it is given.
+        check: False stores rows that contradict their own text, for tests that need a damaged dataset.
+
+    Raises:
+        DatasetError: if a record's arrays disagree in length, hold NaN, infinities, duplicates or ids outside the
+            vocabulary, do not fall in probability, or do not belong to the response's tokens.
+    """
+    if check:
+        for record in records:
+            check_record(record, vocabulary_size)
+    plain: dict[str, Any] = {
+        "sample_id": [r.sample_id for r in records],
+        "prompt_id": [r.prompt_id for r in records],
+        "split": [r.split for r in records],
+        "skill": [r.skill for r in records],
+        "rule": [r.sampling.rule for r in records],
+        "messages": [[{"role": m.role, "content": m.content} for m in r.messages] for r in records],
+        "prompt_text": [r.prompt_text for r in records],
+        "response_bytes": [r.response_bytes for r in records],
+        "finish_reason": [r.finish_reason for r in records],
+        "temperature": [r.sampling.temperature for r in records],
+        "top_p": [r.sampling.top_p for r in records],
+        "top_k": [r.sampling.top_k for r in records],
+        "max_tokens": [r.sampling.max_tokens for r in records],
+        "seed": [r.sampling.seed for r in records],
+    }
+    arrays: dict[str, pa.Array] = {name: pa.array(values, SCHEMA.field(name).type) for name, values in plain.items()}
+    arrays["prompt_ids"] = _list_array("prompt_ids", [r.prompt_ids for r in records])
+    arrays["response_ids"] = _list_array("response_ids", [r.response_ids for r in records])
+    stored = [_store(r) for r in records]
+    for name in DISTRIBUTION_COLUMNS:
+        arrays[name] = _list_array(name, [None if s is None else s[name] for s in stored])
+    return pa.Table.from_arrays([arrays[name] for name in SCHEMA.names], schema=SCHEMA)
+
+
+def check_record(record: Record, vocabulary_size: int | None) -> None:
+    """Raise for the first thing in `record` that must not be stored; errors as `records_to_table`."""
+    who = f"record {record.sample_id!r}"
+    for what, ids in (("prompt_ids", record.prompt_ids), ("response_ids", record.response_ids)):
+        _check_ids(f"{who}: {what}", np.asarray(ids), vocabulary_size)
+    if record.distributions is None:
+        return
+    d, length = record.distributions, len(record.response_ids)
+    widths = np.diff(d.offsets)
+    if len(d.offsets) != length + 1 or len(d.tail) != length or len(d.sampled) != length:
+        raise DatasetError(
+            f"{who}: {max(len(d.offsets) - 1, 0)} rows, {len(d.tail)} tail masses and {len(d.sampled)} "
+            f"sampled logprobs for {length} response tokens; expected one of each per token"
+        )
+    if d.offsets[0] != 0 or (widths < 0).any() or d.offsets[-1] != len(d.ids) or len(d.ids) != len(d.logprobs):
+        raise DatasetError(
+            f"{who}: offsets from {d.offsets[0]} to {d.offsets[-1]} over {len(d.ids)} ids and {len(d.logprobs)} "
+            "logprobs; expected offsets that start at 0, never fall and end at the number of both"
+        )
+    rows = np.repeat(np.arange(length), widths)
+    for what, values, where in (
+        ("candidate logprob", d.logprobs, rows),
+        ("tail mass", d.tail, np.arange(length)),
+        ("sampled logprob", d.sampled, np.arange(length)),
+    ):
+        bad = np.isnan(values) if what == "candidate logprob" else np.zeros(len(values), bool)
+        bad |= np.isinf(values)
+        _refuse(who, bad, where, values, what, "a finite number")
+    _check_ids(f"{who}: candidates", d.ids, vocabulary_size, rows)
+    ordered = np.lexsort((d.ids, rows))
+    twice = (np.diff(d.ids[ordered]) == 0) & (np.diff(rows[ordered]) == 0)
+    _refuse(who, twice, rows[ordered][1:], d.ids[ordered][1:], "candidate id", "to stand once in its row")
+    rising = (np.diff(d.logprobs) > 0) & (np.diff(rows) == 0)
+    _refuse(who, rising, rows[1:], d.logprobs[1:], "candidate logprob", "not above the candidate before it")
+    _refuse(who, d.sampled > MASS_TOLERANCE, np.arange(length), d.sampled, "sampled logprob", "at most 0")
+    mass = np.bincount(rows, weights=np.exp(d.logprobs.astype(np.float64)), minlength=length)
+    known = ~np.isnan(d.tail)
+    total = np.where(known, mass + d.tail, 1.0)
+    _refuse(
+        who,
+        (np.abs(total - 1) > MASS_TOLERANCE) | (known & ((d.tail < -MASS_TOLERANCE) | (d.tail > 1 + MASS_TOLERANCE))),
+        np.arange(length),
+        total,
+        "candidates' mass plus tail mass",
+        "1 (logprobs are natural logs at temperature 1, before any filter)",
+    )
+    _check_sampled(who, record, d, widths.astype(np.int32))
+
+
+def table_to_records(table: pa.Table, distributions: bool = True) -> Iterator[Record]:
+    """Records of a row group's table; the arrays are read-only views of what the whole row group decoded to."""
+    batch = table.combine_chunks()
+    column = {
+        name: batch[name].to_pylist() for name in batch.schema.names if not _is_flat(batch.schema.field(name))
+    }
+    prompt_ids, prompt_at = flat_list(batch["prompt_ids"])
+    response_ids, response_at = flat_list(batch["response_ids"])
+    if distributions:
+        sampled, _ = flat_list(batch["sampled_logprob"])
+        widths, token_at = flat_list(batch["width"])
+        ids, candidate_at = flat_list(batch["candidate_ids"])
+        gaps, _ = flat_list(batch["candidate_gaps"])
+        tail, _ = flat_list(batch["tail_mass"])
+        logprobs = decode_logprobs(widths, gaps, tail)
+        row_ends = np.concatenate([[0], np.cumsum(widths, dtype=np.int64)])
+        sampled = sampled.copy()
+        stored = np.flatnonzero(~np.asarray(batch["width"].is_null()))
+        owners = (
+            np.concatenate([response_ids[response_at[i] : response_at[i + 1]] for i in stored])
+            if len(stored)
+            else np.zeros(0, np.int32)
+        )
+        # In the row the entry is the value: the column holds it rounded.
+        tokens, entries = row_matches(widths, ids, owners)
+        sampled[tokens] = logprobs[entries]
+        has = ~np.asarray(batch["width"].is_null())
+    for i in range(batch.num_rows):
+        d = None
+        if distributions and has[i]:
+            first, last = token_at[i], token_at[i + 1]
+            start, stop = candidate_at[i], candidate_at[i + 1]
+            d = Distributions(
+                row_ends[first : last + 1] - row_ends[first],
+                ids[start:stop],
+                logprobs[start:stop],
+                tail[first:last],
+                sampled[first:last],
+            )
+        yield Record(
+            sample_id=column["sample_id"][i],
+            prompt_id=column["prompt_id"][i],
+            split=column["split"][i],
+            skill=column["skill"][i],
+            messages=tuple(Message(m["role"], m["content"]) for m in column["messages"][i]),
+            prompt_text=column["prompt_text"][i],
+            prompt_ids=prompt_ids[prompt_at[i] : prompt_at[i + 1]],
+            response_ids=response_ids[response_at[i] : response_at[i + 1]],
+            response_bytes=column["response_bytes"][i],
+            finish_reason=cast(FinishReason, column["finish_reason"][i]),
+            sampling=Sampling(
+                column["temperature"][i],
+                column["top_p"][i],
+                column["top_k"][i],
+                column["max_tokens"][i],
+                column["seed"][i],
+            ),
+            distributions=d,
+        )
+
+
+def _store(record: Record) -> dict[str, NDArray[Any]] | None:
+    """The distribution columns of one record."""
+    d = record.distributions
+    if d is None:
+        return None
+    widths = np.diff(d.offsets).astype(np.int32)
+    gaps, tail = encode_gaps(d.offsets, d.logprobs), round_tail(d.tail)
+    sampled = np.array(d.sampled, np.float32)
+    tokens, entries = row_matches(widths, d.ids, record.response_ids)
+    sampled[tokens] = decode_logprobs(widths, gaps, tail)[entries]
+    return {
+        "sampled_logprob": round_sampled(sampled),
+        "width": widths,
+        "candidate_ids": d.ids,
+        "candidate_gaps": gaps,
+        "tail_mass": tail,
+    }
+
+
+def _check_sampled(who: str, record: Record, d: Distributions, widths: NDArray[np.int32]) -> None:
+    """The sampled token's own logprob must fit the row that it is stored with: shifted rows end here."""
+    tokens, entries = row_matches(widths, d.ids, record.response_ids)
+    apart = np.abs(d.sampled[tokens] - d.logprobs[entries]) > SAMPLED_TOLERANCE
+    if apart.any():
+        at = np.flatnonzero(apart)[0]
+        raise DatasetError(
+            f"{who}: token {tokens[at]} (id {record.response_ids[tokens[at]]}) was sampled with logprob "
+            f"{d.sampled[tokens[at]]:.4f}, but its row gives it {d.logprobs[entries[at]]:.4f}; "
+            "the rows are shifted against the response, or belong to another one"
+        )
+    outside = np.ones(len(d.tail), bool)
+    outside[tokens] = False
+    last = np.full(len(d.tail), np.inf)
+    filled = widths > 0
+    last[filled] = d.logprobs[d.offsets[1:][filled] - 1]
+    _refuse(
+        who,
+        outside & (d.sampled > last + SAMPLED_TOLERANCE),
+        np.arange(len(last)),
+        d.sampled,
+        "sampled logprob of a token outside its row",
+        "not above the row's last candidate; the rows are shifted against the response, or belong to another one",
+    )
+
+
+def _check_ids(who: str, ids: NDArray[Any], vocabulary_size: int | None, rows: NDArray[np.int64] | None = None) -> None:
+    bad = ids < 0
+    if vocabulary_size is not None:
+        bad = bad | (ids >= vocabulary_size)
+    if bad.any():
+        at = int(np.flatnonzero(bad)[0])
+        place = f"position {at}" if rows is None else f"row {rows[at]}, position {at - np.searchsorted(rows, rows[at])}"
+        size = "0 or more" if vocabulary_size is None else f"0 to {vocabulary_size - 1}"
+        raise DatasetError(f"{who}: id {ids[at]} at {place}, expected {size}: it is another tokenizer's token")
+
+
+def _refuse(
+    who: str, bad: NDArray[np.bool_], rows: NDArray[Any], values: NDArray[Any], what: str, expected: str
+) -> None:
+    if bad.any():
+        at = int(np.flatnonzero(bad)[0])
+        raise DatasetError(
+            f"{who}: {what} {values[at]} in row {rows[at]}, expected {expected} ({int(bad.sum())} such values)"
+        )
+
+
+def _list_array(name: str, values: Sequence[NDArray[Any] | None]) -> pa.Array:
+    kind = SCHEMA.field(name).type
+    lengths = [0 if v is None else len(v) for v in values]
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    present = [np.asarray(v) for v in values if v is not None]
+    flat = np.concatenate(present) if present else np.zeros(0)
+    mask = pa.array([v is None for v in values], pa.bool_()) if any(v is None for v in values) else None
+    return pa.ListArray.from_arrays(
+        pa.array(offsets), pa.array(flat.astype(kind.value_type.to_pandas_dtype())), type=kind, mask=mask
+    )
+
+
+def _is_flat(field: pa.Field) -> bool:
+    return pa.types.is_list(field.type) and pa.types.is_primitive(field.type.value_type)
+
+
+def flat_list(column: pa.ChunkedArray) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """A list column's values and int64 [rows + 1] offsets into them."""
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if isinstance(array, pa.ChunkedArray):  # no rows: no chunk
+        return np.zeros(0, array.type.value_type.to_pandas_dtype()), np.zeros(1, np.int64)
+    offsets = array.offsets.to_numpy().astype(np.int64)
+    values = array.values.to_numpy(zero_copy_only=False)
+    return values[offsets[0] : offsets[-1]], offsets - offsets[0]

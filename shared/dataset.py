@@ -1,0 +1,301 @@
+"""Reading a dataset: verified once, in bounded memory, in the stored order or in a stable random one.
+
+Nothing is trusted but the manifest and what its checksums vouch for. A shard's sha256 is computed before its first
+byte is decoded, once per process and version of the file; a shard in an object store is fetched whole, checked and
+read from memory. One row group is decoded at a time (16k tokens at k = 64: 8 MB); the shuffled order holds a window.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from shared.columns import table_to_records
+from shared.errors import DatasetError
+from shared.manifest import (
+    MANIFEST,
+    PROVENANCE,
+    TOKENIZER,
+    VOCABULARY,
+    Manifest,
+    Provenance,
+    UnitEntry,
+    load,
+)
+from shared.records import Record
+from shared.schema import RECORD_COLUMNS, SCHEMA, check_version, version_of
+from shared.storage import LocalStorage, Storage, file_sha256, open_storage
+from shared.vocabulary import Vocabulary
+from shared.writer import DatasetWriter
+
+__all__ = ["Dataset", "DatasetWriter", "Manifest", "Provenance"]
+
+_CACHED_GROUPS = 8
+_VERIFIED: set[tuple[str, str, int, int, int]] = set()
+"""Shards of this process that had their checksum: path, sha256, inode, size, time of change."""
+
+
+class Dataset:
+    """A finished dataset; make one with `Dataset.open`. Its records are numbered in the manifest's order of units."""
+
+    def __init__(self, storage: Storage, manifest: Manifest) -> None:
+        self._storage = storage
+        self.manifest = manifest
+        self._ends = np.cumsum([unit.rows for unit in manifest.units], dtype=np.int64).tolist()
+        self._groups: OrderedDict[tuple[int, int], list[Record]] = OrderedDict()
+        self._local_copy: tempfile.TemporaryDirectory[str] | None = None
+
+    @classmethod
+    def open(cls, path: str | Path) -> Dataset:
+        """The dataset at a directory or URL.
+
+        Raises:
+            DatasetError: if there is none, it is unfinished, its manifest is damaged or of a later version.
+        """
+        storage = open_storage(path)
+        return cls(storage, read_manifest(storage))
+
+    def __len__(self) -> int:
+        return self.manifest.rows
+
+    def __getitem__(self, index: int) -> Record:
+        """Record `index`, negative counting from the end; the last few row groups stay decoded."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        index %= len(self)
+        unit = bisect_right(self._ends, index)
+        row = index - (self._ends[unit - 1] if unit else 0)
+        file = self._shard(self.manifest.units[unit])
+        group = 0
+        while row >= file.metadata.row_group(group).num_rows:
+            row -= file.metadata.row_group(group).num_rows
+            group += 1
+        key = (unit, group)
+        if key not in self._groups:
+            self._groups[key] = list(self._decode(self.manifest.units[unit], file, group, True))
+            if len(self._groups) > _CACHED_GROUPS:
+                self._groups.popitem(last=False)
+        self._groups.move_to_end(key)
+        return self._groups[key][row]
+
+    @cached_property
+    def provenance(self) -> Provenance:
+        """Raises `DatasetError` where it is damaged."""
+        found: Provenance = load(Provenance, self._read_file(PROVENANCE), self._storage.join(PROVENANCE))
+        return found
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The teacher's vocabulary; raises `DatasetError` where it is damaged."""
+        vocabulary = Vocabulary.from_table(pq.read_table(pa.BufferReader(self._read_file(VOCABULARY))))
+        if vocabulary.fingerprint != self.manifest.vocabulary_fingerprint:
+            raise DatasetError(
+                f"{self._storage.join(VOCABULARY)} has the fingerprint {vocabulary.fingerprint[:12]}, the manifest "
+                f"says {self.manifest.vocabulary_fingerprint[:12]}; copy it again from where the dataset was collected"
+            )
+        return vocabulary
+
+    @cached_property
+    def tokenizer_dir(self) -> Path:
+        """A local directory with the teacher's tokenizer files, checked.
+
+        Raises:
+            DatasetError: if the dataset has none (an import), or one is damaged.
+        """
+        names = [entry.name for entry in self.manifest.files if entry.name.startswith(f"{TOKENIZER}/")]
+        if not names:
+            raise DatasetError(
+                f"{self._storage.url} holds no tokenizer files: it was made without; import it again with --tokenizer"
+            )
+        contents = {name: self._read_file(name) for name in names}
+        if isinstance(self._storage, LocalStorage):
+            return self._storage.root / TOKENIZER
+        self._local_copy = tempfile.TemporaryDirectory(prefix="teacher-tokenizer-")
+        for name, data in contents.items():
+            target = Path(self._local_copy.name) / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(data)
+        return Path(self._local_copy.name) / TOKENIZER
+
+    def records(
+        self, split: str | None = None, rule: str | None = None, distributions: bool = True
+    ) -> Iterator[Record]:
+        """Records in order, one row group in memory.
+
+        Args:
+            split: `train` or `held_out` only. rule: that decoding rule only.
+            distributions: False leaves the distribution columns unread; `Record.distributions` is None then.
+
+        Raises:
+            DatasetError: if a shard is missing or damaged.
+        """
+        for unit in self.manifest.units:
+            if not _has(unit, split, rule):
+                continue
+            file = self._shard(unit)
+            for group in range(file.metadata.num_row_groups):
+                for record in self._decode(unit, file, group, distributions):
+                    if split in (None, record.split) and rule in (None, record.sampling.rule):
+                        yield record
+
+    def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """Row groups as Arrow tables with only the columns named, checked like everything else."""
+        for unit in self.manifest.units:
+            file = self._shard(unit)
+            for group in range(file.metadata.num_row_groups):
+                yield self._read_group(unit, file, group, columns)
+
+    def shuffled(
+        self,
+        seed: int,
+        epoch: int = 0,
+        split: str | None = None,
+        rule: str | None = None,
+        distributions: bool = True,
+        window_candidates: int = 1 << 23,
+    ) -> Iterator[Record]:
+        """Records in a random order that depends on (seed, epoch, dataset) alone.
+
+        Units are taken in random order into a window of about `window_candidates` candidates (67 MB), and the window's
+        records in random order: every record comes once, each unit is read once, memory has a bound.
+        """
+        random = np.random.Generator(np.random.PCG64([seed, epoch]))
+        window: list[UnitEntry] = []
+        held = 0
+        order = random.permutation(len(self.manifest.units))
+        for position, index in enumerate(order):
+            unit = self.manifest.units[index]
+            if _has(unit, split, rule):
+                window.append(unit)
+                held += unit.candidates + unit.tokens
+            if window and (held >= window_candidates or position + 1 == len(order)):
+                records = [r for u in window for r in self._unit_records(u, split, rule, distributions)]
+                for i in random.permutation(len(records)):
+                    yield records[i]
+                window, held = [], 0
+
+    def _unit_records(
+        self, unit: UnitEntry, split: str | None, rule: str | None, distributions: bool
+    ) -> Iterator[Record]:
+        file = self._shard(unit)
+        for group in range(file.metadata.num_row_groups):
+            for record in self._decode(unit, file, group, distributions):
+                if split in (None, record.split) and rule in (None, record.sampling.rule):
+                    yield record
+
+    def _decode(self, unit: UnitEntry, file: pq.ParquetFile, group: int, distributions: bool) -> Iterator[Record]:
+        columns = None if distributions else RECORD_COLUMNS
+        return table_to_records(self._read_group(unit, file, group, columns), distributions)
+
+    def _read_group(self, unit: UnitEntry, file: pq.ParquetFile, group: int, columns: Sequence[str] | None) -> pa.Table:
+        try:
+            return file.read_row_group(group, columns=None if columns is None else list(columns))
+        except (pa.ArrowException, OSError) as error:
+            raise DatasetError(f"{self._storage.join(unit.file)} cannot be read: {error}") from error
+
+    def _shard(self, unit: UnitEntry) -> pq.ParquetFile:
+        return open_shard(self._storage, unit)
+
+    def _read_file(self, name: str) -> bytes:
+        entry = next((entry for entry in self.manifest.files if entry.name == name), None)
+        if entry is None:
+            raise DatasetError(f"the manifest of {self._storage.url} does not name {name}; the dataset is not complete")
+        return read_checked(self._storage, name, entry.sha256)
+
+
+def read_manifest(storage: Storage) -> Manifest:
+    """The manifest; errors as `Dataset.open`."""
+    try:
+        data = storage.read(MANIFEST)
+    except FileNotFoundError as error:
+        if storage.size(PROVENANCE) is not None:
+            raise DatasetError(
+                f"{storage.url} is unfinished: it has no {MANIFEST}; run the collection again, "
+                "it does only what is missing"
+            ) from error
+        raise DatasetError(
+            f"{storage.url} holds no dataset (no {MANIFEST}); collect one with `teacher collect CONFIG`, "
+            "or import one with `shards import-json FILE DIR`"
+        ) from error
+    manifest: Manifest = load(Manifest, data, storage.join(MANIFEST))
+    return manifest
+
+
+def read_checked(storage: Storage, name: str, sha256: str) -> bytes:
+    """The file's bytes.
+
+    Raises:
+        DatasetError: if it is missing or does not have the checksum that the manifest names.
+    """
+    try:
+        data = storage.read(name)
+    except FileNotFoundError as error:
+        raise _missing(storage, name) from error
+    _compare(hashlib.sha256(data).hexdigest(), sha256, storage, name)
+    return data
+
+
+def open_shard(storage: Storage, unit: UnitEntry) -> pq.ParquetFile:
+    """The unit's shard, its checksum verified before anything of it is decoded.
+
+    Raises:
+        DatasetError: if it is missing, damaged, of a later schema version or not of this schema.
+    """
+    source: Any
+    if isinstance(storage, LocalStorage):
+        path = storage.root / unit.file
+        try:
+            status = path.stat()
+            key = (str(path.resolve()), unit.sha256, status.st_ino, status.st_size, status.st_mtime_ns)
+            if key not in _VERIFIED:
+                _compare(file_sha256(path), unit.sha256, storage, unit.file)
+                _VERIFIED.add(key)
+        except FileNotFoundError as error:
+            raise _missing(storage, unit.file) from error
+        except OSError as error:
+            raise DatasetError(f"cannot read {path}: {error.strerror}; check the disk and your permissions") from error
+        source = path
+    else:
+        source = pa.BufferReader(read_checked(storage, unit.file, unit.sha256))
+    try:
+        file = pq.ParquetFile(source)
+    except (pa.ArrowException, OSError) as error:
+        raise DatasetError(f"{storage.join(unit.file)} is not a Parquet file: {error}") from error
+    schema = file.schema_arrow
+    check_version(version_of(schema.metadata, storage.join(unit.file)), storage.join(unit.file))
+    if not schema.equals(SCHEMA, check_metadata=False):
+        raise DatasetError(
+            f"{storage.join(unit.file)} has the columns {schema.names}, expected {SCHEMA.names}; "
+            "it was rewritten by another tool: copy it again from where the dataset was collected"
+        )
+    return file
+
+
+def _has(unit: UnitEntry, split: str | None, rule: str | None) -> bool:
+    return any(split in (None, key.partition("/")[0]) and rule in (None, key.partition("/")[2]) for key in unit.counts)
+
+
+def _compare(seen: str, expected: str, storage: Storage, name: str) -> None:
+    if seen != expected:
+        raise DatasetError(
+            f"{storage.join(name)} is damaged: its sha256 is {seen[:12]}…, the manifest says {expected[:12]}…; "
+            "copy it again from where the dataset was collected, or delete it and its commit "
+            "and collect that unit again"
+        )
+
+
+def _missing(storage: Storage, name: str) -> DatasetError:
+    return DatasetError(
+        f"{storage.join(name)} is missing, but the manifest names it; "
+        "copy it again from where the dataset was collected"
+    )

@@ -1,0 +1,103 @@
+"""Between the teacher's logprobs and the whole numbers that are stored (`shared.schema` has the formula).
+
+Legend: T response tokens, N candidates of all of them, G steps below the first candidate of the row. Both
+directions are a few passes of numpy over the N candidates. What was decoded encodes to itself, bit by bit.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.schema import MAX_STEPS, SAMPLED_STEPS_PER_NAT, STEPS_PER_NAT
+
+_TAIL_BITS = 11
+
+
+def encode_gaps(offsets: NDArray[np.int64], logprobs: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """uint16 [N]: each candidate's steps below the one before it; rows must be in falling order."""
+    widths = np.diff(offsets)
+    first = np.repeat(offsets[:-1], widths)
+    wide = logprobs.astype(np.float64)
+    below = np.minimum(np.rint((wide[first] - wide) * STEPS_PER_NAT), MAX_STEPS).astype(np.int64)
+    gaps = np.diff(below, prepend=0)
+    gaps[first == np.arange(len(first))] = 0
+    return gaps.astype(np.uint16)
+
+
+def round_tail(tail: NDArray[np.float32]) -> NDArray[np.float32]:
+    """float32 [T]: tail masses to 11 significant bits of r or 1 - r, whichever is smaller; NaN stays NaN.
+
+    Masses that float32 arithmetic left a hair outside 0…1 are clipped.
+    """
+    clipped = np.clip(tail.astype(np.float64), 0.0, 1.0)
+    small = np.minimum(clipped, 1.0 - clipped)
+    mantissa, exponent = np.frexp(small)
+    rounded = np.ldexp(np.rint(np.ldexp(mantissa, _TAIL_BITS)), exponent - _TAIL_BITS)
+    return np.where(clipped > 0.5, 1.0 - rounded, rounded).astype(np.float32)
+
+
+def round_sampled(sampled: NDArray[np.float32]) -> NDArray[np.float32]:
+    """float32 [T]: logprobs to multiples of 1/1024 nat; NaN stays NaN."""
+    return (np.rint(sampled.astype(np.float64) * SAMPLED_STEPS_PER_NAT) / SAMPLED_STEPS_PER_NAT).astype(np.float32)
+
+
+def decode_logprobs(
+    widths: NDArray[np.int32], gaps: NDArray[np.uint16], tail: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """float32 [N]: the stored logprobs.
+
+    Args:
+        widths: int32 [T]. gaps: uint16 [N]. tail: float32 [T], NaN where unknown: the row then has mass 1.
+    """
+    if not len(gaps):
+        return np.zeros(0, np.float32)
+    known = np.where(np.isnan(tail), 0.0, tail.astype(np.float64))
+    with np.errstate(divide="ignore"):
+        log_mass = np.log1p(-known)
+    width = int(widths[0])
+    if width and (widths == width).all():
+        steps_TxK = np.cumsum(gaps.reshape(-1, width), axis=1, dtype=np.int32)
+        weights = np.take(_probabilities(), steps_TxK, mode="clip").sum(axis=1, dtype=np.float32)
+        level_T = (log_mass - np.log(weights.astype(np.float64))).astype(np.float32)
+        result = steps_TxK.astype(np.float32)
+        result *= np.float32(-1.0 / STEPS_PER_NAT)
+        result += level_T[:, None]
+        return result.reshape(-1)
+    ends = np.cumsum(widths, dtype=np.int64)
+    filled = widths > 0
+    starts = (ends - widths)[filled]
+    running = np.cumsum(gaps, dtype=np.int64)
+    before = running[starts] - gaps[starts]
+    steps = (running - np.repeat(before, widths[filled])).astype(np.int32)
+    weights = np.add.reduceat(np.take(_probabilities(), steps, mode="clip"), starts)
+    level = (log_mass[filled] - np.log(weights.astype(np.float64))).astype(np.float32)
+    result = steps.astype(np.float32)
+    result *= np.float32(-1.0 / STEPS_PER_NAT)
+    result += np.repeat(level, widths[filled])
+    return result
+
+
+def row_matches(
+    widths: NDArray[np.int32], candidate_ids: NDArray[np.int32], response_ids: NDArray[np.int32]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Where each token stands among its own candidates.
+
+    Returns:
+        Tokens that do, int64 [M] ascending, and the indices of their entries in the candidates, int64 [M].
+    """
+    if len(widths) and widths[0] and (widths == widths[0]).all():
+        hits = candidate_ids.reshape(len(widths), -1) == response_ids[:, None]
+        entries = np.flatnonzero(hits)
+        return entries // int(widths[0]), entries
+    tokens = np.repeat(np.arange(len(widths)), widths)
+    entries = np.flatnonzero(candidate_ids == response_ids[tokens])
+    return tokens[entries], entries
+
+
+@cache
+def _probabilities() -> NDArray[np.float32]:
+    """exp(-G / 64) for every G that can be stored: a gather is faster than an exponential."""
+    return np.exp(-np.arange(MAX_STEPS + 1) / STEPS_PER_NAT).astype(np.float32)
