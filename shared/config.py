@@ -172,6 +172,7 @@ class PrepareConfig(Section):
         description="Text that the student's normalizer would change: drop the response, or encode its exact bytes.",
     )
     workers: PositiveInt | None = Field(None, description="Parallel processes; null uses the machine's cores.")
+    store: bool = Field(True, description="Store the targets; false keeps an index and aligns while training.")
 
 
 class TrainConfig(Section):

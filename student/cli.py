@@ -75,6 +75,15 @@ def generate(
 
 
 @app.command()
+def prepare(config: ConfigArgument, overrides: SetOption = None, log_level: LogLevelOption = "info") -> None:
+    """Turn the stored rows into targets over the student's vocabulary, once; a rerun does only what is missing."""
+    configure_logging(log_level)
+    from student.alignment.prepare import prepare as prepare_targets
+
+    prepare_targets(load_config(config, overrides))
+
+
+@app.command()
 def train(
     config: ConfigArgument,
     overrides: SetOption = None,

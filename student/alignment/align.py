@@ -141,7 +141,7 @@ class Aligner:
 
 
 def _no_targets(count: int) -> Targets:
-    unknown = np.full(count, np.nan, np.float32)
+    unknown: NDArray[np.float32] = np.full(count, np.nan, np.float32)
     sparse = SparseTargets(
         event_offsets=np.zeros(count + 1, np.int64),
         event_mass=np.empty(0, np.float32),

@@ -43,6 +43,8 @@ from student.alignment.targets import SparseTargets
 
 # A row's own tail and 1 - sum of its probabilities may differ by what quantised logprobs lose, not by more.
 TAIL_TOLERANCE = 0.02
+# The same for the realised token's logprob against its own in the row, in nats.
+LOGPROB_TOLERANCE = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +61,16 @@ class Targets:
 class Row:
     """One teacher row: candidates with their probabilities, the realised token always among them where known.
 
-    `usable` is False where the tail is unknown or does not fit the candidates.
+    `usable` is False where the tail is unknown or does not fit the candidates. `contradicts`: the realised token's own
+    logprob is not what the row says of it, or, outside the top k, more than the tail holds; then it is another row's,
+    it is not added, and `realized_logprob` is NaN.
     """
 
     ids: list[int]
     mass: list[float]
     tail: float
     usable: bool
+    contradicts: bool
     realized_logprob: float
 
 
@@ -75,15 +80,20 @@ def read_row(distributions: Distributions, position: int, realized: int) -> Row:
     ids, mass = [int(v) for v in stored_ids], [math.exp(float(p)) for p in logprobs]
     tail, sampled = float(distributions.tail[position]), float(distributions.sampled[position])
     usable = bool(ids) and not math.isnan(tail) and abs(1 - sum(mass) - tail) <= TAIL_TOLERANCE
+    contradicts = False
     if realized in ids:
-        sampled = math.log(mass[ids.index(realized)]) if math.isnan(sampled) else sampled
+        own = math.log(mass[ids.index(realized)])
+        contradicts = abs(sampled - own) > LOGPROB_TOLERANCE
+        sampled = math.nan if contradicts else own if math.isnan(sampled) else sampled
+    elif math.exp(sampled) > 1 - sum(mass) + TAIL_TOLERANCE:
+        contradicts, sampled = True, math.nan
     elif not math.isnan(sampled):
         ids.append(realized)
         mass.append(math.exp(sampled))
     total = sum(mass)
     if total > 1:
         mass = [m / total for m in mass]
-    return Row(ids, mass, max(0.0, 1 - total), usable, sampled)
+    return Row(ids, mass, max(0.0, 1 - total), usable, contradicts, sampled)
 
 
 class ReferenceAlignment:
@@ -155,6 +165,7 @@ class ReferenceAlignment:
         j = int(self.spans.teacher_index[i])
         row, realized = self.rows[j], int(self.spans.teacher_ids[j])
         fixed = int(self.spans.starts[i] - self.spans.teacher_starts[j])
+        self.counts["contradictions"] += row.contradicts
         if not row.usable:
             self.counts["unusable_rows"] += 1
             return [], math.nan, math.nan
@@ -289,8 +300,10 @@ class ReferenceAlignment:
                 break
             if math.isnan(self.rows[row].realized_logprob):
                 return math.nan
-            candidates = zip(self.rows[row].ids, self.rows[row].mass, strict=True)
-            total += math.exp(path) * sum(mass for v, mass in candidates if self.reaches_over(row, v, position))
+            for v, mass in zip(self.rows[row].ids, self.rows[row].mass, strict=True):
+                if self.reaches_over(row, v, position):
+                    own = v == spans.teacher_ids[row]
+                    total += math.exp(path + self.rows[row].realized_logprob) if own else math.exp(path) * mass
             path += self.rows[row].realized_logprob
             if spans.teacher_ends[row] > c:
                 return total

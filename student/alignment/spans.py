@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -117,4 +118,4 @@ def _runs(is_special: NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
     """(first, stop) of every run of text and of every single special."""
     cuts = np.flatnonzero(is_special)
     bounds = sorted({0, len(is_special), *cuts.tolist(), *(cuts + 1).tolist()})
-    yield from zip(bounds, bounds[1:], strict=False)
+    yield from pairwise(bounds)

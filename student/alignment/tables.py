@@ -154,7 +154,7 @@ def pair_tables(
     parts = [teacher.fingerprint, teacher_encoder.fingerprint if teacher_encoder else "greedy", repr(teacher.roles)]
     parts += [student.fingerprint, student_encoder.fingerprint, repr(student.roles), str(_VERSION)]
     file = (cache or _cache_directory()) / f"{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:32]}.npz"
-    arrays = _load(file)
+    arrays: dict[str, Any] | None = _load(file)
     if arrays is None:
         arrays = _build(teacher, student, student_encoder, teacher_encoder)
         _save(file, arrays)
@@ -173,19 +173,19 @@ def special_counterparts(teacher: Vocabulary, student: Vocabulary) -> NDArray[np
 
 def _build(
     teacher: Vocabulary, student: Vocabulary, student_encoder: Encoder, teacher_encoder: Encoder | None
-) -> dict[str, NDArray[Any]]:
+) -> dict[str, Any]:
     same_encoder = teacher_encoder is None or teacher_encoder.fingerprint == student_encoder.fingerprint
     if teacher.fingerprint == student.fingerprint and same_encoder:
         ids, offsets = np.arange(len(teacher), dtype=np.int32), np.arange(len(teacher) + 1, dtype=np.int64)
         special_of = np.where(teacher.is_special, ids, -1).astype(np.int32)
-        return dict(
-            special_of=special_of,
-            spelling_offsets=offsets,
-            spelling_ids=ids,
-            first_teacher=ids,
-            extension_offsets=offsets,
-            extension_ids=ids,
-        )
+        return {
+            "special_of": special_of,
+            "spelling_offsets": offsets,
+            "spelling_ids": ids,
+            "first_teacher": ids,
+            "extension_offsets": offsets,
+            "extension_ids": ids,
+        }
     special_of = special_counterparts(teacher, student)
     text_ids = np.flatnonzero(~teacher.is_special)
     spellings: list[NDArray[np.int32]] = [np.empty(0, np.int32)] * len(teacher)
@@ -205,14 +205,14 @@ def _build(
     for index in mapped:
         extensions[index] = special_of[index : index + 1]
         first_teacher[special_of[index]] = index
-    return dict(
-        special_of=special_of,
-        spelling_offsets=_offsets(spellings),
-        spelling_ids=np.concatenate(spellings).astype(np.int32),
-        first_teacher=first_teacher,
-        extension_offsets=_offsets(extensions),
-        extension_ids=np.concatenate(extensions).astype(np.int32),
-    )
+    return {
+        "special_of": special_of,
+        "spelling_offsets": _offsets(spellings),
+        "spelling_ids": np.concatenate(spellings).astype(np.int32),
+        "first_teacher": first_teacher,
+        "extension_offsets": _offsets(extensions),
+        "extension_ids": np.concatenate(extensions).astype(np.int32),
+    }
 
 
 def _first_tokens(vocabulary: Vocabulary, encoder: Encoder | None, texts: Sequence[bytes]) -> NDArray[np.int32]:
@@ -243,7 +243,7 @@ def _cache_directory() -> Path:
     return base / "alignment"
 
 
-def _load(file: Path) -> dict[str, NDArray[Any]] | None:
+def _load(file: Path) -> dict[str, Any] | None:
     try:
         with np.load(file, allow_pickle=False) as archive:
             return dict(archive)
@@ -254,7 +254,7 @@ def _load(file: Path) -> dict[str, NDArray[Any]] | None:
         return None
 
 
-def _save(file: Path, arrays: dict[str, NDArray[Any]]) -> None:
+def _save(file: Path, arrays: dict[str, Any]) -> None:
     partial = file.with_name(f"{file.stem}.{os.getpid()}.partial.npz")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,337 @@
+"""`student prepare`: a dataset's rows as targets over the student's vocabulary, once, in parallel and resumable.
+
+A unit of the dataset is a unit here. Its key covers the shard's checksum, both tokenizers and the settings: a rerun
+does the units whose key has no finished file, and nothing else. Workers are processes with one unit at a time, so
+memory is bounded by a unit's records. Costs about 30 µs a teacher token and core at k = 64.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from shared.config import PipelineConfig, PrepareConfig
+from shared.console import progress
+from shared.dataset import Dataset
+from shared.errors import AlignmentError, CheckpointError, DatasetError
+from shared.files import write_json
+from shared.vocabulary import Encoder, load_tokenizer
+from student.alignment.align import Aligner
+from student.alignment.prepared import INDEX, INDEX_SCHEMA, MANIFEST, VERSION, check_file, write_samples
+from student.alignment.targets import AlignedSample
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What samples are made from: the dataset and an aligner for it. `key` is a sha256 over all that decides them."""
+
+    dataset: Dataset
+    aligner: Aligner
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class PrepareSummary:
+    """What `prepare` did, for people; `summary.json` holds the same.
+
+    Attributes:
+        positions: student tokens of responses. supervised_fraction: share of them with a soft target.
+        mapped_mass: mean mass in events at those.
+        counts: as `Aligner.align_counted`, summed over the dataset.
+        units_done: units aligned by this call; the others were there.
+    """
+
+    samples: int
+    positions: int
+    supervised_fraction: float
+    mapped_mass: float | None
+    teacher_tokens: int
+    seconds: float
+    tokens_per_s: float | None
+    units_done: int
+    counts: dict[str, float]
+
+
+def open_source(dataset_path: str | Path, tokenizer: Path, settings: PrepareConfig) -> Source:
+    """The dataset at `dataset_path` with an aligner for the student's `tokenizer`.
+
+    Raises:
+        DatasetError, VocabularyError: if one of them is missing, damaged, or not what the other expects.
+    """
+    dataset = Dataset.open(dataset_path)
+    teacher = dataset.vocabulary
+    try:
+        teacher_encoder: Encoder | None = Encoder.from_tokenizer(dataset.tokenizer_dir, teacher)
+    except DatasetError as error:
+        _logger.warning("%s; the teacher's tokenization of student tokens is taken as greedy", error)
+        teacher_encoder = None
+    student, encoder = load_tokenizer(tokenizer)
+    aligner = Aligner(teacher, student, encoder, settings, teacher_encoder=teacher_encoder)
+    parts = [
+        str(VERSION),
+        teacher.fingerprint,
+        json.dumps(teacher.roles),
+        teacher_encoder.fingerprint if teacher_encoder else "greedy",
+        student.fingerprint,
+        json.dumps(student.roles),
+        encoder.fingerprint,
+        settings.model_dump_json(exclude={"workers", "store"}),
+    ]
+    return Source(dataset, aligner, hashlib.sha256("|".join(parts).encode()).hexdigest())
+
+
+def prepare(config: PipelineConfig) -> PrepareSummary:
+    """Align every record of `config.shards_dir` into `config.prepared_dir`.
+
+    Raises:
+        DatasetError: if there is no dataset, or it is damaged.
+        CheckpointError: if the student has no tokenizer yet.
+        VocabularyError: if a tokenizer is not the one expected or lacks bytes.
+        AlignmentError: if no record can be used, with the reasons.
+    """
+    if not config.student_init_dir.is_dir():
+        raise CheckpointError(
+            f"{config.student_init_dir} does not exist, so there is no student's tokenizer to prepare for; "
+            "run `student init` with this config first"
+        )
+    started = time.monotonic()
+    source = open_source(config.shards_dir, config.student_init_dir, config.prepare)
+    target = config.prepared_dir
+    units = source.dataset.manifest.units
+    keys = {unit.unit: _unit_key(source.key, unit.sha256, config.prepare.store) for unit in units}
+    (target / "units").mkdir(parents=True, exist_ok=True)
+    (target / "data").mkdir(parents=True, exist_ok=True)
+    pending = [unit.unit for unit in units if not _is_done(target, unit.unit, keys[unit.unit])]
+    if pending:
+        (target / MANIFEST).unlink(missing_ok=True)  # what is there is about to change
+    with progress() as bar:
+        task = bar.add_task("Preparing targets", total=len(units), completed=len(units) - len(pending), note="")
+        tokens = 0
+        for entry in _align_units(config, source, pending, keys):
+            tokens += entry["counts"].get("teacher_tokens", 0)
+            bar.update(task, advance=1, note=f"{tokens / (time.monotonic() - started):,.0f} tokens/s")
+    entries = {unit.unit: json.loads(_commit_file(target, unit.unit).read_text(encoding="utf-8")) for unit in units}
+    summary = _summarize(entries, len(pending), tokens, time.monotonic() - started)
+    if not summary.samples:
+        raise AlignmentError(f"no record of {config.shards_dir} can be used: {_reasons(summary.counts)}")
+    _publish(config, source, entries, summary)
+    _report(summary)
+    return summary
+
+
+def _unit_key(source_key: str, shard_sha256: str, stored: bool) -> str:
+    return hashlib.sha256(f"{source_key}|{shard_sha256}|{stored}".encode()).hexdigest()
+
+
+def _commit_file(target: Path, unit: str) -> Path:
+    return target / "units" / f"{unit}.json"
+
+
+def _is_done(target: Path, unit: str, key: str) -> bool:
+    try:
+        entry = json.loads(_commit_file(target, unit).read_text(encoding="utf-8"))
+        if entry["key"] != key:
+            return False
+        if entry["sha256"] is not None:
+            check_file(target / "data" / f"{unit}.arrow", entry["sha256"])
+    except (FileNotFoundError, ValueError, KeyError):
+        return False
+    except DatasetError as error:
+        _logger.warning("%s; doing this unit again", error)
+        return False
+    return True
+
+
+# --- workers --------------------------------------------------------------------------------------------
+
+_source: Source | None = None
+
+
+def _align_units(
+    config: PipelineConfig, source: Source, pending: list[str], keys: dict[str, str]
+) -> Iterator[dict[str, Any]]:
+    """Align units as they get done; in this process where one worker is enough."""
+    workers = min(config.prepare.workers or len(os.sched_getaffinity(0)), len(pending))
+    store, target = config.prepare.store, config.prepared_dir
+    if workers <= 1:
+        for unit in pending:
+            yield _align_unit(source, unit, keys[unit], target, store)
+        return
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the processes are the parallelism
+    # spawn: a fork would copy the threads of tokenizers and Arrow mid-flight.
+    context = multiprocessing.get_context("spawn")
+    arguments = (str(config.shards_dir), config.student_init_dir, config.prepare)
+    with ProcessPoolExecutor(workers, context, _start_worker, arguments) as pool:
+        futures = [pool.submit(_work, unit, keys[unit], target, store) for unit in pending]
+        for future in as_completed(futures):
+            yield future.result()
+
+
+def _start_worker(dataset: str, tokenizer: Path, settings: PrepareConfig) -> None:
+    global _source  # a worker process has one source for its life
+    _source = open_source(dataset, tokenizer, settings)
+
+
+def _work(unit: str, key: str, target: Path, store: bool) -> dict[str, Any]:
+    assert _source is not None
+    return _align_unit(_source, unit, key, target, store)
+
+
+def _align_unit(source: Source, unit: str, key: str, target: Path, store: bool) -> dict[str, Any]:
+    counts: Counter[str] = Counter()
+    index: list[dict[str, Any]] = []
+
+    def samples() -> Iterator[AlignedSample]:
+        for number in _record_numbers(source.dataset, unit):
+            sample, met = source.aligner.align_counted(source.dataset[number])
+            for name, value in met.items():
+                counts[name] += value
+            if sample is not None:
+                index.append(_index_entry(sample, unit, len(index), number))
+                yield sample
+
+    data = target / "data" / f"{unit}.arrow"
+    digest = None
+    if store:
+        partial = data.with_suffix(f".{os.getpid()}.partial")
+        digest = write_samples(partial, samples())
+        partial.replace(data)
+    else:
+        for _ in samples():
+            pass
+    entry = {"unit": unit, "key": key, "sha256": digest, "counts": dict(counts), "index": index}
+    write_json(_commit_file(target, unit), entry)
+    return entry
+
+
+def _record_numbers(dataset: Dataset, unit: str) -> range:
+    start = 0
+    for entry in dataset.manifest.units:
+        if entry.unit == unit:
+            return range(start, start + entry.rows)
+        start += entry.rows
+    raise AssertionError(f"{unit} is not in the manifest that it was taken from")
+
+
+def _index_entry(sample: AlignedSample, unit: str, batch: int, record: int) -> dict[str, Any]:
+    return {
+        "sample_id": sample.sample_id,
+        "prompt_id": sample.prompt_id,
+        "split": sample.split,
+        "rule": sample.rule,
+        "skill": sample.skill,
+        "unit": unit,
+        "batch": batch,
+        "record": record,
+        "prompt_length": sample.prompt_length,
+        "length": len(sample.input_ids),
+        "soft": int((~np.isnan(sample.targets.tail)).sum()),
+    }
+
+
+# --- summary and manifest -------------------------------------------------------------------------------
+
+
+def _summarize(entries: dict[str, dict[str, Any]], done: int, tokens: int, seconds: float) -> PrepareSummary:
+    counts: Counter[str] = Counter()
+    for entry in entries.values():
+        counts.update(entry["counts"])
+    positions, soft = counts["positions"], counts["soft"]
+    return PrepareSummary(
+        samples=sum(len(entry["index"]) for entry in entries.values()),
+        positions=positions,
+        supervised_fraction=soft / positions if positions else 0.0,
+        mapped_mass=counts["mapped_mass"] / soft if soft else None,
+        teacher_tokens=counts["teacher_tokens"],
+        seconds=seconds,
+        tokens_per_s=tokens / seconds if done else None,
+        units_done=done,
+        counts=dict(sorted(counts.items())),
+    )
+
+
+def _publish(
+    config: PipelineConfig, source: Source, entries: dict[str, dict[str, Any]], summary: PrepareSummary
+) -> None:
+    target = config.prepared_dir
+    rows = [row for entry in entries.values() for row in entry["index"]]
+    partial = target / f"{INDEX}.partial"
+    pq.write_table(pa.Table.from_pylist(rows, schema=INDEX_SCHEMA), partial)
+    index_sha256 = hashlib.sha256(partial.read_bytes()).hexdigest()
+    partial.replace(target / INDEX)
+    figures = {name: getattr(summary, name) for name in PrepareSummary.__slots__}
+    keys = "|".join(f"{unit}={entry['key']}" for unit, entry in entries.items())
+    write_json(target / "summary.json", figures)
+    write_json(
+        target / MANIFEST,
+        {
+            "version": VERSION,
+            "fingerprint": hashlib.sha256(keys.encode()).hexdigest(),
+            "stored": config.prepare.store,
+            "source": {
+                "dataset": str(config.shards_dir.resolve()),
+                "tokenizer": str(config.student_init_dir.resolve()),
+                "key": source.key,
+            },
+            "settings": config.prepare.model_dump(mode="json"),
+            "units": {unit: {"sha256": entry["sha256"]} for unit, entry in entries.items()},
+            "index_sha256": index_sha256,
+            "summary": figures,
+        },
+    )
+    for stale in {*(target / "data").glob("*.arrow"), *(target / "units").glob("*.json")}:
+        if stale.stem not in entries or (stale.suffix == ".arrow" and not config.prepare.store):
+            stale.unlink()
+
+
+_REASONS = {
+    "empty": "responses without tokens",
+    "bytes_mismatch": "responses whose tokens are other bytes than their text",
+    "outside_vocabulary": "texts with ids outside the teacher's vocabulary",
+    "dropped_changed_text": "responses dropped because the student's normalizer would change them",
+    "changed_text": "responses that the student's normalizer would change, encoded byte by byte",
+    "cut_character": "responses cut inside a character",
+    "unusable_rows": "positions whose row has an unknown tail, or probabilities that do not add up",
+    "contradictions": "positions whose text is impossible by its own row: rows and tokens may be shifted",
+    "unknown_realized": "positions where the teacher's probability of the text is unknown",
+    "below_known_mass": "positions below prepare.min_known_mass",
+    "disagreements": "positions where the text was split in a way that its tokens alone would not be",
+    "dropped_specials": "special tokens whose role the student lacks",
+    "inner_specials": "special tokens inside a response",
+}
+
+
+def _reasons(counts: dict[str, float]) -> str:
+    return (
+        ", ".join(f"{counts[name]:,.0f} {text}" for name, text in _REASONS.items() if counts.get(name)) or "it is empty"
+    )
+
+
+def _report(summary: PrepareSummary) -> None:
+    mass = "no soft targets" if summary.mapped_mass is None else f"{summary.mapped_mass:.3f} of the mass mapped"
+    _logger.info(
+        "prepared %s samples, %s positions, %.1f%% with a soft target, %s",
+        f"{summary.samples:,}",
+        f"{summary.positions:,}",
+        100 * summary.supervised_fraction,
+        mass,
+    )
+    for name, text in _REASONS.items():
+        if summary.counts.get(name):
+            _logger.info("  %s %s", f"{summary.counts[name]:,.0f}", text)

@@ -1,0 +1,260 @@
+"""Prepared targets on disk: aligned once, read at random by every training process.
+
+    DIR/data/UNIT.arrow    Arrow IPC, one record batch per sample, zstd; a sample costs one small read
+    DIR/units/UNIT.json    written after the data: the unit is done, with its checksum and counts
+    DIR/index.parquet      one row per sample: ids, split, rule, skill, lengths, where it lies
+    DIR/manifest.json      written last; readers trust nothing else
+
+With `prepare.store: false` there is no `data`: the index says which record of the dataset a sample comes from, and
+it is aligned when it is read, with the same result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from shared.config import PrepareConfig
+from shared.errors import DatasetError
+from student.alignment.targets import AlignedSample, SparseTargets
+
+VERSION = 1
+MANIFEST, INDEX = "manifest.json", "index.parquet"
+_OPEN_UNITS = 16
+
+_TEXT = ("sample_id", "prompt_id", "split", "rule", "skill")
+_ARRAYS: dict[str, pa.DataType] = {
+    "input_ids": pa.int32(),
+    "byte_ends": pa.int64(),
+    "is_anchor": pa.uint8(),
+    "teacher_index": pa.int32(),
+    "realized_logprob": pa.float32(),
+    "anchor_logprob": pa.float32(),
+    "teacher_ids": pa.int32(),
+    "teacher_byte_ends": pa.int64(),
+    "teacher_sampled_logprob": pa.float32(),
+    "event_counts": pa.int32(),
+    "event_mass": pa.float32(),
+    "member_counts": pa.int32(),
+    "members": pa.int32(),
+    "tail": pa.float32(),
+    "known": pa.float32(),
+}
+SCHEMA = pa.schema(
+    [pa.field(name, pa.string()) for name in _TEXT]
+    + [pa.field("prompt_length", pa.int32())]
+    + [pa.field(name, pa.list_(kind)) for name, kind in _ARRAYS.items()]
+)
+INDEX_SCHEMA = pa.schema(
+    [pa.field(name, pa.string()) for name in _TEXT]
+    + [
+        pa.field("unit", pa.string()),
+        pa.field("batch", pa.int32()),
+        pa.field("record", pa.int64()),
+        pa.field("prompt_length", pa.int32()),
+        pa.field("length", pa.int32()),
+        pa.field("soft", pa.int32()),
+    ]
+)
+
+
+class PreparedDataset:
+    """Aligned samples by number; make one with `PreparedDataset.open`.
+
+    Attributes:
+        lengths: int64 [n], student tokens of each sample, prompt and response.
+        fingerprint: sha256 over what the samples were made from and, where stored, their checksums.
+        has_distributions: some position has a soft target.
+    """
+
+    def __init__(self, directory: Path, manifest: dict[str, Any], index: pa.Table) -> None:
+        self.directory, self.manifest = directory, manifest
+        self.lengths: NDArray[np.int64] = index["length"].to_numpy().astype(np.int64)
+        self.fingerprint: str = manifest["fingerprint"]
+        self.has_distributions = bool(manifest["summary"]["supervised_fraction"])
+        self._index = {name: index[name].to_pylist() for name in ("split", "rule", "unit", "batch", "record")}
+        self._files: OrderedDict[str, pa.ipc.RecordBatchFileReader] = OrderedDict()
+        self._live: Any = None
+
+    @classmethod
+    def open(cls, directory: str | Path) -> PreparedDataset:
+        """The prepared targets at `directory`.
+
+        Raises:
+            DatasetError: if there are none, they are unfinished, damaged or of another version.
+        """
+        directory = Path(directory)
+        try:
+            manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+            index_bytes = (directory / INDEX).read_bytes()
+        except FileNotFoundError as error:
+            unfinished = (directory / "units").is_dir()
+            state = "is not finished" if unfinished else "holds no prepared targets"
+            raise DatasetError(f"{directory} {state}; run `student prepare` with this config") from error
+        except ValueError as error:
+            raise DatasetError(f"{directory / MANIFEST} is damaged ({error}); run `student prepare` again") from error
+        if manifest.get("version") != VERSION:
+            raise DatasetError(
+                f"{directory} is of version {manifest.get('version')}, this program reads {VERSION}; "
+                "run `student prepare` again"
+            )
+        if hashlib.sha256(index_bytes).hexdigest() != manifest["index_sha256"]:
+            raise DatasetError(f"{directory / INDEX} is damaged: its checksum differs; run `student prepare` again")
+        return cls(directory, manifest, pq.read_table(pa.BufferReader(index_bytes)))
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, number: int) -> AlignedSample:
+        """Sample `number`, 0 ≤ number < len.
+
+        Raises:
+            DatasetError: if its unit is missing or damaged.
+        """
+        if not 0 <= number < len(self):
+            raise IndexError(f"sample {number} of {len(self)}")
+        if not self.manifest["stored"]:
+            return self._align(number)
+        return batch_to_sample(self._unit(self._index["unit"][number]).get_batch(self._index["batch"][number]))
+
+    def indices(self, split: str | None = None, rule: str | None = None) -> NDArray[np.int64]:
+        """Numbers of the samples of a split and of a decoding rule, rising; None takes every one."""
+        pairs = zip(self._index["split"], self._index["rule"], strict=True)
+        chosen = [i for i, (a, b) in enumerate(pairs) if split in (None, a) and rule in (None, b)]
+        return np.array(chosen, dtype=np.int64)
+
+    def _unit(self, unit: str) -> pa.ipc.RecordBatchFileReader:
+        found = self._files.get(unit)
+        if found is None:
+            path, entry = self.directory / "data" / f"{unit}.arrow", self.manifest["units"][unit]
+            check_file(path, entry["sha256"])
+            found = pa.ipc.open_file(pa.memory_map(str(path)))
+            self._files[unit] = found
+            if len(self._files) > _OPEN_UNITS:
+                self._files.popitem(last=False)
+        self._files.move_to_end(unit)
+        return found
+
+    def _align(self, number: int) -> AlignedSample:
+        if self._live is None:
+            from student.alignment.prepare import open_source
+
+            settings = PrepareConfig.model_validate(self.manifest["settings"])
+            source = self.manifest["source"]
+            self._live = open_source(source["dataset"], Path(source["tokenizer"]), settings)
+            if self._live.key != source["key"]:
+                raise DatasetError(
+                    f"{source['dataset']} or {source['tokenizer']} is no longer what {self.directory} was prepared "
+                    "from; run `student prepare` again"
+                )
+        sample: AlignedSample = self._live.aligner.align(self._live.dataset[self._index["record"][number]])
+        return sample
+
+
+_CHECKED: set[tuple[str, str, int, int, int]] = set()
+"""Files of this process that had their checksum: path, sha256, inode, size, time of change."""
+
+
+def check_file(path: Path, sha256: str) -> None:
+    """Compare a file's checksum, once per process and version of the file.
+
+    Raises:
+        DatasetError: if it is missing or differs.
+    """
+    try:
+        status = path.stat()
+        key = (str(path.resolve()), sha256, status.st_ino, status.st_size, status.st_mtime_ns)
+        if key not in _CHECKED:
+            with path.open("rb") as file:
+                seen = hashlib.file_digest(file, "sha256").hexdigest()
+            if seen != sha256:
+                raise DatasetError(
+                    f"{path} is damaged: its checksum differs; run `student prepare` again, it mends this"
+                )
+            _CHECKED.add(key)
+    except FileNotFoundError as error:
+        raise DatasetError(f"{path} is missing; run `student prepare` again, it does only what is missing") from error
+
+
+def write_samples(path: Path, samples: Iterable[AlignedSample]) -> str:
+    """Write one unit's samples and return the file's sha256. The caller publishes the file."""
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, SCHEMA, options=options) as writer:
+        for sample in samples:
+            writer.write_batch(sample_to_batch(sample))
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sample_to_batch(sample: AlignedSample) -> pa.RecordBatch:
+    """One sample as a record batch of one row."""
+    targets = sample.targets
+    values: dict[str, NDArray[Any]] = {
+        "input_ids": sample.input_ids,
+        "byte_ends": sample.byte_ends,
+        "is_anchor": sample.is_anchor.astype(np.uint8),
+        "teacher_index": sample.teacher_index,
+        "realized_logprob": sample.realized_logprob,
+        "anchor_logprob": np.asarray(sample.anchor_logprob),
+        "teacher_ids": sample.teacher_ids,
+        "teacher_byte_ends": sample.teacher_byte_ends,
+        "teacher_sampled_logprob": sample.teacher_sampled_logprob,
+        "event_counts": np.diff(targets.event_offsets).astype(np.int32),
+        "event_mass": targets.event_mass,
+        "member_counts": np.diff(targets.member_offsets).astype(np.int32),
+        "members": targets.members,
+        "tail": targets.tail,
+        "known": targets.known,
+    }
+    arrays = [pa.array([getattr(sample, name)], pa.string()) for name in _TEXT]
+    arrays.append(pa.array([sample.prompt_length], pa.int32()))
+    for name, kind in _ARRAYS.items():
+        flat = pa.array(values[name], kind)
+        arrays.append(pa.ListArray.from_arrays(pa.array([0, len(flat)], pa.int32()), flat))
+    return pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
+
+
+def batch_to_sample(batch: pa.RecordBatch) -> AlignedSample:
+    """The inverse of `sample_to_batch`; arrays are views of the batch where their type allows it."""
+
+    def array(name: str) -> NDArray[Any]:
+        return batch.column(name).values.to_numpy(zero_copy_only=False)
+
+    text = {name: batch.column(name)[0].as_py() for name in _TEXT}
+    targets = SparseTargets(
+        event_offsets=_offsets(array("event_counts")),
+        event_mass=array("event_mass"),
+        member_offsets=_offsets(array("member_counts")),
+        members=array("members"),
+        tail=array("tail"),
+        known=array("known"),
+    )
+    return AlignedSample(
+        **text,
+        input_ids=array("input_ids"),
+        prompt_length=batch.column("prompt_length")[0].as_py(),
+        byte_ends=array("byte_ends"),
+        is_anchor=array("is_anchor").astype(np.bool_),
+        teacher_index=array("teacher_index"),
+        realized_logprob=array("realized_logprob"),
+        targets=targets,
+        teacher_ids=array("teacher_ids"),
+        teacher_byte_ends=array("teacher_byte_ends"),
+        teacher_sampled_logprob=array("teacher_sampled_logprob"),
+        anchor_logprob=array("anchor_logprob"),
+    )
+
+
+def _offsets(counts: NDArray[np.int32]) -> NDArray[np.int64]:
+    offsets = np.zeros(len(counts) + 1, np.int64)
+    np.cumsum(counts, out=offsets[1:])
+    return offsets
