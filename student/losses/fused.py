@@ -7,7 +7,7 @@ With P the softmax over the tokens outside the events and G = g_realized + sum_e
 chunk's logits follows in place,
 
     dL/dz_v = P_v (g_tail - G q_tail)                      for v in no event
-    dL/dz_v = g_e exp(z_v - lse_e) - G exp(z_v - lse)      for v in event e
+    dL/dz_v = g_e (share of v in e) - G q_v                for v in event e
     plus g_realized at the realized token,
 
 and goes into the gradients of the hidden states and the head at once, as in Liger's fused linear cross-entropy
@@ -29,7 +29,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from student.losses.reference import EventLogProbs, combine, segment_logsumexp
+from student.losses.reference import EventLogProbs, combine, segment_logsumexp, segment_softmax
 from student.losses.settings import LossSettings
 from student.losses.targets import TargetBatch
 from student.losses.terms import LossTerms, terms_from_sums
@@ -39,6 +39,7 @@ from student.losses.terms import LossTerms, terms_from_sums
 DEFAULT_CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
 # Rows of the head that are converted at a time where its gradient changes precision.
 _HEAD_ROWS = 8192
+_NOBODY = torch.iinfo(torch.int64).max
 
 
 def distillation_loss(
@@ -168,9 +169,14 @@ def _chunk_terms(
     logits_CxV[rows_M, targets.members] = floor
     peak_C, top1_C = logits_CxV.max(dim=1)
     rest_CxV = _softmax(logits_CxV, accumulate)
+    # From here all logits are relative to the row's largest: at ±1e4, float32 has but three decimals.
     has_rest_C = peak_C > floor
     peak_C = peak_C.to(accumulate)
-    rest_C = torch.where(has_rest_C, peak_C - rest_CxV[rows_C, top1_C].log(), -torch.inf)
+    largest_C = peak_C.scatter_reduce(0, rows_M, member_M, "amax")
+    is_top_M = member_M == largest_C[rows_M]
+    top1_N = _lowest(torch.where(peak_C == largest_C, top1_C, _NOBODY), rows_M, is_top_M, targets.members)
+    realized_C, member_M = realized_C - largest_C, member_M - largest_C[rows_M]
+    rest_C = torch.where(has_rest_C, peak_C - largest_C - rest_CxV[rows_C, top1_C].log(), -torch.inf)
     event_E = segment_logsumexp(member_M, events_M, len(rows_E))
     normalizer_C = torch.logaddexp(rest_C, segment_logsumexp(event_E, rows_E, len(targets)))
 
@@ -178,7 +184,7 @@ def _chunk_terms(
         realized_N=(realized_C - normalizer_C).requires_grad_(gradient),
         event_E=(event_E - normalizer_C[rows_E]).requires_grad_(gradient),
         tail_N=(rest_C - normalizer_C).requires_grad_(gradient),
-        top1_N=_top1(peak_C, top1_C, member_M, rows_M, targets.members),
+        top1_N=top1_N,
     )
     with torch.set_grad_enabled(gradient):
         terms = combine(student, targets, settings)
@@ -190,9 +196,9 @@ def _chunk_terms(
     sum_g_C = (realized_g_C + tail_g_C).index_add(0, rows_E, event_g_E)
 
     slope_CxV = rest_CxV.mul_((tail_g_C - sum_g_C * (rest_C - normalizer_C).exp())[:, None])
-    event_M = event_E.where(event_E > -torch.inf, 0)[events_M]
+    inside_M = segment_softmax(member_M, events_M, len(rows_E))
     slope_CxV[rows_M, targets.members] = (
-        event_g_E[events_M] * (member_M - event_M).exp() - sum_g_C[rows_M] * (member_M - normalizer_C[rows_M]).exp()
+        event_g_E[events_M] * inside_M - sum_g_C[rows_M] * (member_M - normalizer_C[rows_M]).exp()
     )
     slope_CxV[rows_C, targets.realized_ids] += realized_g_C
     return terms, slope_CxV
@@ -216,12 +222,9 @@ def _add_product(head_grad_VxD: Tensor, slope_CxV: Tensor, hidden_CxD: Tensor) -
         part_RxD += slope_CxR.T @ hidden_CxD
 
 
-def _top1(peak_C: Tensor, top1_C: Tensor, member_M: Tensor, rows_M: Tensor, members: Tensor) -> Tensor:
-    """The most probable token, given the most probable one outside the events; ties go to the lowest id."""
-    best_C = peak_C.scatter_reduce(0, rows_M, member_M, "amax")
-    nobody = torch.iinfo(torch.int64).max
-    candidate_C = torch.where(peak_C == best_C, top1_C, nobody)
-    return candidate_C.scatter_reduce(0, rows_M, torch.where(member_M == best_C[rows_M], members, nobody), "amin")
+def _lowest(candidate_C: Tensor, rows_M: Tensor, is_top_M: Tensor, members: Tensor) -> Tensor:
+    """The lowest id of each row's `candidate_C` and its top members: ties go where a dense argmax sends them."""
+    return candidate_C.scatter_reduce(0, rows_M, torch.where(is_top_M, members, _NOBODY), "amin")
 
 
 def _chunks(targets: TargetBatch, chunk_rows: int) -> Iterator[tuple[int, int, TargetBatch]]:

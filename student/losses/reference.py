@@ -46,6 +46,8 @@ def distillation_loss(logits_NxV: Tensor, targets: TargetBatch, settings: LossSe
 def event_log_probs(logits_NxV: Tensor, targets: TargetBatch) -> EventLogProbs:
     """Log-probabilities of realized token, events and tail; finite wherever the logits are, up to ±1e4 and beyond."""
     logits_NxV = logits_NxV if logits_NxV.dtype == torch.float64 else logits_NxV.float()
+    # Relative to the row's largest: at ±1e4, float32 has but three decimals, and a logsumexp would round to them.
+    logits_NxV = logits_NxV - logits_NxV.detach().amax(dim=1, keepdim=True)
     rows_E, events_M = targets.event_rows(), targets.member_events()
     rows_M = rows_E[events_M]
     normalizer_N = logits_NxV.logsumexp(dim=1)
@@ -54,7 +56,9 @@ def event_log_probs(logits_NxV: Tensor, targets: TargetBatch) -> EventLogProbs:
     is_member_NxV[rows_M, targets.members] = True
     # A row whose every token is a member has no tail: give logsumexp a finite row, so that no NaN enters the gradient.
     full_N = is_member_NxV.all(dim=1)
-    rest_N = logits_NxV.masked_fill(is_member_NxV & ~full_N[:, None], -torch.inf).logsumexp(dim=1)
+    rest_NxV = logits_NxV.masked_fill(is_member_NxV & ~full_N[:, None], -torch.inf)
+    peak_N = rest_NxV.detach().amax(dim=1)
+    rest_N = (rest_NxV - peak_N[:, None]).logsumexp(dim=1) + peak_N
     return EventLogProbs(
         realized_N=logits_NxV.gather(1, targets.realized_ids[:, None]).squeeze(1) - normalizer_N,
         event_E=event_E - normalizer_N[rows_E],
@@ -138,6 +142,8 @@ def event_kl(student: EventLogProbs, targets: TargetBatch, temperature: float = 
     rows_E = targets.event_rows()
     log_q_E, log_q_tail_N = student.event_E, student.tail_N
     log_p_E, log_p_tail_N = _target_log_mass(targets, log_q_E.dtype)
+    # Where no token is outside the events, what float32 masses leave of one is rounding that no student can take.
+    log_p_tail_N = log_p_tail_N.masked_fill(log_q_tail_N.isneginf(), -torch.inf)
     if temperature != 1:
         log_q_E, log_q_tail_N = _tempered(log_q_E, log_q_tail_N, rows_E, temperature)
         log_p_E, log_p_tail_N = _tempered(log_p_E, log_p_tail_N, rows_E, temperature)
@@ -203,11 +209,22 @@ def entropies(student: EventLogProbs, targets: TargetBatch) -> tuple[Tensor, Ten
 
 def segment_logsumexp(values_M: Tensor, segments_M: Tensor, segments: int) -> Tensor:
     """[segments], log of the sum of exp over each segment; -inf (with gradient zero) where that sum is zero."""
-    peak_S = torch.full((segments,), -torch.inf, dtype=values_M.dtype, device=values_M.device)
-    peak_S = peak_S.scatter_reduce(0, segments_M, values_M.detach(), "amax")
-    peak_S = torch.where(peak_S.isneginf(), 0, peak_S)
+    peak_S = _segment_peak(values_M, segments_M, segments)
     sum_S = torch.zeros_like(peak_S).index_add(0, segments_M, (values_M - peak_S[segments_M]).exp())
     return torch.where(sum_S > 0, sum_S.where(sum_S > 0, 1).log() + peak_S, -torch.inf)
+
+
+def segment_softmax(values_M: Tensor, segments_M: Tensor, segments: int) -> Tensor:
+    """[M], exp of each value over the sum of its segment; 0 where that sum is zero."""
+    share_M = (values_M - _segment_peak(values_M, segments_M, segments)[segments_M]).exp()
+    sum_S = torch.zeros(segments, dtype=values_M.dtype, device=values_M.device).index_add(0, segments_M, share_M)
+    return share_M / sum_S.where(sum_S > 0, 1)[segments_M]
+
+
+def _segment_peak(values_M: Tensor, segments_M: Tensor, segments: int) -> Tensor:
+    peak_S = torch.full((segments,), -torch.inf, dtype=values_M.dtype, device=values_M.device)
+    peak_S = peak_S.scatter_reduce(0, segments_M, values_M.detach(), "amax")
+    return torch.where(peak_S.isneginf(), 0, peak_S)
 
 
 def scatter_blocks(values_N: Tensor, targets: TargetBatch, block_length: int, fill: float | bool) -> Tensor:

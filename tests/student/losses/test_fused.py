@@ -1,0 +1,258 @@
+"""The chunked loss against the plain one: values, all gradients, and what training does to its inputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from student.losses import fused, reference
+from student.losses.settings import LossSettings
+from student.losses.targets import TargetBatch
+from student.losses.terms import LossTerms
+from tests.student.losses.cases import random_targets, targets_from_events
+
+EVERYTHING = LossSettings("hybrid", 4, alpha=0.4, beta=0.6, tv_weight=0.5, path_weight=0.3)
+
+
+def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Largest difference over the largest entry."""
+    if not theirs.numel():
+        return 0.0
+    return float((ours.double() - theirs.double()).abs().max() / theirs.double().abs().max().clamp(min=1e-12))
+
+
+def both(
+    hidden: torch.Tensor, head: torch.Tensor, targets: TargetBatch, loss: LossSettings, chunk_rows: int
+) -> tuple[tuple[LossTerms, ...], tuple[LossTerms, ...]]:
+    """(terms, hidden gradient, head gradient) of the fused loss and of the plain one."""
+    results = []
+    for is_fused in (True, False):
+        h, w = hidden.clone().requires_grad_(), head.clone().requires_grad_()
+        if is_fused:
+            terms = fused.distillation_loss(h, w, targets, loss, chunk_bytes=chunk_rows * len(head) * 4)
+        else:
+            terms = reference.distillation_loss(h @ w.T, targets, loss)
+        results.append((terms, *torch.autograd.grad(terms.total, (h, w))))
+    return tuple(results)
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    positions=st.integers(1, 40),
+    vocabulary=st.integers(5, 60),
+    width=st.integers(1, 12),
+    block_length=st.integers(1, 6),
+    chunk_rows=st.integers(1, 50),
+    loss=st.sampled_from(["ce", "kl", "hybrid"]),
+    temperature=st.sampled_from([1.0, 0.7, 2.0]),
+    tv_weight=st.sampled_from([0.0, 0.5]),
+    path_weight=st.sampled_from([0.0, 0.3]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+@settings(max_examples=120, deadline=None)
+def test_equals_the_plain_loss(
+    seed, positions, vocabulary, width, block_length, chunk_rows, loss, temperature, tv_weight, path_weight, dtype
+):
+    targets = random_targets(seed, positions, vocabulary, block_length, most_events=4)
+    loss_settings = LossSettings(
+        loss, block_length, alpha=0.4, beta=0.6, temperature=temperature, tv_weight=tv_weight, path_weight=path_weight
+    )
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(positions, width, generator=generator, dtype=dtype)
+    head = torch.randn(vocabulary, width, generator=generator, dtype=dtype)
+    ours, theirs = both(hidden, head, targets, loss_settings, chunk_rows)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-11
+    assert ours[0].total.item() == pytest.approx(theirs[0].total.item(), rel=tolerance)
+    assert relative_error(ours[1], theirs[1]) <= tolerance
+    assert relative_error(ours[2], theirs[2]) <= tolerance
+    torch.testing.assert_close(ours[0].sums(), theirs[0].sums(), rtol=tolerance, atol=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["ce", "kl", "hybrid"])
+def test_bfloat16_parameters_stay_within_one_percent_of_float64(loss):
+    """Stated tolerance in bf16: 0.2 % in value, 1 % of the largest entry in gradients, against exact arithmetic."""
+    targets = random_targets(11, 64, 500, block_length=4, most_events=8)
+    generator = torch.Generator().manual_seed(11)
+    hidden = torch.randn(64, 32, generator=generator).bfloat16()
+    head = (torch.randn(500, 32, generator=generator) / 6).bfloat16()
+    loss_settings = LossSettings(loss, 4, tv_weight=0.2, path_weight=0.2)
+    h, w = hidden.clone().requires_grad_(), head.clone().requires_grad_()
+    terms = fused.distillation_loss(h, w, targets, loss_settings, chunk_bytes=13 * 500 * 4)
+    # A scale that bfloat16 cannot hold must not be rounded to it.
+    gradients = torch.autograd.grad(terms.total * 1.0039, (h, w))
+    exact_h, exact_w = hidden.double().requires_grad_(), head.double().requires_grad_()
+    exact = reference.distillation_loss(exact_h @ exact_w.T, targets, loss_settings)
+    exact_gradients = torch.autograd.grad(exact.total * 1.0039, (exact_h, exact_w))
+    assert terms.total.dtype == torch.float32
+    assert [g.dtype for g in gradients] == [torch.bfloat16] * 2
+    assert terms.total.item() == pytest.approx(exact.total.item(), rel=2e-3)
+    for ours, theirs in zip(gradients, exact_gradients, strict=True):
+        assert relative_error(ours, theirs) <= 1e-2
+
+
+def test_bfloat16_head_gradient_does_not_lose_small_chunks():
+    """512 equal contributions, one a chunk: a bfloat16 sum would stall at 256 of them."""
+    targets = targets_from_events([None] * 512, [0] * 512)
+    hidden, head = torch.ones(512, 1).bfloat16(), torch.zeros(2, 1).bfloat16().requires_grad_()
+    fused.distillation_loss(hidden, head, targets, LossSettings("ce", 1), chunk_bytes=1).total.backward()
+    assert head.grad is not None
+    assert head.grad.flatten().tolist() == [-256, 256]
+
+
+@pytest.mark.parametrize("scale", [10_000, -10_000])
+@pytest.mark.parametrize("loss", ["ce", "kl", "hybrid"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_huge_logits_are_finite(scale, loss, temperature):
+    targets = random_targets(2, 24, 30, block_length=4, most_events=3)
+    full = targets.has_soft & (targets.tail == 0)
+    assert full.any()  # masses that sum to one, tails of exactly zero
+    hidden = torch.randn(24, 6, generator=torch.Generator().manual_seed(2)).sign()
+    head = torch.randn(30, 6, generator=torch.Generator().manual_seed(3)).sign() * (scale // 6)
+    loss_settings = LossSettings(loss, 4, temperature=temperature, tv_weight=0.5, path_weight=0.3)
+    ours, theirs = both(hidden, head, targets, loss_settings, chunk_rows=7)
+    for result in (ours, theirs):
+        assert result[0].sums().isfinite().all()
+        assert result[1].isfinite().all()
+        assert result[2].isfinite().all()
+    assert ours[0].total.item() == pytest.approx(theirs[0].total.item(), rel=1e-5)
+    assert relative_error(ours[1], theirs[1]) <= 1e-5
+
+
+def test_masses_of_one_and_zero_and_impossible_teacher_tokens():
+    events = [[(1.0, [3])], [(0.0, [1]), (1.0, [2, 4])], [(1.0, list(range(6)))]]
+    targets = targets_from_events(events, [3, 2, 5], block_length=3, realized_logprob=[0.0, float("-inf"), -1.0])
+    hidden, head = torch.randn(3, 4), torch.randn(6, 4)
+    loss = LossSettings("kl", 3, temperature=1.5, tv_weight=1.0, path_weight=1.0)
+    ours, theirs = both(hidden, head, targets, loss, chunk_rows=1)
+    for result in (ours, theirs):
+        assert result[0].sums().isfinite().all()
+        assert result[1].isfinite().all()
+        assert result[2].isfinite().all()
+    assert relative_error(ours[1], theirs[1]) <= 1e-5
+    # The whole vocabulary as one event of mass 1 says nothing: no gradient.
+    lonely = targets_from_events([events[2]], [5])
+    quiet, _ = both(hidden[2:], head, lonely, LossSettings("kl", 1), chunk_rows=1)
+    assert quiet[0].total.item() == pytest.approx(0, abs=1e-6)
+    assert quiet[1].abs().max() < 1e-6
+
+
+def test_no_supervised_position_gives_zero_loss_and_zero_gradients():
+    hidden, head = torch.randn(5, 4, requires_grad=True), torch.randn(6, 4, requires_grad=True)
+    terms = fused.distillation_loss(hidden[:0], head, targets_from_events([], []), EVERYTHING)
+    terms.total.backward()
+    assert terms.total.item() == 0
+    assert hidden.grad is not None
+    assert head.grad is not None
+    assert not hidden.grad.any()
+    assert not head.grad.any()
+    dense = torch.zeros(0, 6, requires_grad=True)
+    reference.distillation_loss(dense, targets_from_events([], []), EVERYTHING).total.backward()
+    assert dense.grad is not None
+
+
+@pytest.fixture
+def case() -> tuple[torch.Tensor, torch.Tensor, TargetBatch]:
+    generator = torch.Generator().manual_seed(9)
+    hidden, head = (torch.randn(n, 5, generator=generator, dtype=torch.float64) for n in (20, 17))
+    return hidden, head, random_targets(9, 20, 17, block_length=4, most_events=3)
+
+
+@pytest.mark.parametrize("frozen", ["head", "hidden", "both"])
+def test_frozen_inputs_get_no_gradient_and_change_nothing_else(case, frozen):
+    hidden, head, targets = case
+    _, theirs = both(hidden, head, targets, EVERYTHING, 6)
+    h, w = hidden.clone().requires_grad_(frozen == "head"), head.clone().requires_grad_(frozen == "hidden")
+    terms = fused.distillation_loss(h, w, targets, EVERYTHING, chunk_bytes=6 * 17 * 4)
+    assert terms.total.item() == pytest.approx(theirs[0].total.item())
+    assert terms.total.requires_grad == (frozen != "both")
+    if frozen == "both":
+        return
+    terms.total.backward()
+    for tensor, expected in ((h, theirs[1]), (w, theirs[2])):
+        assert (tensor.grad is None) == (not tensor.requires_grad)
+        if tensor.grad is not None:
+            torch.testing.assert_close(tensor.grad, expected)
+
+
+def test_no_grad_evaluates_only(case):
+    hidden, head, targets = case
+    _, theirs = both(hidden, head, targets, EVERYTHING, 6)
+    with torch.no_grad():
+        terms = fused.distillation_loss(hidden.requires_grad_(), head.requires_grad_(), targets, EVERYTHING)
+    assert not terms.total.requires_grad
+    torch.testing.assert_close(terms.sums(), theirs[0].sums())
+
+
+def test_tied_head_sums_both_gradients(case):
+    _, head, targets = case
+    ids = torch.arange(20) % 17
+    gradients = []
+    for is_fused in (True, False):
+        embedding = head.clone().requires_grad_()
+        hidden = torch.tanh(embedding[ids])
+        if is_fused:
+            total = fused.distillation_loss(hidden, embedding, targets, EVERYTHING, chunk_bytes=300).total
+        else:
+            total = reference.distillation_loss(hidden @ embedding.T, targets, EVERYTHING).total
+        gradients.append(torch.autograd.grad(total, embedding)[0])
+    torch.testing.assert_close(*gradients)
+
+
+def test_lora_on_the_head_trains_its_factors(case):
+    hidden, head, targets = case
+    generator = torch.Generator().manual_seed(4)
+    factors = [torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in ((17, 2), (2, 5))]
+    gradients = []
+    for is_fused in (True, False):
+        adapted = head + factors[0] @ factors[1]
+        if is_fused:
+            total = fused.distillation_loss(hidden, adapted, targets, EVERYTHING, chunk_bytes=300).total
+        else:
+            total = reference.distillation_loss(hidden @ adapted.T, targets, EVERYTHING).total
+        gradients.append(torch.autograd.grad(total, factors))
+    torch.testing.assert_close(*gradients)
+
+
+def test_gradients_add_up_over_backwards_and_scale(case):
+    hidden, head, targets = case
+    _, theirs = both(hidden, head, targets, EVERYTHING, 6)
+    w = head.clone().requires_grad_()
+    for factor in (0.25, 0.5):
+        (factor * fused.distillation_loss(hidden, w, targets, EVERYTHING).total).backward()
+    torch.testing.assert_close(w.grad, 0.75 * theirs[2])
+
+
+def test_differentiating_twice_is_refused(case):
+    hidden, head, targets = case
+    total = fused.distillation_loss(hidden.clone().requires_grad_(), head, targets, EVERYTHING).total
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated twice"):
+        total.backward()
+
+
+def test_autocast_takes_the_products_in_bfloat16_and_returns_float32_gradients():
+    targets = random_targets(11, 32, 100, block_length=4, most_events=4)
+    hidden, head = torch.randn(32, 16, requires_grad=True), torch.randn(100, 16, requires_grad=True)
+    exact = reference.distillation_loss(hidden @ head.T, targets, EVERYTHING)
+    expected = torch.autograd.grad(exact.total, head)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        terms = fused.distillation_loss(hidden, head, targets, EVERYTHING)
+    terms.total.backward()
+    assert head.grad is not None
+    assert head.grad.dtype == torch.float32
+    assert terms.total.item() == pytest.approx(exact.total.item(), rel=1e-2)
+    assert relative_error(head.grad, expected) < 3e-2
+
+
+def test_no_tensor_of_the_logits_size_is_made():
+    """The largest allocation of a forward and backward is a slice, the head's gradient aside."""
+    positions, vocabulary, width, rows = 512, 3000, 4, 16
+    targets = random_targets(1, positions, vocabulary, 4, most_events=4)
+    hidden, head = torch.randn(positions, width, requires_grad=True), torch.randn(vocabulary, width, requires_grad=True)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        fused.distillation_loss(hidden, head, targets, EVERYTHING, chunk_bytes=rows * vocabulary * 4).total.backward()
+    largest = max(event.self_cpu_memory_usage for event in profile.events())
+    assert rows * vocabulary * 4 <= largest <= 2 * rows * vocabulary * 4
+    assert largest < positions * vocabulary * 4 / 8
