@@ -234,6 +234,10 @@ class SpeculateConfig(Section):
     draft_tokens: PositiveInt = Field(4, description="Teacher tokens drafted per target forward.")
     max_tokens: PositiveInt = 64
     max_prompts: PositiveInt | None = None
+    max_num_seqs: PositiveInt = Field(8, description="Requests in flight, in both runs.")
+    max_context: PositiveInt | None = Field(
+        None, description="Longest context that is drafted for, in student tokens; null is the student's limit."
+    )
     dtype: Literal["bfloat16", "float16", "float32"] | None = Field(
         None, description="Teacher's dtype; null takes teacher.dtype."
     )

@@ -107,6 +107,15 @@ def evaluate(config: ConfigArgument, overrides: SetOption = None, log_level: Log
 
 
 @app.command()
+def speculate(config: ConfigArgument, overrides: SetOption = None, log_level: LogLevelOption = "info") -> None:
+    """Decode the held-out prompts in vLLM with the trained student as draft, and without; compare the two."""
+    configure_logging(log_level)
+    from student.drafting.speculate import speculate as speculate_with_student
+
+    speculate_with_student(load_config(config, overrides))
+
+
+@app.command()
 def report(config: ConfigArgument, overrides: SetOption = None, log_level: LogLevelOption = "info") -> None:
     """Gather what the stages measured into report.json, index.html and a short summary."""
     configure_logging(log_level)

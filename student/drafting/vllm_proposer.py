@@ -1,0 +1,221 @@
+"""The drafter as vLLM loads it: a `custom_class` proposer for vLLM 0.32.
+
+    LLM(
+        model=TEACHER,
+        speculative_config={
+            "method": "custom_class",
+            "model": "student.drafting.vllm_proposer.LladaProposer",
+            "num_speculative_tokens": 4,
+        },
+        additional_config={"llada_drafter": {"student": "runs/demo/student/final"}},
+    )
+
+vLLM hands over its batch, not its request ids: rows of token ids and their lengths, after each step's tokens are
+appended. Rows move as requests come, go, are preempted and return, so a row is known again by its content: a
+request's context always starts with what its context was before. Nothing rests on that guess but speed, for the
+drafter compares the tokens themselves. The draft is one-hot and vLLM accepts a token with the target's
+probability of it, so the output is the target's at any temperature.
+
+This file needs nothing of vLLM at import; vLLM imports it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.errors import CheckpointError, ConfigError
+from shared.vocabulary import Vocabulary
+from student.drafting.propose import Drafter
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+OPTIONS_KEY = "llada_drafter"
+
+
+@dataclass(frozen=True)
+class DrafterOptions:
+    """What `additional_config["llada_drafter"]` may hold.
+
+    Attributes:
+        student: directory of the trained student.
+        teacher_tokenizer: directory of the teacher's tokenizer; null is the one that vLLM serves with.
+        block_length: null is the student's own.
+        slots: requests whose contexts stay cached; null is vLLM's `max_num_seqs`.
+        max_length: longest context that is drafted for, in student tokens; null is the student's limit.
+        keep_growing: also propose a last token that further bytes could still merge.
+        dtype: of the student's weights; null is the checkpoint's.
+    """
+
+    student: str
+    teacher_tokenizer: str | None = None
+    block_length: int | None = None
+    slots: int | None = None
+    max_length: int | None = None
+    keep_growing: bool = False
+    dtype: str | None = None
+
+    @classmethod
+    def of(cls, vllm_config: VllmConfig) -> DrafterOptions:
+        """Read them from vLLM's config.
+
+        Raises:
+            ConfigError: if they are missing or have unknown keys.
+        """
+        options = vllm_config.additional_config
+        given = options.get(OPTIONS_KEY) if isinstance(options, dict) else None
+        known = [field.name for field in fields(cls)]
+        if not isinstance(given, dict) or "student" not in given or not set(given) <= set(known):
+            raise ConfigError(
+                f"additional_config[{OPTIONS_KEY!r}] is {given!r}, expected a mapping with 'student', the trained "
+                f"student's directory, and at most the keys {known}"
+            )
+        return cls(**given)
+
+
+class LladaProposer:
+    """vLLM's side of `Drafter`."""
+
+    def __init__(self, vllm_config: VllmConfig) -> None:
+        self.options = DrafterOptions.of(vllm_config)
+        assert vllm_config.speculative_config is not None
+        self.draft_tokens = int(vllm_config.speculative_config.num_speculative_tokens)
+        self.max_model_len = int(vllm_config.model_config.max_model_len)
+        self.slots = self.options.slots or int(vllm_config.scheduler_config.max_num_seqs)
+        self.teacher_tokenizer = self.options.teacher_tokenizer or str(vllm_config.model_config.tokenizer)
+        self.rows = RowTracker(self.slots)
+        self.drafter: Drafter | None = None
+        self.ends: frozenset[int] = frozenset()
+
+    def load_model(self, *_args: Any, **_kwargs: Any) -> None:
+        """Load the student onto the target's device; vLLM calls this once the target is loaded.
+
+        Raises:
+            CheckpointError: if the student or the teacher's tokenizer is missing or incomplete.
+            VocabularyError: if a tokenizer cannot be read.
+        """
+        import torch
+
+        from student.model.export import load_student
+
+        target = _args[0] if _args else None
+        device = next((p.device for p in target.parameters()), None) if target is not None else None
+        dtype = getattr(torch, self.options.dtype) if self.options.dtype else None
+        model, _ = load_student(self.options.student, dtype)
+        model = model.to(device or torch.device("cpu")).eval()  # type: ignore[arg-type]
+        tokenizer = _local_tokenizer(self.teacher_tokenizer)
+        teacher = Vocabulary.from_tokenizer(tokenizer)
+        self.drafter = Drafter.from_student(
+            model,
+            self.options.student,
+            teacher,
+            tokenizer,
+            self.draft_tokens,
+            self.options.block_length,
+            slots=self.slots,
+            max_length=self.options.max_length,
+            keep_growing=self.options.keep_growing,
+        )
+        self.ends = frozenset(teacher.roles[role] for role in ("end_of_turn", "end_of_text") if role in teacher.roles)
+
+    def propose(
+        self,
+        sampled_token_ids: list[list[int]],
+        num_tokens_no_spec: NDArray[np.integer[Any]],
+        token_ids_cpu: NDArray[np.integer[Any]],
+        slot_mappings: Any = None,  # noqa: ARG002  (vLLM passes it by name)
+    ) -> list[list[int]]:
+        """Drafts for every row of vLLM's batch.
+
+        Args:
+            sampled_token_ids: this step's new tokens by row; empty where a prompt is not yet read to its end.
+            num_tokens_no_spec: tokens of each row, the new ones included.
+            token_ids_cpu: [rows, max_model_len].
+        """
+        assert self.drafter is not None, "vLLM calls load_model before propose"
+        drafts: list[list[int]] = [[] for _ in sampled_token_ids]
+        rows = [
+            row
+            for row, sampled in enumerate(sampled_token_ids)
+            # A row that has just ended is still in the batch.
+            if sampled and sampled[-1] not in self.ends and num_tokens_no_spec[row] < self.max_model_len
+        ]
+        if not rows:
+            return drafts
+        contexts = [token_ids_cpu[row, : num_tokens_no_spec[row]] for row in rows]
+        ids, forgotten = self.rows.identify(rows, contexts)
+        self.drafter.release(forgotten)
+        for row, draft in zip(rows, self.drafter.propose(ids, contexts), strict=True):
+            drafts[row] = draft[: self.max_model_len - int(num_tokens_no_spec[row])]
+        return drafts
+
+
+class RowTracker:
+    """Tells which request each row of a batch is, by content; remembers at most `capacity` requests."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._contexts: dict[int, NDArray[np.int64]] = {}  # in order of use
+        self._row_of: dict[int, int] = {}
+        self._next = 0
+
+    def identify(
+        self, rows: Sequence[int], contexts: Sequence[NDArray[np.integer[Any]]]
+    ) -> tuple[list[int], list[int]]:
+        """(a stable id for each row, ids that are forgotten from now on)."""
+        ids: list[int | None] = [None] * len(rows)
+        free = set(self._contexts)
+        at_row = {self._row_of[request]: request for request in self._contexts}
+        for index, (row, context) in enumerate(zip(rows, contexts, strict=True)):
+            request = at_row.get(row)
+            if request is not None and self._continues(request, context):
+                ids[index] = request
+                free.discard(request)
+        for index, context in enumerate(contexts):
+            if ids[index] is None:
+                matches = [request for request in free if self._continues(request, context)]
+                request = max(matches, key=lambda request: len(self._contexts[request]), default=None)
+                if request is None:
+                    request, self._next = self._next, self._next + 1
+                ids[index] = request
+                free.discard(request)
+        identified = [request for request in ids if request is not None]
+        for request, row, context in zip(identified, rows, contexts, strict=True):
+            self._contexts.pop(request, None)
+            self._contexts[request] = np.array(context, dtype=np.int64)
+            self._row_of[request] = row
+        return identified, self._forget()
+
+    def _continues(self, request: int, context: NDArray[np.integer[Any]]) -> bool:
+        known = self._contexts[request]
+        return len(known) <= len(context) and bool(np.array_equal(known, context[: len(known)]))
+
+    def _forget(self) -> list[int]:
+        stale: Iterable[int] = list(self._contexts)[: max(0, len(self._contexts) - self.capacity)]
+        forgotten = list(stale)
+        for request in forgotten:
+            del self._contexts[request], self._row_of[request]
+        return forgotten
+
+
+def _local_tokenizer(name: str) -> Path:
+    """The directory of a tokenizer given as a directory or as a hub name that vLLM has already fetched."""
+    if Path(name).exists():
+        return Path(name)
+    from transformers.utils.hub import cached_file
+
+    try:
+        file = cached_file(name, "tokenizer.json")
+    except OSError as error:
+        raise CheckpointError(
+            f"the teacher's tokenizer {name!r} is neither a directory nor in the local hub cache ({error}); "
+            f"set additional_config['{OPTIONS_KEY}']['teacher_tokenizer'] to its directory"
+        ) from error
+    assert file is not None
+    return Path(file).parent
