@@ -33,7 +33,7 @@ from shared.manifest import (
     load,
 )
 from shared.records import Record
-from shared.schema import RECORD_COLUMNS, SCHEMA, check_version, version_of
+from shared.schema import RECORD_COLUMNS, SCHEMA, check_metadata
 from shared.storage import LocalStorage, Storage, file_sha256, open_storage
 from shared.vocabulary import Vocabulary
 from shared.writer import DatasetWriter
@@ -272,7 +272,7 @@ def open_shard(storage: Storage, unit: UnitEntry) -> pq.ParquetFile:
     except (pa.ArrowException, OSError) as error:
         raise DatasetError(f"{storage.join(unit.file)} is not a Parquet file: {error}") from error
     schema = file.schema_arrow
-    check_version(version_of(schema.metadata, storage.join(unit.file)), storage.join(unit.file))
+    check_metadata(schema.metadata, storage.join(unit.file))
     if not schema.equals(SCHEMA, check_metadata=False):
         raise DatasetError(
             f"{storage.join(unit.file)} has the columns {schema.names}, expected {SCHEMA.names}; "

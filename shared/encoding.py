@@ -99,5 +99,5 @@ def row_matches(
 
 @cache
 def _probabilities() -> NDArray[np.float32]:
-    """exp(-G / 64) for every G that can be stored: a gather is faster than an exponential."""
+    """exp(-G / STEPS_PER_NAT) for every G that can be stored: a gather is faster than an exponential."""
     return np.exp(-np.arange(MAX_STEPS + 1) / STEPS_PER_NAT).astype(np.float32)

@@ -7,7 +7,7 @@ Everything of a response's tokens is a flat list in the response's row: per toke
 Logprobs are stored as gaps. Candidate i of a token lies G_i = gap_0 + … + gap_i steps below the token's first
 candidate, and the tail mass r says what all candidates have together, so that
 
-    log p_i = log(1 - r) - log sum_j exp(-G_j / 64) - G_i / 64        (r = 0 where it is unknown)
+    log p_i = log(1 - r) - log sum_j exp(-G_j / 16) - G_i / 16        (r = 0 where it is unknown)
 
 Mass and tail sum to 1 whatever the rounding was, rows stay monotone, and an error of half a step changes the KL by
 its square only. The choice was measured: `python -m tests.benchmarks.bench_dataset_encodings`.
@@ -24,12 +24,12 @@ import pyarrow as pa
 from shared.errors import DatasetError
 
 SCHEMA_VERSION = 1
-STEPS_PER_NAT = 64
-"""Logprob gaps are whole steps of 1/64 nat."""
+STEPS_PER_NAT = 16
+"""Logprob gaps are whole steps of 1/16 nat."""
 SAMPLED_STEPS_PER_NAT = 1024
 """`sampled_logprob` is a multiple of 1/1024 nat."""
 MAX_STEPS = 65_535
-"""A candidate further than 1024 nats below the first is stored at that distance; its probability is 0 either way."""
+"""A candidate further than 4096 nats below the first is stored at that distance; its probability is 0 either way."""
 
 VERSION_KEY = "llada_drafter.schema_version"
 STEPS_KEY = "llada_drafter.steps_per_nat"
@@ -101,7 +101,7 @@ COLUMNS: tuple[Column, ...] = (
     Column(
         "candidate_gaps",
         _list(pa.uint16()),
-        "per candidate: steps of 1/64 nat below the candidate before it; 0 at each token's first",
+        "per candidate: steps of 1/16 nat below the candidate before it; 0 at each token's first",
         nullable=True,
         shuffled=True,
     ),
@@ -118,20 +118,17 @@ DISTRIBUTION_COLUMNS = ("sampled_logprob", "width", "candidate_ids", "candidate_
 RECORD_COLUMNS = tuple(column.name for column in COLUMNS if column.name not in DISTRIBUTION_COLUMNS)
 
 SCHEMA = pa.schema(
-    [
-        pa.field(column.name, column.type, column.nullable, metadata={"description": column.meaning})
-        for column in COLUMNS
-    ],
+    [pa.field(column.name, column.type, column.nullable) for column in COLUMNS],
     metadata={VERSION_KEY: str(SCHEMA_VERSION), STEPS_KEY: str(STEPS_PER_NAT), FORMULA_KEY: _FORMULA},
 )
 
 
 def parquet_options() -> dict[str, Any]:
-    """How shards are compressed: arguments of `pyarrow.parquet.write_table`."""
+    """How shards are compressed: arguments of `pyarrow.parquet.ParquetWriter`."""
     shuffled = {f"{column.name}.list.element": "BYTE_STREAM_SPLIT" for column in COLUMNS if column.shuffled}
     return {
         "compression": "zstd",
-        "compression_level": 9,
+        "compression_level": 16,
         "use_dictionary": [
             "prompt_id", "split", "skill", "rule", "finish_reason", "temperature", "top_p", "top_k", "max_tokens",
             "seed", "width.list.element", "messages.list.element.role",
@@ -139,6 +136,9 @@ def parquet_options() -> dict[str, Any]:
         "column_encoding": shuffled,
         "data_page_size": 8 << 20,
         "version": "2.6",
+        # A reader needs neither: types and nullability are Parquet's own, and lists are never searched by value.
+        "store_schema": False,
+        "write_statistics": ["sample_id", "split", "rule"],
     }  # fmt: skip
 
 
@@ -157,16 +157,23 @@ def check_version(version: int, source: str) -> None:
         raise DatasetError(f"{source} has schema version {version}, expected 1 to {SCHEMA_VERSION}; it is damaged")
 
 
-def version_of(metadata: Mapping[bytes, bytes] | None, source: str) -> int:
-    """The schema version in a Parquet file's metadata.
+def check_metadata(metadata: Mapping[bytes, bytes] | None, source: str) -> None:
+    """Check that a Parquet file's metadata names a version and a step that this code reads.
 
     Raises:
-        DatasetError: if it is missing or not a number.
+        DatasetError: if one is missing, or not what this release reads.
     """
-    text = (metadata or {}).get(VERSION_KEY.encode(), b"").decode("ascii", "replace")
-    if not text.isdecimal():
-        raise DatasetError(
-            f"{source} has no {VERSION_KEY} in its metadata (found {text!r}): it is not a shard of this project, "
-            "or was rewritten by another tool; copy it again from where the dataset was collected"
-        )
-    return int(text)
+    for key, expected in ((VERSION_KEY, f"1 to {SCHEMA_VERSION}"), (STEPS_KEY, str(STEPS_PER_NAT))):
+        text = (metadata or {}).get(key.encode(), b"").decode("ascii", "replace")
+        if not text.isdecimal():
+            raise DatasetError(
+                f"{source} has no {key} in its metadata (found {text!r}, expected {expected}): it is not a shard of this "
+                "project, or was rewritten by another tool; copy it again from where the dataset was collected"
+            )
+        if key == VERSION_KEY:
+            check_version(int(text), source)
+        elif int(text) != STEPS_PER_NAT:
+            raise DatasetError(
+                f"{source} stores logprobs in steps of 1/{text} nat, version {SCHEMA_VERSION} has 1/{STEPS_PER_NAT}; "
+                "it was rewritten by another tool: copy it again from where the dataset was collected"
+            )

@@ -260,6 +260,7 @@ def shard_bytes(table: pa.Table) -> bytes:
     buffer = io.BytesIO()
     widths = [len(x) if x.is_valid else 0 for x in table["candidate_ids"]]
     with pq.ParquetWriter(buffer, table.schema, **parquet_options()) as writer:
+        writer.add_key_value_metadata(table.schema.metadata)
         start, size = 0, 0
         for i, width in enumerate(widths):
             size += width

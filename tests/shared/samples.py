@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,7 @@ def provenance(vocabulary: Vocabulary, **changes: Any) -> Provenance:
     )
 
 
-def write_dataset(path: Path | str, units: dict[str, Sequence[Record]], check: bool = True, **changes: Any) -> None:
+def write_dataset(path: Path | str, units: Mapping[str, Sequence[Record]], check: bool = True, **changes: Any) -> None:
     vocabulary = byte_vocabulary()
     writer = DatasetWriter(path, provenance(vocabulary, **changes), vocabulary, None, check=check)
     for name, records in units.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from shared.dataset import Dataset
 from shared.errors import DatasetError
 from shared.records import Record
+from shared.schema import STEPS_PER_NAT
 from shared.validate import validate_dataset
 from tests.shared.samples import byte_vocabulary, make_records, small_units, write_dataset
 
@@ -17,7 +19,8 @@ from tests.shared.samples import byte_vocabulary, make_records, small_units, wri
 def assert_same(left: Record, right: Record, exact: bool = True) -> None:
     """Equal in everything; logprobs to half a step where `right` was never stored."""
     for name in (
-        "sample_id", "prompt_id", "split", "skill", "messages", "prompt_text", "response_bytes", "finish_reason", "sampling",
+        "sample_id", "prompt_id", "split", "skill", "messages", "prompt_text", "response_bytes",
+        "finish_reason", "sampling",
     ):  # fmt: skip
         assert getattr(left, name) == getattr(right, name), name
     assert np.array_equal(left.prompt_ids, right.prompt_ids)
@@ -29,7 +32,7 @@ def assert_same(left: Record, right: Record, exact: bool = True) -> None:
     assert np.array_equal(left.distributions.ids, right.distributions.ids)
     for name in ("logprobs", "tail", "sampled"):
         a, b = getattr(left.distributions, name), getattr(right.distributions, name)
-        np.testing.assert_allclose(a, b, rtol=0, atol=0 if exact else 0.02)
+        np.testing.assert_allclose(a, b, rtol=0, atol=0 if exact else 1 / STEPS_PER_NAT)
 
 
 def test_a_dataset_gives_back_what_was_written(tmp_path: Path) -> None:
@@ -61,7 +64,7 @@ def test_the_shuffled_order_is_stable_and_complete(tmp_path: Path) -> None:
     write_dataset(tmp_path / "d", {f"u{i}": make_records(5, seed=i) for i in range(6)})
     dataset = Dataset.open(tmp_path / "d")
 
-    def order(seed: int, epoch: int, **options: int) -> list[str]:
+    def order(seed: int, epoch: int, **options: Any) -> list[str]:
         return [r.sample_id for r in dataset.shuffled(seed, epoch, **options)]
 
     stored = [r.sample_id for r in dataset.records()]
