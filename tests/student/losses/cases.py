@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -97,3 +99,19 @@ def target_probabilities(targets: TargetBatch, position: int) -> Tensor:
     """float64, the position's event masses and, last, its tail."""
     events = slice(int(targets.event_offsets[position]), int(targets.event_offsets[position + 1]))
     return torch.cat([targets.event_mass[events], targets.tail[position : position + 1]]).double()
+
+
+def concatenate(batches: list[TargetBatch]) -> TargetBatch:
+    """One micro-batch of several, blocks renumbered."""
+    blocks, events, members = 0, 0, 0
+    shifted = []
+    for batch in batches:
+        shifted.append((torch.where(batch.block >= 0, batch.block + blocks, -1), events, members))
+        blocks += int(batch.block.max().clamp(min=-1)) + 1 if len(batch) else 0
+        events, members = events + len(batch.event_mass), members + len(batch.members)
+    joined = {f.name: torch.cat([getattr(b, f.name) for b in batches]) for f in fields(TargetBatch)}
+    joined["block"] = torch.cat([block for block, _, _ in shifted])
+    for name, shifts in (("event_offsets", [e for _, e, _ in shifted]), ("member_offsets", [m for _, _, m in shifted])):
+        parts = [getattr(b, name)[:-1] + shift for b, shift in zip(batches, shifts, strict=True)]
+        joined[name] = torch.cat([*parts, torch.tensor([events if name == "event_offsets" else members])])
+    return TargetBatch(**joined)

@@ -1,0 +1,99 @@
+"""The same step at one rank, two ranks, with accumulation, under every ZeRO stage: real DeepSpeed on gloo."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from shared.errors import TrainingError
+from student.losses import reference
+from student.losses.normalization import loss_scale, sum_over_ranks
+from tests.student.losses import zero_worker
+from tests.student.losses.cases import concatenate
+
+
+def test_scale_undoes_both_divisions():
+    assert loss_scale(100, world_size=1, accumulation_steps=1) == 1 / 100
+    # DeepSpeed divides by 4 accumulation steps and averages over 8 ranks.
+    assert loss_scale(100, world_size=8, accumulation_steps=4) / 4 / 8 == pytest.approx(1 / 100)
+
+
+def test_a_step_without_targets_has_scale_zero():
+    assert loss_scale(0, world_size=2, accumulation_steps=1) == 0
+
+
+@pytest.mark.parametrize("arguments", [(-1, 1, 1), (5, 0, 1), (5, 1, 0)])
+def test_impossible_counts_are_refused(arguments):
+    count, world, steps = arguments
+    with pytest.raises(TrainingError, match=f"{count} target tokens over {world} ranks and {steps}"):
+        loss_scale(count, world_size=world, accumulation_steps=steps)
+
+
+def test_one_process_sums_itself():
+    assert sum_over_ranks(torch.tensor([3])).item() == 3
+
+
+def run_ranks(world: int, output: Path) -> dict:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {
+        **os.environ,
+        "DS_ACCELERATOR": "cpu",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(world),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-m", "tests.student.losses.zero_worker", str(output)]
+    logs = [output.with_suffix(f".{rank}.log") for rank in range(world)]
+    ranks = []
+    for rank, log in enumerate(logs):
+        variables = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        with log.open("w") as stream:
+            ranks.append(subprocess.Popen(command, env=variables, stdout=stream, stderr=subprocess.STDOUT))
+    try:
+        codes = [rank.wait(timeout=600) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert codes == [0] * world, "\n".join(log.read_text()[-3000:] for log in logs)
+    return torch.load(output)
+
+
+@pytest.fixture(scope="module")
+def plain() -> dict:
+    """Loss and gradients of the whole step with no DeepSpeed, no slices: by tying."""
+    results = {}
+    data = zero_worker.sequences()
+    ids, targets = torch.cat([i for i, _ in data]), concatenate([t for _, t in data])
+    for tied in (False, True):
+        model = zero_worker.make_model(tied)
+        logits = model.states(ids) @ model.head.weight.T
+        loss = reference.distillation_loss(logits, targets, zero_worker.SETTINGS).total / len(targets)
+        loss.backward()
+        results[tied] = (loss.item(), {name: p.grad for name, p in model.named_parameters()})
+    return results
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("world", [1, 2])
+def test_every_zero_stage_sees_the_same_loss_and_gradients(world, plain, tmp_path):
+    results = run_ranks(world, tmp_path / "results.pt")
+    assert len(results) == 16
+    for (stage, accumulation, tied), result in results.items():
+        case = f"ZeRO-{stage}, {world} ranks, accumulation {accumulation}, tied {tied}"
+        loss, gradients = plain[tied]
+        assert result["count"] == sum(zero_worker.COUNTS), case
+        assert result["loss"] == pytest.approx(loss, rel=1e-4), case
+        assert result["change"].keys() == gradients.keys()
+        for name, gradient in gradients.items():
+            error = (result["change"][name] + gradient).abs().max() / gradient.abs().max()
+            assert error <= 1e-4, f"{case}: {name} is off by {error:.1e}"
