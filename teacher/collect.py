@@ -1,0 +1,324 @@
+"""Collecting: units of work stream through the engine and are published one by one.
+
+`Collector.collect_unit` does one unit from its prompts to its shard; a local loop, an actor or an array job call this
+same function, and logits never leave the process that computed them. `collect_units` does the same for many, with the
+requests of the next units in flight while the last ones of a unit finish, and with shards written by a thread beside
+the decoding. A unit that is committed is never collected again.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import subprocess
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from shared.config import PipelineConfig
+from shared.console import progress
+from shared.dataset import Dataset, DatasetWriter, Manifest, Provenance
+from shared.errors import ConfigError, PromptError
+from shared.manifest import UnitEntry
+from shared.records import Record
+from shared.vocabulary import Vocabulary
+from teacher.capture import response_columns, to_distributions
+from teacher.checkpoints import check_checkpoint, ensure_checkpoint, fingerprint, load_tokenizer, vocabulary_size
+from teacher.engine import Answer, Engine, Request, engine_version
+from teacher.prompts import Prompt, Renderer, load_prompts, prompts_fingerprint, split_prompts
+from teacher.summary import Summary, measure_capture, read_summary, summarise
+from teacher.units import Task, Unit, cut_units
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a config asks for, checked: nothing is written and no engine started until this exists."""
+
+    prompts: list[Prompt]
+    units: list[Unit]
+    renderer: Renderer
+    prompt_tokens: dict[str, int]
+
+
+class Collector:
+    """Turns units into shards. One engine, one writer; workers on one dataset each have their own.
+
+    Attributes:
+        tokens: response tokens published by this collector.
+    """
+
+    def __init__(
+        self, config: PipelineConfig, renderer: Renderer, vocabulary: Vocabulary, writer: DatasetWriter, engine: Engine
+    ) -> None:
+        self._collect = config.collect
+        self._renderer = renderer
+        self._vocabulary = vocabulary
+        self._writer = writer
+        self._engine = engine
+        self.tokens = 0
+
+    def collect_unit(self, unit: Unit) -> UnitEntry:
+        """Collect and publish one unit; one that is committed already stays as it is."""
+        return next(iter(self.collect_units([unit])))
+
+    def collect_units(self, units: Iterable[Unit]) -> Iterator[UnitEntry]:
+        """Collect and publish `units`, in the order in which they are complete.
+
+        Raises:
+            AlignmentError, CheckpointError: if captured rows are not the text's, or not probabilities.
+            DatasetError: if a shard cannot be written.
+        """
+        open_units: dict[str, _OpenUnit] = {}
+        unit_of: dict[str, _OpenUnit] = {}
+
+        def requests() -> Iterator[Request]:
+            for unit in units:
+                opened = _OpenUnit(unit, [None] * len(unit.tasks), len(unit.tasks))
+                open_units[unit.name] = opened
+                for number, task in enumerate(unit.tasks):
+                    rendered = self._renderer.render(task.prompt)
+                    unit_of[task.sample_id] = opened
+                    opened.rendered[task.sample_id] = (number, rendered.text)
+                    ids = None if task.prompt.response is None else self._renderer.encode_response(task.prompt)
+                    yield Request(task.sample_id, rendered.ids, task.sampling, ids)
+
+        with ThreadPoolExecutor(1, thread_name_prefix="shards") as pool:
+            writing: list[Future[UnitEntry]] = []
+            for answer, request in self._answers(requests()):
+                opened = unit_of.pop(answer.key)
+                number, text = opened.rendered.pop(answer.key)
+                opened.records[number] = self._record(opened.unit.tasks[number], request, text, answer)
+                opened.missing -= 1
+                if opened.missing == 0:
+                    done = open_units.pop(opened.unit.name)
+                    writing.append(pool.submit(self._publish, done))
+                # At most two shards wait in memory for the disk.
+                while writing and (writing[0].done() or len(writing) > 2):
+                    yield writing.pop(0).result()
+            for future in writing:
+                yield future.result()
+
+    def _answers(self, requests: Iterator[Request]) -> Iterator[tuple[Answer, Request]]:
+        sent: dict[str, Request] = {}
+
+        def remember() -> Iterator[Request]:
+            for request in requests:
+                sent[request.key] = request
+                yield request
+
+        for answer in self._engine.stream(remember()):
+            yield answer, sent.pop(answer.key)
+
+    def _publish(self, opened: _OpenUnit) -> UnitEntry:
+        records = [record for record in opened.records if record is not None]
+        assert len(records) == len(opened.unit.tasks)
+        return self._writer.write_unit(opened.unit.name, records)
+
+    def _record(self, task: Task, request: Request, text: str, answer: Answer) -> Record:
+        assert answer.columns is not None
+        columns, finish = answer.columns, answer.finish_reason
+        if request.response_ids is not None:
+            columns = response_columns(columns, len(request.prompt_ids), len(request.response_ids))
+            finish = "stop" if task.prompt.finished else "length"
+        self.tokens += len(answer.response_ids)
+        return Record(
+            sample_id=task.sample_id,
+            prompt_id=task.prompt.id,
+            split=task.split,
+            skill=task.prompt.skill,
+            messages=task.prompt.messages,
+            prompt_text=text,
+            prompt_ids=request.prompt_ids,
+            response_ids=answer.response_ids,
+            response_bytes=self._vocabulary.decode(answer.response_ids),
+            finish_reason=finish,
+            sampling=task.sampling,
+            distributions=to_distributions(
+                columns, answer.response_ids, len(self._vocabulary), self._collect.retained_mass
+            ),
+        )
+
+
+@dataclass(slots=True)
+class _OpenUnit:
+    unit: Unit
+    records: list[Record | None]
+    missing: int
+    rendered: dict[str, tuple[int, str]] = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        self.rendered = {}
+
+
+def prepare(config: PipelineConfig) -> Plan:
+    """Read and check everything that a user can get wrong, before a directory is made or the engine started.
+
+    Raises:
+        PromptError, ConfigError, CheckpointError: naming the value seen, the one expected and the fix.
+    """
+    collect = config.collect
+    prompts = load_prompts(collect.prompts, collect.system_prompt)
+    check_top_k(config)
+    renderer = Renderer(load_tokenizer(config.teacher), collect.template_arguments)
+    prompt_tokens = check_lengths(prompts, renderer, config)
+    units = cut_units(split_prompts(prompts, collect.held_out), collect, config.seed)
+    if not units:
+        raise ConfigError(
+            f"collect.decoding asks for {[d.split for d in collect.decoding]} only, and no prompt of "
+            f"{collect.prompts} is in there; set collect.held_out (now {collect.held_out})"
+        )
+    return Plan(prompts, units, renderer, prompt_tokens)
+
+
+def check_top_k(config: PipelineConfig) -> None:
+    """Raises `ConfigError` where more candidates are asked for than the teacher has tokens."""
+    check_checkpoint(config.teacher)
+    size = vocabulary_size(config.teacher)
+    if config.collect.top_k > size:
+        raise ConfigError(
+            f"collect.top_k is {config.collect.top_k}, but the teacher's vocabulary has {size} tokens; "
+            f"choose at most {size}, such as 64"
+        )
+
+
+def check_lengths(prompts: Sequence[Prompt], renderer: Renderer, config: PipelineConfig) -> dict[str, int]:
+    """Tokens of every prompt (and its response where one is given), by id.
+
+    Raises:
+        PromptError: if a prompt leaves no room for an answer.
+    """
+    room = config.teacher.max_model_len
+    longest = max(decoding.max_tokens for decoding in config.collect.decoding)
+    lengths: dict[str, int] = {}
+    for prompt in prompts:
+        length = len(renderer.render(prompt).ids)
+        if prompt.response is not None:
+            length += len(renderer.encode_response(prompt))
+        if length >= room:
+            raise PromptError(
+                f"prompt {prompt.id!r} has {length} tokens, teacher.max_model_len is {room} and an answer needs room; "
+                "shorten the prompt or raise teacher.max_model_len"
+            )
+        lengths[prompt.id] = length
+    cut = sum(length + longest > room for length in lengths.values() if prompts[0].response is None)
+    if cut:
+        log.warning("%d prompts leave less than max_tokens %d of %d tokens for their answers", cut, longest, room)
+    return lengths
+
+
+def collect(config: PipelineConfig) -> Summary:
+    """Collect everything that `config` asks for and is not there yet; resumes where it was interrupted."""
+    plan = prepare(config)
+    return run(config, plan.units, plan.renderer, prompts_fingerprint(plan.prompts), kind="collect")
+
+
+def run(config: PipelineConfig, units: Sequence[Unit], renderer: Renderer, prompts_sha256: str, kind: str) -> Summary:
+    """Bring the dataset of `config` to hold exactly `units`; `kind` is `collect` or `score`."""
+    engine_version()
+    model = ensure_checkpoint(config.teacher)
+    tokenizer_dir = model if isinstance(model, Path) else fetch_tokenizer(config, renderer)
+    vocabulary = Vocabulary.from_tokenizer(tokenizer_dir)
+    provenance = provenance_of(config, vocabulary, renderer, prompts_sha256, kind)
+    writer = DatasetWriter(config.shards_dir, provenance, vocabulary, tokenizer_dir)
+    names = [unit.name for unit in units]
+    missing = [unit for unit in units if unit.name not in writer.committed]
+    log.info("%d of %d units are there, %d to %s", len(units) - len(missing), len(units), len(missing), kind)
+    before = read_summary(config.run_dir)
+    tokens, seconds, ratio = 0, 0.0, before.capture_ratio
+    if missing:
+        started = time.monotonic()
+        engine = Engine(
+            config.teacher,
+            str(model),
+            config.collect.top_k,
+            score_tokens=config.collect.score_tokens if kind == "score" else None,
+        )
+        log.info(
+            "vLLM %s is up after %.0f s: %s, head in %s, rows captured through %s",
+            engine_version(), time.monotonic() - started, config.teacher.dtype, engine.head_dtype, engine.capture,
+        )  # fmt: skip
+        try:
+            if config.collect.measure_capture and kind == "collect":
+                ratio = measure_capture(engine, [renderer.render(t.prompt).ids for u in units[:4] for t in u.tasks])
+            tokens, seconds = _work(Collector(config, renderer, vocabulary, writer, engine), missing, units, kind)
+        finally:
+            engine.close()
+    manifest: Manifest = writer.finish(names)
+    if not missing:
+        return (
+            before if before.tokens == manifest.tokens else summarise(config, Dataset.open(config.shards_dir), before)
+        )
+    rate = tokens / seconds if seconds else None
+    before = Summary(tokens_per_s=rate, capture_ratio=ratio)
+    return summarise(config, Dataset.open(config.shards_dir), before)
+
+
+def _work(collector: Collector, missing: Sequence[Unit], units: Sequence[Unit], kind: str) -> tuple[int, float]:
+    """Collect the missing units under a progress bar; tokens and seconds that it took."""
+    label = {"collect": "answering", "score": "scoring"}[kind]
+    responses = sum(len(unit.tasks) for unit in units)
+    there = responses - sum(len(unit.tasks) for unit in missing)
+    started = time.monotonic()
+    with progress() as bar:
+        task = bar.add_task(label, total=responses, completed=there, note="")
+        for entry in collector.collect_units(missing):
+            rate = collector.tokens / (time.monotonic() - started)
+            bar.update(task, advance=entry.rows, note=f"{rate:,.0f} tokens/s")
+    return collector.tokens, time.monotonic() - started
+
+
+def fetch_tokenizer(config: PipelineConfig, renderer: Renderer) -> Path:
+    """A hub teacher's tokenizer as files in the run's directory."""
+    directory = config.run_dir / "teacher-tokenizer"
+    renderer.tokenizer.save_pretrained(directory)
+    return directory
+
+
+def provenance_of(
+    config: PipelineConfig, vocabulary: Vocabulary, renderer: Renderer, prompts_sha256: str, kind: str
+) -> Provenance:
+    """What decides the content of the dataset, and who made it when."""
+    teacher, collect = config.teacher, config.collect
+    local = Path(teacher.model)
+    return Provenance(
+        teacher=teacher.model,
+        revision=teacher.revision,
+        teacher_fingerprint=fingerprint(local) if local.exists() else None,
+        tokenizer_fingerprint=vocabulary.fingerprint,
+        chat_template_fingerprint=renderer.template_fingerprint,
+        engine="vllm",
+        engine_version=engine_version(),
+        dtype=teacher.dtype,
+        head_dtype="float32" if teacher.fp32_head else teacher.dtype,
+        top_k=collect.top_k,
+        retained_mass=collect.retained_mass,
+        sampling=[decoding.model_dump(mode="json") for decoding in collect.decoding] if kind == "collect" else [],
+        seed=config.seed,
+        prompts_fingerprint=prompts_sha256,
+        unit_prompts=collect.unit_prompts,
+        details={
+            "kind": kind,
+            "held_out": collect.held_out,
+            "max_model_len": teacher.max_model_len,
+            "template_arguments": collect.template_arguments,
+        },
+        git_commit=_git_commit(),
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        config=config.model_dump(mode="json"),
+    )
+
+
+def _git_commit() -> str | None:
+    """The commit of this code, with a mark where files differ from it; None outside a repository."""
+    try:
+        text = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--dirty=-modified"],
+            cwd=Path(__file__).parent, capture_output=True, text=True, check=True,
+        ).stdout  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return text.strip()

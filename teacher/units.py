@@ -1,0 +1,70 @@
+"""Units of work: what is collected together, published together and, after an interruption, repeated together.
+
+A unit is a slice of a split's prompts under one decoding rule. Its name and content follow from the prompts and the
+config alone, so every worker on every machine cuts the same units and can take any of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from shared.config import CollectConfig, DecodingConfig, Split
+from shared.records import Sampling
+from teacher.prompts import Prompt, stable_hash
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One response to collect; `sample_id` is its name in the dataset."""
+
+    sample_id: str
+    prompt: Prompt
+    split: Split
+    sampling: Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Named work: unit names are file names, and sort in the order of collection within split and rule."""
+
+    name: str
+    tasks: tuple[Task, ...]
+
+
+def cut_units(splits: dict[Split, list[Prompt]], collect: CollectConfig, seed: int) -> list[Unit]:
+    """The units of `collect.decoding`, rule after rule; prompts keep the order that their split has.
+
+    A response's random seed follows from (seed, sample id), so it depends neither on its neighbours in the batch nor
+    on what was collected before.
+    """
+    units = []
+    for decoding in collect.decoding:
+        prompts = splits[decoding.split]
+        for number, chosen in enumerate(_slices(prompts, collect.unit_prompts)):
+            tasks = tuple(_tasks(chosen, decoding, seed))
+            units.append(Unit(f"{decoding.split}-{decoding.tag}-{number:05d}", tasks))
+    return units
+
+
+def sampling_seed(seed: int, sample_id: str) -> int:
+    """The seed of one response's random numbers, 63 bits."""
+    return stable_hash(seed, sample_id)
+
+
+def _slices(prompts: Sequence[Prompt], size: int) -> Iterator[Sequence[Prompt]]:
+    for start in range(0, len(prompts), size):
+        yield prompts[start : start + size]
+
+
+def _tasks(prompts: Sequence[Prompt], decoding: DecodingConfig, seed: int) -> Iterator[Task]:
+    for prompt in prompts:
+        for number in range(decoding.samples):
+            sample_id = f"{prompt.id}:{decoding.tag}:{number}"
+            chosen_seed = None if decoding.rule == "greedy" else sampling_seed(seed, sample_id)
+            yield Task(
+                sample_id,
+                prompt,
+                decoding.split,
+                Sampling(decoding.temperature, decoding.top_p, decoding.top_k, decoding.max_tokens, chosen_seed),
+            )
