@@ -14,7 +14,7 @@ import subprocess
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from shared.config import PipelineConfig
@@ -63,7 +63,10 @@ class Collector:
 
     def collect_unit(self, unit: Unit) -> UnitEntry:
         """Collect and publish one unit; one that is committed already stays as it is."""
-        return next(iter(self.collect_units([unit])))
+        if unit.name in self._writer.committed:
+            return self._writer.write_unit(unit.name, [])
+        (entry,) = self.collect_units([unit])
+        return entry
 
     def collect_units(self, units: Iterable[Unit]) -> Iterator[UnitEntry]:
         """Collect and publish `units`, in the order in which they are complete.
@@ -72,58 +75,48 @@ class Collector:
             AlignmentError, CheckpointError: if captured rows are not the text's, or not probabilities.
             DatasetError: if a shard cannot be written.
         """
-        open_units: dict[str, _OpenUnit] = {}
-        unit_of: dict[str, _OpenUnit] = {}
+        in_flight: dict[str, _Pending] = {}
 
         def requests() -> Iterator[Request]:
             for unit in units:
-                opened = _OpenUnit(unit, [None] * len(unit.tasks), len(unit.tasks))
-                open_units[unit.name] = opened
-                for number, task in enumerate(unit.tasks):
-                    rendered = self._renderer.render(task.prompt)
-                    unit_of[task.sample_id] = opened
-                    opened.rendered[task.sample_id] = (number, rendered.text)
-                    ids = None if task.prompt.response is None else self._renderer.encode_response(task.prompt)
-                    yield Request(task.sample_id, rendered.ids, task.sampling, ids)
+                opened = _OpenUnit(unit)
+                for task in unit.tasks:
+                    text, request = self._request(task)
+                    in_flight[request.key] = _Pending(opened, task, text, request)
+                    yield request
 
         with ThreadPoolExecutor(1, thread_name_prefix="shards") as pool:
             writing: list[Future[UnitEntry]] = []
-            for answer, request in self._answers(requests()):
-                opened = unit_of.pop(answer.key)
-                number, text = opened.rendered.pop(answer.key)
-                opened.records[number] = self._record(opened.unit.tasks[number], request, text, answer)
-                opened.missing -= 1
-                if opened.missing == 0:
-                    done = open_units.pop(opened.unit.name)
-                    writing.append(pool.submit(self._publish, done))
+            for answer in self._engine.stream(requests()):
+                pending = in_flight.pop(answer.key)
+                opened = pending.opened
+                opened.records[answer.key] = self._record(pending, answer)
+                if len(opened.records) == len(opened.unit.tasks):
+                    records = [opened.records[task.sample_id] for task in opened.unit.tasks]
+                    writing.append(pool.submit(self._writer.write_unit, opened.unit.name, records))
                 # At most two shards wait in memory for the disk.
                 while writing and (writing[0].done() or len(writing) > 2):
                     yield writing.pop(0).result()
             for future in writing:
                 yield future.result()
 
-    def _answers(self, requests: Iterator[Request]) -> Iterator[tuple[Answer, Request]]:
-        sent: dict[str, Request] = {}
+    def _request(self, task: Task) -> tuple[str, Request]:
+        """The prompt as text, and what is asked of the engine."""
+        if task.given is not None:
+            given = task.given
+            return given.prompt_text, Request(task.sample_id, given.prompt_ids, task.sampling, given.response_ids)
+        rendered = self._renderer.render(task.prompt)
+        ids = None if task.prompt.response is None else self._renderer.encode_response(task.prompt)
+        return rendered.text, Request(task.sample_id, rendered.ids, task.sampling, ids)
 
-        def remember() -> Iterator[Request]:
-            for request in requests:
-                sent[request.key] = request
-                yield request
-
-        for answer in self._engine.stream(remember()):
-            yield answer, sent.pop(answer.key)
-
-    def _publish(self, opened: _OpenUnit) -> UnitEntry:
-        records = [record for record in opened.records if record is not None]
-        assert len(records) == len(opened.unit.tasks)
-        return self._writer.write_unit(opened.unit.name, records)
-
-    def _record(self, task: Task, request: Request, text: str, answer: Answer) -> Record:
+    def _record(self, pending: _Pending, answer: Answer) -> Record:
         assert answer.columns is not None
-        columns, finish = answer.columns, answer.finish_reason
+        task, request, columns, finish = pending.task, pending.request, answer.columns, answer.finish_reason
         if request.response_ids is not None:
             columns = response_columns(columns, len(request.prompt_ids), len(request.response_ids))
             finish = "stop" if task.prompt.finished else "length"
+        if task.given is not None:
+            finish = task.given.finish_reason
         self.tokens += len(answer.response_ids)
         return Record(
             sample_id=task.sample_id,
@@ -131,7 +124,7 @@ class Collector:
             split=task.split,
             skill=task.prompt.skill,
             messages=task.prompt.messages,
-            prompt_text=text,
+            prompt_text=pending.prompt_text,
             prompt_ids=request.prompt_ids,
             response_ids=answer.response_ids,
             response_bytes=self._vocabulary.decode(answer.response_ids),
@@ -145,13 +138,20 @@ class Collector:
 
 @dataclass(slots=True)
 class _OpenUnit:
-    unit: Unit
-    records: list[Record | None]
-    missing: int
-    rendered: dict[str, tuple[int, str]] = None  # type: ignore[assignment]
+    """A unit that is being answered, with its records by sample id."""
 
-    def __post_init__(self) -> None:
-        self.rendered = {}
+    unit: Unit
+    records: dict[str, Record] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """A request in flight, and what its record needs beside the answer."""
+
+    opened: _OpenUnit
+    task: Task
+    prompt_text: str
+    request: Request
 
 
 def prepare(config: PipelineConfig) -> Plan:

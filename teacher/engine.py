@@ -288,6 +288,8 @@ def _install_numpy_rows() -> tuple[Any, Any]:
     class NumpyRows(original):
         """Keeps rows as they arrive, for requests with `flat_logprobs`; others see vLLM's own behaviour."""
 
+        logprobs: Any
+        prompt_logprobs: Any
         checking = False
         compared: dict[str, bool] = {}  # noqa: RUF012
 
@@ -304,7 +306,7 @@ def _install_numpy_rows() -> tuple[Any, Any]:
             return processor
 
         def _update_sample_logprobs(self, logprobs_lists: Any) -> None:
-            buffer: Any = self.logprobs
+            buffer = self.logprobs
             if not isinstance(buffer, ColumnBuffer):
                 super()._update_sample_logprobs(logprobs_lists)
                 return
@@ -317,7 +319,7 @@ def _install_numpy_rows() -> tuple[Any, Any]:
                 self._compare(buffer, self._flat[0])
 
         def _update_prompt_logprobs(self, prompt_logprobs_tensors: Any) -> None:
-            buffer: Any = self.prompt_logprobs
+            buffer = self.prompt_logprobs
             if not isinstance(buffer, ColumnBuffer):
                 super()._update_prompt_logprobs(prompt_logprobs_tensors)
                 return

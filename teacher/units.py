@@ -8,20 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from shared.config import CollectConfig, DecodingConfig, Split
-from shared.records import Sampling
+from shared.records import Record, Sampling
 from teacher.prompts import Prompt, stable_hash
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One response to collect; `sample_id` is its name in the dataset."""
+    """One response to collect, or one to score; `sample_id` is its name in the dataset.
+
+    Attributes:
+        given: the record of another dataset whose tokens are scored as they are.
+    """
 
     sample_id: str
     prompt: Prompt
-    split: Split
+    split: str
     sampling: Sampling
+    given: Record | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +49,7 @@ def cut_units(splits: dict[Split, list[Prompt]], collect: CollectConfig, seed: i
     units = []
     for decoding in collect.decoding:
         prompts = splits[decoding.split]
-        for number, chosen in enumerate(_slices(prompts, collect.unit_prompts)):
+        for number, chosen in enumerate(slices(prompts, collect.unit_prompts)):
             tasks = tuple(_tasks(chosen, decoding, seed))
             units.append(Unit(f"{decoding.split}-{decoding.tag}-{number:05d}", tasks))
     return units
@@ -52,9 +60,10 @@ def sampling_seed(seed: int, sample_id: str) -> int:
     return stable_hash(seed, sample_id)
 
 
-def _slices(prompts: Sequence[Prompt], size: int) -> Iterator[Sequence[Prompt]]:
-    for start in range(0, len(prompts), size):
-        yield prompts[start : start + size]
+def slices(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
+    """`items` in order, `size` at a time."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
 
 
 def _tasks(prompts: Sequence[Prompt], decoding: DecodingConfig, seed: int) -> Iterator[Task]:

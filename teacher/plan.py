@@ -1,0 +1,108 @@
+"""What a collection will cost, before it is paid: units, tokens, bytes and hours.
+
+Counts come from the prompts and the config. Rates come, in this order, from the command line, from a collect.json that
+an earlier sitting measured in this run, or not at all: hours without a rate stay unknown, they are not guessed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rich.table import Table
+
+from shared.config import PipelineConfig
+from teacher.collect import prepare
+from teacher.summary import read_summary
+
+
+@dataclass(frozen=True, slots=True)
+class Assumptions:
+    """What the command line states; None where it says nothing."""
+
+    tokens_per_s: float | None = None
+    tokens_per_response: float | None = None
+    bytes_per_token: float | None = None
+    workers: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """The cost, and where each rate is from. `bytes` and `hours` are None where no rate is known."""
+
+    prompts: int
+    units: int
+    responses: int
+    prompt_tokens: int
+    response_tokens: float
+    bytes: float | None
+    hours: float | None
+    sources: dict[str, str]
+
+    def table(self) -> Table:
+        """For people."""
+        table = Table(show_header=False, title="the collection to come", title_justify="left")
+        table.add_row("prompts", f"{self.prompts:,}", "")
+        table.add_row("units of work", f"{self.units:,}", "")
+        table.add_row("responses", f"{self.responses:,}", "")
+        table.add_row("prompt tokens", f"{self.prompt_tokens:,}", "")
+        table.add_row("response tokens", f"{self.response_tokens:,.0f}", self.sources["tokens"])
+        size = "unknown" if self.bytes is None else _bytes(self.bytes)
+        table.add_row("on disk", size, self.sources["bytes"])
+        table.add_row("hours", "unknown" if self.hours is None else f"{self.hours:,.2f}", self.sources["hours"])
+        return table
+
+
+def estimate(config: PipelineConfig, assumptions: Assumptions) -> Estimate:
+    """Check `config` as `teacher collect` would, and add up what it asks for.
+
+    Raises:
+        UserError: as `teacher.collect.prepare`.
+    """
+    plan = prepare(config)
+    tasks = [task for unit in plan.units for task in unit.tasks]
+    measured = read_summary(config.run_dir)
+    # The longest that each rule allows, where neither a measurement nor the user knows better.
+    room = config.teacher.max_model_len
+    most = float(sum(min(task.sampling.max_tokens, room - plan.prompt_tokens[task.prompt.id]) for task in tasks))
+    if assumptions.tokens_per_response is not None:
+        tokens = min(most, assumptions.tokens_per_response * len(tasks))
+        tokens_source = f"{assumptions.tokens_per_response:g} a response, as stated"
+    elif measured.tokens and measured.responses:
+        tokens = min(most, measured.tokens / measured.responses * len(tasks))
+        tokens_source = f"{measured.tokens / measured.responses:.1f} a response, as measured in {config.run_dir}"
+    else:
+        tokens, tokens_source = most, "at most: max_tokens each"
+    size, size_source = _rate(
+        assumptions.bytes_per_token, measured.bytes_per_token, "bytes a token", "--bytes-per-token", config
+    )
+    rate, rate_source = _rate(assumptions.tokens_per_s, measured.tokens_per_s, "tokens/s", "--tokens-per-s", config)
+    if rate is not None and assumptions.workers > 1:
+        rate_source += f", {assumptions.workers} workers"
+    return Estimate(
+        prompts=len(plan.prompts),
+        units=len(plan.units),
+        responses=len(tasks),
+        prompt_tokens=sum(plan.prompt_tokens[task.prompt.id] for task in tasks),
+        response_tokens=tokens,
+        bytes=None if size is None else tokens * size,
+        hours=None if rate is None else tokens / rate / assumptions.workers / 3600,
+        sources={"tokens": tokens_source, "bytes": size_source, "hours": rate_source},
+    )
+
+
+def _rate(
+    stated: float | None, measured: float | None, unit: str, option: str, config: PipelineConfig
+) -> tuple[float | None, str]:
+    if stated is not None:
+        return stated, f"{stated:g} {unit}, as stated"
+    if measured is not None:
+        return measured, f"{measured:.1f} {unit}, as measured in {config.run_dir}"
+    return None, f"nothing measured yet: state {option}"
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.2f} TB"
