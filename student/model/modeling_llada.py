@@ -52,8 +52,8 @@ class LladaRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        x_float = x.float()
-        normed = x_float * torch.rsqrt(x_float.square().mean(-1, keepdim=True) + self.eps)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * normed.to(x.dtype)
 
 
@@ -88,7 +88,7 @@ def rotary_tables(config: LladaConfig, position_ids_BxL: Tensor) -> Rope:
 def rotate(x_BxNxLxE: Tensor, rope: Rope) -> Tensor:
     """`x` turned by its position, computed in float32."""
     cos, sin = rope
-    x = x_BxNxLxE.float()
+    x = x_BxNxLxE.to(torch.promote_types(x_BxNxLxE.dtype, torch.float32))
     first, second = x.chunk(2, dim=-1)
     return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x_BxNxLxE.dtype)
 
