@@ -16,12 +16,14 @@ from numpy.typing import NDArray
 from shared.encoding import decode_logprobs, encode_gaps, round_sampled, round_tail, row_matches
 from shared.errors import DatasetError
 from shared.records import Distributions, FinishReason, Message, Record, Sampling
-from shared.schema import DISTRIBUTION_COLUMNS, SCHEMA
+from shared.schema import DISTRIBUTION_COLUMNS, SCHEMA, STEPS_PER_NAT
 
 MASS_TOLERANCE = 1e-3
 """Teachers compute in float32: a row's mass and tail may miss 1 by this much before it is an error."""
 SAMPLED_TOLERANCE = 1e-2
 """The sampled token's own logprob and its entry come from one computation: further apart, they are not of one row."""
+OUTSIDE_TOLERANCE = 1 / STEPS_PER_NAT
+"""A row that was stored before has its last candidate rounded by up to half a step."""
 
 
 def records_to_table(records: Sequence[Record], vocabulary_size: int | None = None, check: bool = True) -> pa.Table:
@@ -115,9 +117,7 @@ def check_record(record: Record, vocabulary_size: int | None) -> None:
 def table_to_records(table: pa.Table, distributions: bool = True) -> Iterator[Record]:
     """Records of a row group's table; the arrays are read-only views of what the whole row group decoded to."""
     batch = table.combine_chunks()
-    column = {
-        name: batch[name].to_pylist() for name in batch.schema.names if not _is_flat(batch.schema.field(name))
-    }
+    column = {name: batch[name].to_pylist() for name in batch.schema.names if not _is_flat(batch.schema.field(name))}
     prompt_ids, prompt_at = flat_list(batch["prompt_ids"])
     response_ids, response_at = flat_list(batch["response_ids"])
     if distributions:
@@ -210,7 +210,7 @@ def _check_sampled(who: str, record: Record, d: Distributions, widths: NDArray[n
     last[filled] = d.logprobs[d.offsets[1:][filled] - 1]
     _refuse(
         who,
-        outside & (d.sampled > last + SAMPLED_TOLERANCE),
+        outside & (d.sampled > last + OUTSIDE_TOLERANCE),
         np.arange(len(last)),
         d.sampled,
         "sampled logprob of a token outside its row",

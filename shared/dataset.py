@@ -49,7 +49,7 @@ class Dataset:
     """A finished dataset; make one with `Dataset.open`. Its records are numbered in the manifest's order of units."""
 
     def __init__(self, storage: Storage, manifest: Manifest) -> None:
-        self._storage = storage
+        self.storage = storage
         self.manifest = manifest
         self._ends = np.cumsum([unit.rows for unit in manifest.units], dtype=np.int64).tolist()
         self._groups: OrderedDict[tuple[int, int], list[Record]] = OrderedDict()
@@ -91,7 +91,7 @@ class Dataset:
     @cached_property
     def provenance(self) -> Provenance:
         """Raises `DatasetError` where it is damaged."""
-        found: Provenance = load(Provenance, self._read_file(PROVENANCE), self._storage.join(PROVENANCE))
+        found: Provenance = load(Provenance, self._read_file(PROVENANCE), self.storage.join(PROVENANCE))
         return found
 
     @cached_property
@@ -100,7 +100,7 @@ class Dataset:
         vocabulary = Vocabulary.from_table(pq.read_table(pa.BufferReader(self._read_file(VOCABULARY))))
         if vocabulary.fingerprint != self.manifest.vocabulary_fingerprint:
             raise DatasetError(
-                f"{self._storage.join(VOCABULARY)} has the fingerprint {vocabulary.fingerprint[:12]}, the manifest "
+                f"{self.storage.join(VOCABULARY)} has the fingerprint {vocabulary.fingerprint[:12]}, the manifest "
                 f"says {self.manifest.vocabulary_fingerprint[:12]}; copy it again from where the dataset was collected"
             )
         return vocabulary
@@ -115,11 +115,11 @@ class Dataset:
         names = [entry.name for entry in self.manifest.files if entry.name.startswith(f"{TOKENIZER}/")]
         if not names:
             raise DatasetError(
-                f"{self._storage.url} holds no tokenizer files: it was made without; import it again with --tokenizer"
+                f"{self.storage.url} holds no tokenizer files: it was made without; import it again with --tokenizer"
             )
         contents = {name: self._read_file(name) for name in names}
-        if isinstance(self._storage, LocalStorage):
-            return self._storage.root / TOKENIZER
+        if isinstance(self.storage, LocalStorage):
+            return self.storage.root / TOKENIZER
         self._local_copy = tempfile.TemporaryDirectory(prefix="teacher-tokenizer-")
         for name, data in contents.items():
             target = Path(self._local_copy.name) / name
@@ -201,16 +201,16 @@ class Dataset:
         try:
             return file.read_row_group(group, columns=None if columns is None else list(columns))
         except (pa.ArrowException, OSError) as error:
-            raise DatasetError(f"{self._storage.join(unit.file)} cannot be read: {error}") from error
+            raise DatasetError(f"{self.storage.join(unit.file)} cannot be read: {error}") from error
 
     def _shard(self, unit: UnitEntry) -> pq.ParquetFile:
-        return open_shard(self._storage, unit)
+        return open_shard(self.storage, unit)
 
     def _read_file(self, name: str) -> bytes:
         entry = next((entry for entry in self.manifest.files if entry.name == name), None)
         if entry is None:
-            raise DatasetError(f"the manifest of {self._storage.url} does not name {name}; the dataset is not complete")
-        return read_checked(self._storage, name, entry.sha256)
+            raise DatasetError(f"the manifest of {self.storage.url} does not name {name}; the dataset is not complete")
+        return read_checked(self.storage, name, entry.sha256)
 
 
 def read_manifest(storage: Storage) -> Manifest:

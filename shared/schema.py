@@ -167,8 +167,8 @@ def check_metadata(metadata: Mapping[bytes, bytes] | None, source: str) -> None:
         text = (metadata or {}).get(key.encode(), b"").decode("ascii", "replace")
         if not text.isdecimal():
             raise DatasetError(
-                f"{source} has no {key} in its metadata (found {text!r}, expected {expected}): it is not a shard of this "
-                "project, or was rewritten by another tool; copy it again from where the dataset was collected"
+                f"{source} has no {key} in its metadata (found {text!r}, expected {expected}): it is not a shard of "
+                "this project, or was rewritten by another tool; copy it again from where the dataset was collected"
             )
         if key == VERSION_KEY:
             check_version(int(text), source)
