@@ -8,6 +8,7 @@ commands share; `progress` is the one progress bar, silent where stderr is not a
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -27,8 +28,10 @@ from rich.progress import (
 
 from shared.errors import USER_ERROR_EXIT_CODE, UserError
 
-stdout = Console()
-stderr = Console(stderr=True)
+# Without a terminal (a log file, CI) Rich would wrap every line at 80 columns.
+LOG_FILE_WIDTH = 120
+stdout = Console(width=None if sys.stdout.isatty() else LOG_FILE_WIDTH)
+stderr = Console(stderr=True, width=None if sys.stderr.isatty() else LOG_FILE_WIDTH)
 
 ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, e.g. configs/demo.yaml.")]
 SetOption = Annotated[
@@ -69,6 +72,10 @@ def configure_logging(level: str) -> None:
         raise UserError(f"--log-level {level!r} is not a level: use debug, info, warning or error")
     handler = RichHandler(console=stderr, show_path=False, markup=False, log_time_format="%H:%M:%S")
     logging.basicConfig(level=number, format="%(message)s", handlers=[handler], force=True)
+    # One progress bar a step is ours; libraries draw theirs through tqdm.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    # DeepSpeed warns on every start that it found no GPU.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
     # Libraries that narrate at INFO what their users do not act on.
     for chatty in ("httpx", "urllib3", "matplotlib", "fsspec", "numba"):
         logging.getLogger(chatty).setLevel(max(number, logging.WARNING))

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from shared.config import PipelineConfig, dump_config
@@ -80,6 +81,7 @@ def write_report(config: PipelineConfig) -> dict[str, Any]:
     pictures = _draw(config, report, entries)
     write_text(config.report_dir / "index.html", _page(config, report, pictures))
     stdout.print(summary(config, report))
+    stdout.print(f"pictures and details: {config.report_dir / 'index.html'}", highlight=False)
     return report
 
 
@@ -205,15 +207,13 @@ def _between(low: float | None, high: float | None) -> str | None:
 
 def summary(config: PipelineConfig, report: dict[str, Any]) -> Table:
     """The run on one screen."""
-    table = Table(title=f"{config.name}: the run in one table", title_justify="left", show_header=False, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, show_header=False, pad_edge=False)
     table.add_column(style="bold")
     table.add_column()
     table.add_column(justify="right")
     for stage, what, figures in _stages(config, report):
-        table.add_section()
         table.add_row(stage, f"[dim]{what}[/]", "")
         for label, value in figures:
             table.add_row("", label, figure(value))
-    table.caption = f"pictures and details: {config.report_dir / 'index.html'}"
-    table.caption_justify = "left"
+        table.add_section()
     return table

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from typing import Any
 
 from torch import nn
@@ -30,10 +31,12 @@ FILLED_IN = (
 def initialize_process_group() -> tuple[int, int]:
     """Join the job's process group; (rank, world size). A process that no launcher started is a world of one."""
     import deepspeed
+    import deepspeed.ops
     import torch
 
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        # Without this, DeepSpeed compiles an all-reduce of its own for minutes; gloo's serves two ranks as well.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if "RANK" not in os.environ:
         import socket
 
@@ -41,6 +44,8 @@ def initialize_process_group() -> tuple[int, int]:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    # DeepSpeed calls names that this torch already calls old.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo")
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 

@@ -105,6 +105,7 @@ class TrainingRun:
         if self.journal is not None:
             self.journal.close()
             summary = training_summary(self.journal.entries) | {"identity": self.identity}
+            self.engine.module.model.config.draft_block_length = self.config.train.block_length
             with new_directory(self.config.student_final_dir) as directory:
                 save_student(self.engine.module.model, self.tokenizer, directory, state_dict=weights)
                 write_text(directory / "resolved_config.yaml", dump_config(self.config))
