@@ -4,9 +4,10 @@
     python -m tests.benchmarks.bench_losses --device cuda         # V = 126,464, d = 4,096, N = 8,192, with Liger's
 
 Every case runs in a process of its own, rounds interleaved, so that a busy machine slows all alike; time is the
-median of the rounds. Peak extra memory is what the computation adds to a process that already holds states, head and
-targets: the resident set's high-water mark on the CPU (reset through /proc/self/clear_refs), the allocator's on a GPU.
-Each way must end with the gradients of states and head, so the table also gives the peak beyond these.
+median of the rounds, and processor time, which other work disturbs less, stands beside it. Peak extra memory is what
+the computation adds to a process that already holds states, head and targets: the resident set's high-water mark on
+the CPU (reset through /proc/self/clear_refs), the allocator's on a GPU. Each way must end with the gradients of states
+and head, so the table also gives the peak beyond these.
 
 Ways: `plain` materialises logits and log-softmax and takes the tail as log(1 - sum); it does nothing else, no sums for
 the log. `reference` is `student.losses.reference`. `liger-*` are Liger's fused linear losses (Triton, GPU only); its
@@ -41,7 +42,7 @@ BLOCK_LENGTH = 8
 CPU_WAYS = ("plain-ce", "fused-ce", "plain-kl", "reference-kl", "fused-kl")
 CUDA_WAYS = (*CPU_WAYS, "liger-ce", "liger-ce-fp32", "liger-kl")
 # Each way against the one that does the same work plainly; on a GPU Liger's is compared too.
-RATIOS = ("seconds_ratio", "peak_extra_bytes_ratio", "beyond_gradients_bytes_ratio")
+RATIOS = ("seconds_ratio", "cpu_seconds_ratio", "peak_extra_bytes_ratio", "beyond_gradients_bytes_ratio")
 BASELINE = {"fused-ce": "plain-ce", "fused-kl": "plain-kl", "reference-kl": "plain-kl"}
 
 
@@ -134,7 +135,8 @@ def measure(way: str, positions: int, arguments: argparse.Namespace) -> dict[str
     head = torch.empty(shape).normal_(generator=generator).mul_(arguments.width**-0.5)
     hidden = torch.randn(positions, arguments.width, generator=generator)
     targets = make_targets(positions, arguments.vocabulary, arguments.events, generator).to(device)
-    head, hidden = (t.to(device, dtype).requires_grad_() for t in (head, hidden))
+    hidden = hidden.to(device, dtype).requires_grad_()
+    head = head.to(device, dtype).requires_grad_(not arguments.frozen_head)
     # Kernels are loaded and thread pools started on a small case first.
     small = make_targets(BLOCK_LENGTH, 128, 4, generator).to(device)
     computation(
@@ -142,15 +144,16 @@ def measure(way: str, positions: int, arguments: argparse.Namespace) -> dict[str
     )().backward()
     run = computation(way, hidden, head, targets)
     before = reset_peak(device)
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     loss = run()
     loss.backward()
     if device == "cuda":
         torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     gradients = sum(t.grad.numel() * t.grad.element_size() for t in (head, hidden) if t.grad is not None)
     result = {
         "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
         "peak": peak_bytes(device) - before,
         "gradients": gradients,
         "value": float(loss.detach()),
@@ -168,7 +171,7 @@ def measure(way: str, positions: int, arguments: argparse.Namespace) -> dict[str
 
 def run_cases(arguments: argparse.Namespace) -> list[dict]:
     """All cases, each in fresh processes, rounds interleaved."""
-    ways = CUDA_WAYS if arguments.device == "cuda" else CPU_WAYS
+    ways = arguments.ways or (CUDA_WAYS if arguments.device == "cuda" else CPU_WAYS)
     rounds: dict[tuple[int, str], list[dict]] = {}
     for _ in range(arguments.rounds):
         for positions in arguments.positions:
@@ -195,6 +198,7 @@ def run_cases(arguments: argparse.Namespace) -> list[dict]:
                 "positions": positions,
                 "way": way,
                 "seconds": statistics.median(r["seconds"] for r in results),
+                "cpu_seconds": statistics.median(r["cpu_seconds"] for r in results),
                 "peak_extra_bytes": max(r["peak"] for r in results),
                 "beyond_gradients_bytes": max(r["peak"] - r["gradients"] for r in results),
                 "value": results[0]["value"],
@@ -213,7 +217,18 @@ def run_cases(arguments: argparse.Namespace) -> list[dict]:
 
 def print_table(rows: list[dict], title: str) -> None:
     table = Table(title=title)
-    for column in ("N", "way", "seconds", "× plain", "peak extra MiB", "× plain", "beyond gradients MiB", "× plain"):
+    for column in (
+        "N",
+        "way",
+        "seconds",
+        "× plain",
+        "CPU s",
+        "× plain",
+        "peak extra MiB",
+        "× plain",
+        "beyond gradients MiB",
+        "× plain",
+    ):
         table.add_column(column, justify="left" if column == "way" else "right")
     for row in rows:
         ratios = [f"{row[k]:.3f}" if row[k] is not None else "" for k in RATIOS]
@@ -222,10 +237,12 @@ def print_table(rows: list[dict], title: str) -> None:
             row["way"],
             f"{row['seconds']:.3f}",
             ratios[0],
-            f"{row['peak_extra_bytes'] / 2**20:.0f}",
+            f"{row['cpu_seconds']:.3f}",
             ratios[1],
-            f"{row['beyond_gradients_bytes'] / 2**20:.0f}",
+            f"{row['peak_extra_bytes'] / 2**20:.0f}",
             ratios[2],
+            f"{row['beyond_gradients_bytes'] / 2**20:.0f}",
+            ratios[3],
         )
     Console(width=120).print(table)
 
@@ -241,6 +258,8 @@ def main() -> None:
     parser.add_argument("--positions", type=int, nargs="+", help="default: 128 512 1024 on the CPU, 8192 on a GPU")
     parser.add_argument("--events", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--frozen-head", action="store_true", help="the head needs no gradient, as under LoRA")
+    parser.add_argument("--ways", nargs="+", help="only these ways")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own")
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--case", nargs=2, metavar=("WAY", "N"), help=argparse.SUPPRESS)

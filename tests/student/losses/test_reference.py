@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from student.losses import reference
 from student.losses.settings import LossSettings
-from student.losses.targets import TargetBatch, depth_weights
+from student.losses.targets import TargetBatch
 from student.losses.terms import summarize, terms_from_sums
 from tests.student.losses.cases import event_probabilities, random_targets, target_probabilities, targets_from_events
 
@@ -130,8 +130,7 @@ def test_a_truncated_row_is_not_renormalised():
     assert terms.total.item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_weights_multiply_positions_and_depths_decay():
-    torch.testing.assert_close(depth_weights(torch.tensor([1, 2, 3, 0]), 0.5), torch.tensor([1.0, 0.5, 0.25, 1.0]))
+def test_weights_multiply_positions():
     logits = torch.randn(3, VOCABULARY, dtype=torch.float64)
     targets = targets_from_events([None] * 3, [1, 2, 3], block_length=3, weight=[1.0, 0.5, 0.25])
     terms = reference.distillation_loss(logits, targets, LossSettings("ce", 3))

@@ -1,72 +1,50 @@
-"""Gathering the targets of selected positions of several samples into one batch."""
+"""Looking into a batch of targets, and cutting it."""
 
 from __future__ import annotations
 
-import itertools
-
-import numpy as np
+import pytest
 import torch
 
-from student.alignment.targets import AlignedSample, SparseTargets
-from student.losses.targets import Selection, gather_targets
+from student.losses.targets import depth_weights
+from tests.student.losses.cases import concatenate, event_probabilities, random_targets, targets_from_events
+
+EVENTS = [[(0.5, [1]), (0.25, [2, 3])], None, [(1.0, [4, 5, 6])]]
 
 
-def sample(seed: int, positions: int) -> tuple[AlignedSample, list[list[tuple[float, list[int]]] | None]]:
-    """A sample with random events, and the same events as plain lists (None: no soft target)."""
-    rng = np.random.default_rng(seed)
-    events: list[list[tuple[float, list[int]]] | None] = []
-    for _ in range(positions):
-        masses = rng.random(rng.integers(0, 4)).astype(np.float32) / 4
-        row = [(float(mass), rng.integers(0, 99, rng.integers(1, 4)).tolist()) for mass in masses]
-        events.append(row or None)
-    flat = [event for row in events for event in row or []]
-    tail = [np.nan if row is None else 1 - sum(m for m, _ in row) for row in events]
-    targets = SparseTargets(
-        event_offsets=np.cumsum([0, *(len(row or []) for row in events)]),
-        event_mass=np.array([m for m, _ in flat], np.float32),
-        member_offsets=np.cumsum([0, *(len(members) for _, members in flat)]),
-        members=np.array([v for _, members in flat for v in members], np.int32),
-        tail=np.array(tail, np.float32),
-        known=rng.random(positions).astype(np.float32),
-    )
-    aligned = AlignedSample(
-        sample_id=str(seed), prompt_id="p", split="train", rule="sample", skill="test",
-        input_ids=rng.integers(0, 99, positions + 3).astype(np.int32), prompt_length=3,
-        byte_ends=np.arange(positions), is_anchor=np.ones(positions, bool),
-        teacher_index=np.arange(positions, dtype=np.int32), realized_logprob=-rng.random(positions).astype(np.float32),
-        targets=targets, teacher_ids=np.zeros(0, np.int32), teacher_byte_ends=np.zeros(0, np.int64),
-        teacher_sampled_logprob=np.zeros(0, np.float32),
-    )  # fmt: skip
-    return aligned, events
+def test_rows_of_events_and_events_of_members():
+    targets = targets_from_events(EVENTS, [1, 2, 4])
+    assert targets.event_rows().tolist() == [0, 0, 2]
+    assert targets.member_events().tolist() == [0, 1, 1, 2, 2, 2]
+    empty = targets_from_events([], [])
+    assert len(empty) == len(empty.event_rows()) == len(empty.member_events()) == 0
 
 
-def test_positions_keep_their_order_events_and_numbers():
-    first, first_events = sample(1, 9)
-    second, second_events = sample(2, 7)
-    selections = [
-        Selection(first, np.array([4, 5, 6]), in_block=True, weight=np.array([1, 0.5, 0.25], np.float32)),
-        Selection(first, np.array([0, 8]), in_block=False),
-        Selection(second, np.array([2, 3]), in_block=True),
+def test_a_slice_stands_for_its_positions():
+    targets = targets_from_events(EVENTS, [1, 2, 4])
+    cut = targets.slice(1, 3, slice(2, 3), slice(3, 6))
+    assert cut.event_offsets.tolist() == [0, 0, 1]
+    assert cut.member_offsets.tolist() == [0, 3]
+    assert cut.members.tolist() == [4, 5, 6]
+    assert cut.realized_ids.tolist() == [2, 4]
+
+
+def test_slices_put_together_are_the_batch():
+    targets = random_targets(0, 10, 30, block_length=5, most_events=3)
+    event, member = int(targets.event_offsets[5]), int(targets.member_offsets[targets.event_offsets[5]])
+    cuts = [
+        targets.slice(0, 5, slice(0, event), slice(0, member)),
+        targets.slice(5, 10, slice(event, len(targets.event_mass)), slice(member, len(targets.members))),
     ]
-    batch = gather_targets(selections)
-    expected = [first_events[i] for i in (4, 5, 6, 0, 8)] + [second_events[i] for i in (2, 3)]
-    assert len(batch) == 7
-    assert batch.depth.tolist() == [1, 2, 3, 0, 0, 1, 2]
-    assert batch.block.tolist() == [0, 0, 0, -1, -1, 1, 1]
-    assert batch.weight.tolist() == [1, 0.5, 0.25, 1, 1, 1, 1]
-    assert batch.has_soft.tolist() == [e is not None for e in expected]
-    assert batch.realized_ids.tolist() == [*first.input_ids[[7, 8, 9, 3, 11]], *second.input_ids[[5, 6]]]
-    assert batch.known.tolist() == [*first.targets.known[[4, 5, 6, 0, 8]], *second.targets.known[[2, 3]]]
-    found = []
-    for start, stop in itertools.pairwise(batch.event_offsets.tolist()):
-        members = [batch.members[slice(*batch.member_offsets[e : e + 2])].tolist() for e in range(start, stop)]
-        found.append(list(zip(batch.event_mass[start:stop].tolist(), members, strict=True)) or None)
-    assert found == expected
-    assert batch.members.dtype == batch.realized_ids.dtype == torch.int64
+    q = torch.randn(10, 30).softmax(1)
+    whole = event_probabilities(q, targets)
+    for rows in (
+        event_probabilities(q, concatenate(cuts)),
+        [r for c, x in zip(cuts, q.split(5), strict=True) for r in event_probabilities(x, c)],
+    ):
+        for ours, theirs in zip(rows, whole, strict=True):
+            torch.testing.assert_close(ours, theirs)
 
 
-def test_nothing_selected_is_an_empty_batch():
-    empty = gather_targets([])
-    assert len(empty) == 0
-    assert empty.event_offsets.tolist() == [0]
-    assert len(gather_targets([Selection(sample(1, 4)[0], np.zeros(0, np.int64), in_block=True)])) == 0
+@pytest.mark.parametrize("decay", [1.0, 0.5])
+def test_depth_weights_decay_and_leave_random_masking_alone(decay):
+    assert depth_weights(torch.tensor([1, 2, 3, 0]), decay).tolist() == [1, decay, decay**2, 1]
