@@ -15,15 +15,13 @@ GPUS := $(shell nvidia-smi --list-gpus 2>/dev/null | wc -l)
 ifeq ($(GPUS),0)
 EXTRAS := teacher-cpu,student,serve,dev
 CONFIG ?= configs/demo.yaml
-WHY := no GPU found
+FOUND := no GPU found
 else
 EXTRAS := teacher,student,serve,dev
 CONFIG ?= configs/llama-3.3-70b.yaml
-WHY := $(GPUS) GPU(s) found
+FOUND := $(GPUS) GPU(s) found
 endif
-ifeq ($(origin CONFIG),command line)
-WHY := CONFIG given
-endif
+WHY := $(if $(filter command line,$(origin CONFIG)),CONFIG given,$(FOUND))
 
 # DeepSpeed builds an extension at start and looks for ninja on PATH.
 export PATH := $(abspath $(BIN)):$(PATH)
@@ -40,7 +38,7 @@ setup: $(VENV)/.ready ## build .venv for this machine; does nothing when it is u
 # torch goes first and from pip, which finds a CPU wheel at hand locally; where there is none, uv knows PyTorch's own
 # index of CPU builds. Everything else then respects the torch that is there.
 $(VENV)/.ready: pyproject.toml constraints.txt configs/python/cpu-overrides.txt
-	@echo "setting up $(VENV): $(WHY), extras $(EXTRAS)"
+	@echo "setting up $(VENV): $(FOUND), extras $(EXTRAS)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check uv==$(UV_VERSION)
 ifeq ($(GPUS),0)
