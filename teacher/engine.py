@@ -176,6 +176,13 @@ class Engine:
         self._restore: Any = None
         self._use_numpy_rows()
 
+    def use_flat_logprobs(self) -> None:
+        """Capture through vLLM's public `FlatLogprobs` from now on; no request may be in flight."""
+        if self._restore is not None:
+            self._restore()
+            self._restore = None
+        self.capture = "flat"
+
     def stream(self, requests: Iterable[Request], capture: bool = True) -> Iterator[Answer]:
         """Answer `requests`, which are taken as there is room, in the order in which they finish.
 
@@ -205,9 +212,7 @@ class Engine:
 
     def close(self) -> None:
         """Give vLLM its own processor back and end its processes."""
-        if self._restore is not None:
-            self._restore()
-            self._restore = None
+        self.use_flat_logprobs()
         core = getattr(self._engine, "engine_core", None)
         if core is not None:
             core.shutdown()
@@ -265,8 +270,7 @@ class Engine:
                 self.capture = "numpy"
                 return
             log.warning("vLLM's logprobs processor is not the one we know: capturing through FlatLogprobs")
-            self._restore()
-            self._restore = None
+            self.use_flat_logprobs()
         list(self.stream(requests))  # what the first use compiles is not part of the first unit
 
 

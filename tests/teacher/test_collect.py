@@ -1,0 +1,207 @@
+"""Units become shards, whatever order answers come in; checks come before anything is written.
+
+The engine here is scripted: it answers at once and out of order, with rows computed from the token ids. The real one
+is in test_vllm.py.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shared.config import PipelineConfig
+from shared.dataset import Dataset, DatasetWriter
+from shared.errors import AlignmentError, ConfigError, DatasetError, PromptError
+from shared.vocabulary import Vocabulary
+from teacher import collect as collecting
+from teacher.capture import Columns
+from teacher.collect import Collector, check_top_k, prepare, provenance_of
+from teacher.engine import Answer, ColumnBuffer, Request
+from teacher.plan import Assumptions, estimate
+from teacher.prompts import prompts_fingerprint, stable_hash
+from teacher.summary import Summary, summarise
+from teacher.units import Unit
+
+Maker = Callable[..., PipelineConfig]
+
+
+class ScriptedEngine:
+    """Answers in the reverse order of each window of `window` requests; `shift` moves rows against the text."""
+
+    def __init__(self, top_k: int, window: int = 7, shift: int = 0) -> None:
+        self.top_k, self.window, self.shift = top_k, window, shift
+        self.asked: list[str] = []
+
+    def stream(self, requests: Iterable[Request], capture: bool = True) -> Iterator[Answer]:
+        del capture
+        batch: list[Request] = []
+        for request in requests:
+            self.asked.append(request.key)
+            batch.append(request)
+            if len(batch) == self.window:
+                yield from map(self._answer, reversed(batch))
+                batch = []
+        yield from map(self._answer, reversed(batch))
+
+    def _answer(self, request: Request) -> Answer:
+        random = np.random.default_rng(stable_hash(request.key))
+        ids = random.integers(3, 200, size=6).astype(np.int32)
+        rows = np.arange(200, 200 + self.top_k, dtype=np.int32)[None].repeat(6, 0)
+        sampled = np.roll(ids, self.shift)
+        logprobs = np.log(np.full((6, self.top_k), 0.9 / self.top_k, dtype=np.float32))
+        columns = Columns(
+            np.concatenate([sampled[:, None], rows], axis=1),
+            np.concatenate([np.full((6, 1), -7, dtype=np.float32), logprobs], axis=1),
+        )
+        return Answer(request.key, ids, "length", columns)
+
+
+def collector_of(config: PipelineConfig, engine: ScriptedEngine) -> tuple[Collector, DatasetWriter, list[Unit]]:
+    plan = prepare(config)
+    directory = Path(config.teacher.model)
+    vocabulary = Vocabulary.from_tokenizer(directory)
+    provenance = provenance_of(config, vocabulary, plan.renderer, prompts_fingerprint(plan.prompts), "collect")
+    writer = DatasetWriter(config.shards_dir, provenance, vocabulary, directory)
+    return Collector(config, plan.renderer, vocabulary, writer, engine), writer, plan.units  # type: ignore[arg-type]
+
+
+def test_answers_out_of_order_become_whole_units_in_order(make_config: Maker) -> None:
+    config = make_config(prompts=20)
+    collector, writer, units = collector_of(config, ScriptedEngine(top_k=8))
+    entries = list(collector.collect_units(units))
+    assert {entry.unit for entry in entries} == {unit.name for unit in units}
+    writer.finish([unit.name for unit in units])
+    records = {record.sample_id: record for record in Dataset.open(config.shards_dir).records()}
+    assert records.keys() == {task.sample_id for unit in units for task in unit.tasks}
+    for unit in units:
+        for task in unit.tasks:
+            record = records[task.sample_id]
+            assert (record.split, record.prompt_id, record.sampling) == (task.split, task.prompt.id, task.sampling)
+            assert record.prompt_text.endswith("<|im_start|>assistant\n")
+            assert record.distributions is not None
+            np.testing.assert_allclose(record.distributions.tail, 0.1, atol=1e-3)
+            np.testing.assert_allclose(record.distributions.sampled, -7, atol=1e-3)
+    assert collector.tokens == 6 * len(records)
+
+
+def test_one_unit_alone_gives_the_same_shard_and_is_not_asked_twice(make_config: Maker) -> None:
+    config = make_config(prompts=20)
+    engine = ScriptedEngine(top_k=8)
+    collector, _, units = collector_of(config, engine)
+    first = collector.collect_unit(units[0])
+    asked = len(engine.asked)
+    assert collector.collect_unit(units[0]) == first
+    assert len(engine.asked) == asked == len(units[0].tasks)
+
+
+def test_shifted_rows_never_reach_a_shard(make_config: Maker) -> None:
+    config = make_config()
+    collector, writer, units = collector_of(config, ScriptedEngine(top_k=8, shift=1))
+    with pytest.raises(AlignmentError, match="shifted against the text"):
+        list(collector.collect_units(units))
+    assert not writer.committed
+
+
+def test_an_interrupted_dataset_goes_on_with_what_is_missing(make_config: Maker) -> None:
+    config = make_config(prompts=20)
+    collector, writer, units = collector_of(config, ScriptedEngine(top_k=8))
+    for unit in units[:2]:
+        collector.collect_unit(unit)
+    with pytest.raises(DatasetError, match="not complete"):
+        writer.finish([unit.name for unit in units])
+    engine = ScriptedEngine(top_k=8)
+    again, writer, units = collector_of(config, engine)
+    assert writer.committed == {unit.name for unit in units[:2]}
+    list(again.collect_units(unit for unit in units if unit.name not in writer.committed))
+    assert set(engine.asked) == {task.sample_id for unit in units[2:] for task in unit.tasks}
+    writer.finish([unit.name for unit in units])
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"collect__top_k": 9}, "top_k: 8 there, 9 here"),
+        ({"seed": 5}, "seed: 0 there, 5 here"),
+        ({"collect__template_arguments": {"day": 1}}, "template_arguments"),
+        ({"collect__held_out": 0.5}, "held_out: 0.25 there, 0.5 here"),
+    ],
+)
+def test_another_configuration_in_the_same_directory_is_refused(
+    make_config: Maker, change: dict[str, object], named: str
+) -> None:
+    collector_of(make_config(), ScriptedEngine(top_k=8))
+    with pytest.raises(DatasetError, match=named):
+        collector_of(make_config(**change), ScriptedEngine(top_k=9))
+
+
+def test_the_summary_counts_what_is_on_disk(make_config: Maker) -> None:
+    config = make_config()
+    collector, writer, units = collector_of(config, ScriptedEngine(top_k=8))
+    list(collector.collect_units(units))
+    writer.finish([unit.name for unit in units])
+    dataset = Dataset.open(config.shards_dir)
+    summary = summarise(config, dataset, Summary(tokens_per_s=100.0))
+    assert (summary.responses, summary.tokens) == (len(dataset), 6 * len(dataset))
+    assert summary.mean_topk_mass == pytest.approx(0.9, abs=1e-3)
+    assert summary.bytes_per_token == pytest.approx(dataset.manifest.bytes / summary.tokens)
+    written = json.loads((config.run_dir / "collect.json").read_text())
+    assert written == summary.model_dump()
+    assert written["capture_ratio"] is None  # it was not measured
+
+
+def test_too_large_a_k_is_refused_by_the_vocabularys_size(make_config: Maker) -> None:
+    with pytest.raises(ConfigError, match=r"collect\.top_k is 301, but the teacher's vocabulary has \d+ tokens"):
+        check_top_k(make_config(collect__top_k=301))
+
+
+def test_a_prompt_that_fills_the_context_is_named(make_config: Maker) -> None:
+    long = json.dumps({"id": "long-1", "skill": "sums", "prompt": "word " * 200})
+    with pytest.raises(PromptError, match=r"prompt 'long-1' has \d+ tokens, teacher\.max_model_len is 128"):
+        prepare(make_config(prompts=long))
+
+
+def test_answers_that_may_be_cut_are_announced(make_config: Maker, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger=collecting.log.name):
+        prepare(make_config(collect__decoding=[{"split": "train", "max_tokens": 127}]))
+    assert "less than max_tokens 127" in caplog.text
+
+
+def test_a_plan_adds_up_and_guesses_nothing(make_config: Maker) -> None:
+    config = make_config(prompts=12)  # 9 train greedy, 3 held out twice, 8 tokens each
+    plain = estimate(config, Assumptions())
+    assert (plain.prompts, plain.responses, plain.response_tokens) == (12, 15, 15 * 8)
+    assert plain.hours is None
+    assert plain.bytes is None
+    stated = estimate(config, Assumptions(tokens_per_s=10, tokens_per_response=4, bytes_per_token=100, workers=2))
+    assert stated.response_tokens == 60
+    assert stated.bytes == 6000
+    assert stated.hours == pytest.approx(60 / 10 / 2 / 3600)
+    assert not config.run_dir.exists()
+
+
+def test_a_plan_takes_the_rates_of_an_earlier_sitting(make_config: Maker) -> None:
+    config = make_config(prompts=12)
+    config.run_dir.mkdir(parents=True)
+    measured = Summary(responses=10, tokens=30, tokens_per_s=6, bytes_per_token=150)
+    (config.run_dir / "collect.json").write_text(measured.model_dump_json())
+    found = estimate(config, Assumptions())
+    assert found.response_tokens == pytest.approx(45)
+    assert found.hours == pytest.approx(45 / 6 / 3600)
+    assert found.bytes == pytest.approx(45 * 150)
+    assert "measured" in found.sources["hours"]
+
+
+def test_a_buffer_of_rows_grows_and_keeps_them() -> None:
+    buffer = ColumnBuffer(3)
+    expected = np.arange(300, dtype=np.int32).reshape(100, 3)
+    for row in expected:
+        wide = np.append(row, 99)[None]  # a neighbour in the batch asked for more candidates
+        buffer.append(wide, wide.astype(np.float32))
+    columns = buffer.columns()
+    np.testing.assert_array_equal(columns.ids, expected)
+    np.testing.assert_array_equal(columns.logprobs, expected.astype(np.float32))
