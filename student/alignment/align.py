@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -15,6 +17,9 @@ from student.alignment.reference import ReferenceAlignment, Targets
 from student.alignment.spans import Spans, lay_spans, transliterate
 from student.alignment.tables import PairTables, pair_tables
 from student.alignment.targets import AlignedSample, SparseTargets
+
+if TYPE_CHECKING:
+    from student.alignment.fast import FastAlignment
 
 
 class Aligner:
@@ -120,6 +125,8 @@ class Aligner:
         for ids in (record.prompt_ids, record.response_ids):
             if len(ids) and (ids.min() < 0 or ids.max() >= len(teacher)):
                 return "outside_vocabulary"
+        if record.distributions is not None and record.distributions.ids.max(initial=0) >= len(teacher):
+            return "outside_vocabulary"
         if teacher.decode(record.response_ids) != record.response_bytes:
             return "bytes_mismatch"
         if self.tables.identity:
@@ -137,7 +144,16 @@ class Aligner:
     def _targets(self, record: Record, spans: Spans) -> Targets:
         if record.distributions is None:
             return _no_targets(len(spans.ids))
-        return ReferenceAlignment(self.tables, spans, record.distributions, self.prepare.min_known_mass).compute()
+        if self.reference:
+            return ReferenceAlignment(self.tables, spans, record.distributions, self.prepare.min_known_mass).compute()
+        return self._fast.compute(spans, record.distributions)
+
+    @cached_property
+    def _fast(self) -> FastAlignment:
+        # Imported here: compiling takes seconds, and the reference or a plain conversation does not need it.
+        from student.alignment.fast import FastAlignment
+
+        return FastAlignment(self.tables, self.prepare.min_known_mass)
 
 
 def _no_targets(count: int) -> Targets:

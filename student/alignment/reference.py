@@ -37,7 +37,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.records import Distributions
-from student.alignment.spans import Spans
+from student.alignment.spans import Spans, base_tokens
 from student.alignment.tables import PairTables
 from student.alignment.targets import SparseTargets
 
@@ -105,7 +105,7 @@ class ReferenceAlignment:
         self.text = spans.text.tobytes()
         self.counts: Counter[str] = Counter()
         self.longest = int(tables.teacher.byte_lengths.max(initial=1))
-        self._base = self._base_tokens()
+        self.base = base_tokens(spans).tolist()
 
     def compute(self) -> Targets:
         """Targets of all S positions."""
@@ -128,18 +128,9 @@ class ReferenceAlignment:
         )
         return Targets(sparse, realized, anchor, self.counts)
 
-    # --- the student's spelling of candidates ----------------------------------------------------------------
-
-    def _base_tokens(self) -> list[int]:
-        """For each teacher token with bytes, the student token that covers its first byte; -1 for specials."""
-        widths = self.spans.teacher_ends - self.spans.teacher_starts
-        texts = np.flatnonzero(~self.spans.is_special)
-        found = np.searchsorted(self.spans.ends[texts], self.spans.teacher_starts, side="right")
-        return [int(texts[k]) if width else -1 for k, width in zip(found, widths, strict=True)]
-
     def spelling(self, row: int, candidate: int) -> list[int]:
         """Student tokens of `candidate` in place of y_row, from the student token that covers its first byte."""
-        start = int(self.spans.starts[self._base[row]])
+        start = int(self.spans.starts[self.base[row]])
         before = self.text[start : self.spans.teacher_starts[row]]
         if before:
             return self.tables.spelling_after(before, candidate).tolist()
@@ -155,7 +146,7 @@ class ReferenceAlignment:
             return False
         if candidate == self.spans.teacher_ids[row]:
             return True  # it happened
-        base = self._base[row]
+        base = self.base[row]
         return self.spelling(row, candidate)[: position - base] == self.spans.ids[base:position].tolist()
 
     # --- events ----------------------------------------------------------------------------------------------
@@ -218,28 +209,31 @@ class ReferenceAlignment:
         if self.tables.teacher.is_special[v]:
             return self.tables.spelling(v).tolist()
         related = set(self.tables.extensions_after(fixed, v).tolist())
-        skip = i - self._base[j] if fixed else 0
+        skip = i - self.base[j] if fixed else 0
         spelling = self.spelling(j, v) if fixed else self.tables.spelling(v).tolist()
-        if not fixed or spelling[:skip] == self.spans.ids[self._base[j] : i].tolist():
+        if not fixed or spelling[:skip] == self.spans.ids[self.base[j] : i].tolist():
             related.add(spelling[skip])
         return sorted(related)
 
     def split_realized(
         self, i: int, j: int, events: list[tuple[float, list[int]]], probability: float
     ) -> list[tuple[float, list[int]]]:
-        """METHOD 2.3: a realised student token that reaches past y_j has its own probability and its own event."""
+        """METHOD 2.3: a realised student token that reaches past y_j has its own probability and its own event.
+
+        The probability is that of the text's bytes up to the end of x_i. Where x_i ends with a teacher token, longer
+        student tokens that go on through the same teacher tokens are part of that, so they are in the event too.
+        """
         x = int(self.spans.ids[i])
         if self.spans.is_special[i] or self.spans.ends[i] <= self.spans.teacher_ends[j] or math.isnan(probability):
             return events
-        result = []
-        for mass, members in events:
-            if x not in members:
-                result.append((mass, members))
-                continue
-            others = [s for s in members if s != x]
-            if others:
-                result.append((max(0.0, mass - probability), others))
-        return [*result, (probability, [x])]
+        at = next(n for n, (_, members) in enumerate(events) if x in members)
+        mass, members = events[at]
+        own = {x, *self.tables.continuations(*path_of(self.spans, i))}.intersection(members)
+        others = [s for s in members if s not in own]
+        if not others:
+            return events
+        rest = (max(0.0, mass - probability), others)
+        return [*events[:at], rest, *events[at + 1 :], (min(mass, probability), sorted(own))]
 
     def tail_share(self, j: int, i: int, row: Row) -> float:
         """The share of row j's tail that can be expected among the survivors: tokens outside the row that start with
@@ -308,3 +302,13 @@ class ReferenceAlignment:
             if spans.teacher_ends[row] > c:
                 return total
         return total + math.exp(path)
+
+
+def path_of(spans: Spans, i: int) -> tuple[int, int, tuple[int, ...]]:
+    """Bytes of y_j that are fixed at x_i, x_i, and the teacher tokens from y_j on that x_i covers; no tokens if the
+    last of them goes on after x_i."""
+    j = int(spans.teacher_index[i])
+    stop = int(np.searchsorted(spans.teacher_ends, spans.ends[i], side="left")) + 1
+    whole = spans.teacher_ends[stop - 1] == spans.ends[i]
+    fixed = int(spans.starts[i] - spans.teacher_starts[j])
+    return fixed, int(spans.ids[i]), tuple(spans.teacher_ids[j:stop].tolist()) if whole else ()

@@ -97,6 +97,16 @@ def lay_spans(tables: PairTables, teacher_ids: NDArray[np.int32]) -> Spans:
     )
 
 
+def base_tokens(spans: Spans) -> NDArray[np.int64]:
+    """int64 [T], the student token that covers each teacher token's first byte; -1 for specials."""
+    widths = spans.teacher_ends - spans.teacher_starts
+    texts = np.flatnonzero(~spans.is_special)
+    if not len(texts):
+        return np.full(len(widths), -1, np.int64)
+    found = np.searchsorted(spans.ends[texts], spans.teacher_starts, side="right")
+    return np.where(widths > 0, texts[np.minimum(found, len(texts) - 1)], -1)
+
+
 def transliterate(tables: PairTables, teacher_ids: ArrayLike, counts: Counter[str] | None = None) -> NDArray[np.int32]:
     """The student's ids of a text in the teacher's ids: runs of text re-encoded, specials by role.
 

@@ -59,6 +59,7 @@ class PairTables:
     extension_ids: NDArray[np.int32]
     _conditional: dict[tuple[int, int], NDArray[np.int32]] = field(default_factory=dict, repr=False)
     _contextual: dict[tuple[bytes, int], NDArray[np.int32]] = field(default_factory=dict, repr=False)
+    _continuing: dict[tuple[int, int, tuple[int, ...]], NDArray[np.int32]] = field(default_factory=dict, repr=False)
 
     def spelling(self, teacher_id: int) -> NDArray[np.int32]:
         """S(bytes of v); of a special its counterpart, or nothing."""
@@ -88,6 +89,36 @@ class PairTables:
         if found is None:
             found = self._conditional[key] = self._find_extensions(fixed, teacher_id)
         return found
+
+    def continuations(self, fixed: int, student_id: int, path: tuple[int, ...]) -> NDArray[np.int32]:
+        """{s : s starts with x's bytes, and T(h + s) starts with the teacher tokens `path`}, rising; h + x is their
+        bytes and h their first `fixed`. Empty without a path. Memoised.
+        """
+        key = (fixed, student_id, path)
+        found = self._continuing.get(key)
+        if found is None:
+            found = self._continuing[key] = self._find_continuations(fixed, student_id, path)
+        return found
+
+    def _find_continuations(self, fixed: int, student_id: int, path: tuple[int, ...]) -> NDArray[np.int32]:
+        if not path:
+            return np.empty(0, np.int32)
+        ids = self._starting_with(self.student.tokens[student_id])
+        h = self.teacher.tokens[path[0]][:fixed]
+        texts = [h + self.student.tokens[s] for s in ids]
+        if self.teacher_encoder is None:
+            chosen = [s for s, text in zip(ids, texts, strict=True) if self._greedy_starts_with(text, path)]
+        else:
+            encoded = self.teacher_encoder.encode_batch(texts)
+            chosen = [s for s, t in zip(ids, encoded, strict=True) if tuple(t[: len(path)].tolist()) == path]
+        return np.sort(np.array(chosen, dtype=np.int32))
+
+    def _greedy_starts_with(self, text: bytes, path: tuple[int, ...]) -> bool:
+        for v in path:
+            if _first_tokens(self.teacher, None, [text])[0] != v:
+                return False
+            text = text[len(self.teacher.tokens[v]) :]
+        return True
 
     def _find_extensions(self, fixed: int, teacher_id: int) -> NDArray[np.int32]:
         token = self.teacher.tokens[teacher_id]
