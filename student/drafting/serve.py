@@ -96,10 +96,9 @@ def decode(job: Job) -> Result:
     _report(0, len(job.prompts), "loading")
     llm = LLM(**job.engine)
     prompts = [TokensPrompt(prompt_token_ids=ids) for ids in job.prompts]
-    sampling = SamplingParams(
-        temperature=0, max_tokens=job.max_tokens, stop_token_ids=job.stop_token_ids, detokenize=False
-    )
-    warm_up = SamplingParams(temperature=0, max_tokens=_WARM_UP_TOKENS, ignore_eos=True, detokenize=False)
+    greedy: dict[str, Any] = {"temperature": 0, "stop_token_ids": job.stop_token_ids, "detokenize": False}
+    sampling = SamplingParams(max_tokens=job.max_tokens, **greedy)
+    warm_up = SamplingParams(max_tokens=_WARM_UP_TOKENS, **greedy)
     llm.generate(prompts[: job.engine["max_num_seqs"]], warm_up, use_tqdm=False)
     before = _metrics(llm)
     _report(0, len(prompts), "decoding")

@@ -130,6 +130,7 @@ def drafter_arguments(config: PipelineConfig, dataset: Dataset, student: Path) -
             OPTIONS_KEY: {
                 "student": str(student),
                 "teacher_tokenizer": str(dataset.tokenizer_dir),
+                "teacher_roles": dataset.vocabulary.roles,
                 "block_length": config.train.block_length,
                 "max_length": config.speculate.max_context,
             }

@@ -21,7 +21,7 @@ This file needs nothing of vLLM at import; vLLM imports it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +46,7 @@ class DrafterOptions:
     Attributes:
         student: directory of the trained student.
         teacher_tokenizer: directory of the teacher's tokenizer; null is the one that vLLM serves with.
+        teacher_roles: role → id of its special tokens, where its settings and chat template do not say.
         block_length: null is the student's own.
         slots: requests whose contexts stay cached; null is vLLM's `max_num_seqs`.
         max_length: longest context that is drafted for, in student tokens; null is the student's limit.
@@ -55,6 +56,7 @@ class DrafterOptions:
 
     student: str
     teacher_tokenizer: str | None = None
+    teacher_roles: dict[str, int] | None = None
     block_length: int | None = None
     slots: int | None = None
     max_length: int | None = None
@@ -87,9 +89,10 @@ class LladaProposer:
         assert vllm_config.speculative_config is not None
         self.draft_tokens = int(vllm_config.speculative_config.num_speculative_tokens)
         self.max_model_len = int(vllm_config.model_config.max_model_len)
-        self.slots = self.options.slots or int(vllm_config.scheduler_config.max_num_seqs)
+        requests = int(vllm_config.scheduler_config.max_num_seqs)
+        self.slots = self.options.slots or requests
         self.teacher_tokenizer = self.options.teacher_tokenizer or str(vllm_config.model_config.tokenizer)
-        self.rows = RowTracker(self.slots)
+        self.rows = RowTracker(max(self.slots, requests))
         self.drafter: Drafter | None = None
         self.ends: frozenset[int] = frozenset()
 
@@ -110,7 +113,7 @@ class LladaProposer:
         model, _ = load_student(self.options.student, dtype)
         model = model.to(device or torch.device("cpu")).eval()  # type: ignore[arg-type]
         tokenizer = _local_tokenizer(self.teacher_tokenizer)
-        teacher = Vocabulary.from_tokenizer(tokenizer)
+        teacher = Vocabulary.from_tokenizer(tokenizer, self.options.teacher_roles)
         self.drafter = Drafter.from_student(
             model,
             self.options.student,
@@ -197,8 +200,7 @@ class RowTracker:
         return len(known) <= len(context) and bool(np.array_equal(known, context[: len(known)]))
 
     def _forget(self) -> list[int]:
-        stale: Iterable[int] = list(self._contexts)[: max(0, len(self._contexts) - self.capacity)]
-        forgotten = list(stale)
+        forgotten = list(self._contexts)[: max(0, len(self._contexts) - self.capacity)]
         for request in forgotten:
             del self._contexts[request], self._row_of[request]
         return forgotten
