@@ -211,9 +211,11 @@ class Encoder:
 
     def encode_batch(self, texts: Sequence[str | bytes]) -> list[NDArray[np.int32]]:
         """`encode` of each, the whole characters of all in one call of the tokenizer."""
-        pieces = [
-            list(_runs(text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text)) for text in texts
-        ]
+        return self._encode_parts(
+            [list(_runs(text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text)) for text in texts]
+        )
+
+    def _encode_parts(self, pieces: list[list[str | bytes]]) -> list[NDArray[np.int32]]:
         valid = [piece for parts in pieces for piece in parts if isinstance(piece, str)]
         encodings = iter(self._backend.encode_batch(valid, add_special_tokens=False))
         results = []
@@ -226,6 +228,23 @@ class Encoder:
             self._check(ids, parts)
             results.append(np.array(ids, dtype=np.int32))
         return results
+
+    def encode_fragments(self, texts: Sequence[bytes]) -> list[NDArray[np.int32]]:
+        """`encode` of pieces of words: those that are not whole characters go through the merges undivided.
+
+        A token may start or end inside a character. In its text it stands in one word with its neighbours, so it
+        must not be cut where the characters are.
+
+        Raises:
+            VocabularyError: if the vocabulary has no tokens for some of the bytes.
+        """
+        parts: list[list[str | bytes]] = []
+        for text in texts:
+            try:
+                parts.append([text.decode()])
+            except UnicodeDecodeError:
+                parts.append([text])
+        return self._encode_parts(parts)
 
     def changed_by_normalizer(self, text: str | bytes) -> bool:
         """Whether the tokenizer's own normalizer (NFC, lower-casing, …) would change the text."""

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from shared.vocabulary import Encoder, Vocabulary
 
-_VERSION = 1
+_VERSION = 2
 _logger = logging.getLogger(__name__)
 
 
@@ -74,7 +74,8 @@ class PairTables:
         key = (before, teacher_id)
         found = self._contextual.get(key)
         if found is None:
-            found = self._contextual[key] = self.student_encoder.encode(before + self.teacher.tokens[teacher_id])
+            text = before + self.teacher.tokens[teacher_id]
+            found = self._contextual[key] = self.student_encoder.encode_fragments([text])[0]
         return found
 
     def extensions_after(self, fixed: int, teacher_id: int) -> NDArray[np.int32]:
@@ -109,7 +110,7 @@ class PairTables:
         if self.teacher_encoder is None:
             chosen = [s for s, text in zip(ids, texts, strict=True) if self._greedy_starts_with(text, path)]
         else:
-            encoded = self.teacher_encoder.encode_batch(texts)
+            encoded = self.teacher_encoder.encode_fragments(texts)
             chosen = [s for s, t in zip(ids, encoded, strict=True) if tuple(t[: len(path)].tolist()) == path]
         return np.sort(np.array(chosen, dtype=np.int32))
 
@@ -220,7 +221,9 @@ def _build(
     special_of = special_counterparts(teacher, student)
     text_ids = np.flatnonzero(~teacher.is_special)
     spellings: list[NDArray[np.int32]] = [np.empty(0, np.int32)] * len(teacher)
-    for index, ids in zip(text_ids, student_encoder.encode_batch([teacher.tokens[i] for i in text_ids]), strict=True):
+    for index, ids in zip(
+        text_ids, student_encoder.encode_fragments([teacher.tokens[i] for i in text_ids]), strict=True
+    ):
         spellings[index] = ids
     for index in np.flatnonzero(special_of >= 0):
         spellings[index] = special_of[index : index + 1]
@@ -250,7 +253,7 @@ def _first_tokens(vocabulary: Vocabulary, encoder: Encoder | None, texts: Sequen
     if not texts:
         return np.empty(0, np.int32)
     if encoder is not None:
-        return np.array([ids[0] for ids in encoder.encode_batch(texts)], dtype=np.int32)
+        return np.array([ids[0] for ids in encoder.encode_fragments(texts)], dtype=np.int32)
     longest = int(vocabulary.byte_lengths.max())
     known = vocabulary.ids
     return np.array(
