@@ -155,9 +155,9 @@ class LocalStorage(Storage):
     def _explained(self, name: str, action: str) -> Iterator[None]:
         try:
             yield
-        except FileNotFoundError:
-            raise
         except OSError as error:
+            if isinstance(error, FileNotFoundError) and action == "read":
+                raise
             raise DatasetError(
                 f"cannot {action} {self.join(name)}: {error.strerror or error}; {_fix(error)}"
             ) from error

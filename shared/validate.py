@@ -126,7 +126,7 @@ def _check_files(storage: Storage, manifest: Manifest, dataset: Dataset, report:
 def _unit_problems(
     storage: Storage, unit: UnitEntry, vocabulary: Vocabulary | None, sample_ids: list[pa.Array]
 ) -> Iterator[str]:
-    file = open_shard(storage, unit)
+    file = open_shard(storage, unit, again=True)
     rows, tokens, candidates, counts = 0, 0, 0, Counter[str]()
     found = 0
     for group in range(file.metadata.num_row_groups):
