@@ -9,6 +9,8 @@ text, whatever the length of the context. A boundary is a place where no token o
 across and neither splits text otherwise: a letter before, a splitting character (a space, most punctuation)
 after. Which characters split is found in the vocabularies, not assumed: a character is out if any token has it
 after a letter. Where a script has no such places the run is re-encoded whole, which is slower and as exact.
+
+Equal tokenizers are the special case in which ids go over as they are, in both directions.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from shared.errors import VocabularyError
 from shared.vocabulary import Encoder, Vocabulary
+from student.alignment.tables import special_counterparts
 
 # No apostrophes: contractions (`I'll`) are tokens that start with one, and split unlike other punctuation.
 _SPLITTER_CANDIDATES = ' \t\r\n.,;:!?()[]{}<>"/*=，。、；：！？（）「」'
@@ -57,10 +60,12 @@ class ByteBridge:
         self, teacher: Vocabulary, teacher_encoder: Encoder, student: Vocabulary, student_encoder: Encoder
     ) -> None:
         self.teacher, self.student = teacher, student
+        self.identity = (
+            teacher.fingerprint == student.fingerprint and teacher_encoder.fingerprint == student_encoder.fingerprint
+        )
         self._encode_teacher, self._encode_student = teacher_encoder.encode, student_encoder.encode
-        self._student_special = {
-            index: student.roles[role] for index, role in teacher.role_of.items() if role in student.roles
-        }
+        counterparts = special_counterparts(teacher, student)
+        self._student_special = {int(index): int(counterparts[index]) for index in np.flatnonzero(counterparts >= 0)}
         self._teacher_end = {
             index: teacher.roles[role]
             for index, role in student.role_of.items()
@@ -98,6 +103,10 @@ class ByteBridge:
                 f"{len(self.teacher)}: the drafter was given another teacher's tokens"
             )
         context.teacher_ids = np.concatenate((context.teacher_ids, new))
+        if self.identity:
+            context.student_ids.extend(new.tolist())
+            context.stable = len(context.student_ids)
+            return context
         del context.student_ids[context.stable :]
         start = 0
         for stop in [*np.flatnonzero(self.teacher.is_special[new]), len(new)]:
@@ -150,6 +159,8 @@ class ByteBridge:
         end = self._teacher_end.get(int(ids[specials[0]])) if specials.size else None
         if specials.size:
             ids = ids[: specials[0]]
+        if self.identity:
+            return [*ids.tolist(), *([] if end is None else [end])]
         text = context.open_bytes + self.student.decode(ids)
         whole = _whole_characters(text)
         cut_short = whole < len(text)

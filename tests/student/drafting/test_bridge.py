@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -189,3 +190,37 @@ def test_vocabularies_must_share_an_end(small_teacher: Side, student_side: Side)
     endless = replace(small_teacher.vocabulary, roles={"bos": 0})
     with pytest.raises(VocabularyError, match="ends a turn"):
         ByteBridge(endless, small_teacher.encoder, student_side.vocabulary, student_side.encoder)
+
+
+def test_equal_tokenizers_hand_ids_over(small_teacher: Side) -> None:
+    """Nothing is re-encoded, not even what the tokenizer would have split otherwise, and nothing is withheld."""
+    bridge = ByteBridge(
+        small_teacher.vocabulary, small_teacher.encoder, small_teacher.vocabulary, small_teacher.encoder
+    )
+    odd = [
+        *small_teacher.conversation("Count.", ""),
+        *[small_teacher.vocabulary.ids[bytes([byte])] for byte in b"hello"],
+    ]
+    context = bridge.extend(bridge.translate(odd[:9]), odd[9:])
+    assert context.student_ids == odd
+    assert context.stable == len(odd)
+    end, header = (small_teacher.vocabulary.roles[role] for role in ("end_of_turn", "start_header"))
+    text = small_teacher.encoder.encode(" the").tolist()
+    assert bridge.to_teacher(context, text) == text
+    assert bridge.to_teacher(context, [*text, end, *text]) == [*text, end]
+    assert bridge.to_teacher(context, [*text, header, *text]) == text
+
+
+def test_contexts_are_what_training_saw(small_teacher: Side, student_side: Side, tmp_path: Path) -> None:
+    """The same ids as the prepared data's prompts, specials included."""
+    from student.alignment.spans import transliterate
+    from student.alignment.tables import pair_tables
+
+    teacher, student = (
+        (small_teacher.vocabulary, small_teacher.encoder),
+        (student_side.vocabulary, student_side.encoder),
+    )
+    tables = pair_tables(teacher[0], *student, teacher[1], tmp_path)
+    bridge = ByteBridge(*teacher, *student)
+    ids = small_teacher.conversation(CORPUS[3], CORPUS[1])
+    assert bridge.translate(ids).student_ids == transliterate(tables, np.array(ids)).tolist()
