@@ -38,6 +38,25 @@ class EventLogProbs:
     top1_N: Tensor
 
 
+@dataclass(slots=True)
+class BlockGrid:
+    """Positions in blocks laid out as [B, G]; made once, as finding the blocks waits for the device.
+
+    Attributes:
+        positions_K: int64, the positions that are in a block. rows_K, columns_K: their cells in a grid of `shape`.
+    """
+
+    positions_K: Tensor
+    rows_K: Tensor
+    columns_K: Tensor
+    shape: tuple[int, int]
+
+    def scatter(self, values_N: Tensor) -> Tensor:
+        """[B, G], zero (or False) past a block's end."""
+        grid_BxG = values_N.new_zeros(self.shape)
+        return grid_BxG.index_put((self.rows_K, self.columns_K), values_N[self.positions_K])
+
+
 def distillation_loss(logits_NxV: Tensor, targets: TargetBatch, settings: LossSettings) -> LossTerms:
     """All terms from dense logits. With N = 0 the total is 0 and its gradient is zero, not absent."""
     return combine(event_log_probs(logits_NxV, targets), targets, settings)
@@ -79,7 +98,8 @@ def combine(student: EventLogProbs, targets: TargetBatch, settings: LossSettings
     soft_or_hard_N = torch.where(soft_N, settings.temperature**2 * kl_N, ce_N)
     tv_N = total_variation(student, targets)
     tv_mask_N = soft_N & (targets.depth == 1)
-    path_B, accepted_B, log_prefix_BxG, usable_BxG = path_terms(student, targets, settings.block_length)
+    grid = block_grid(targets, settings.block_length)
+    path_B, accepted_B, log_prefix_BxG, usable_BxG = path_terms(student, targets, grid)
 
     if settings.loss == "ce":
         position_N = ce_N
@@ -90,35 +110,34 @@ def combine(student: EventLogProbs, targets: TargetBatch, settings: LossSettings
     weight_N = targets.weight.to(ce_N.dtype)
     total = (weight_N * position_N).sum()
     if settings.tv_weight:
-        total = total + settings.tv_weight * (weight_N * tv_N)[tv_mask_N].sum()
+        total = total + settings.tv_weight * (weight_N * tv_N).where(tv_mask_N, 0).sum()
     if settings.path_weight:
         total = total + settings.path_weight * path_B.sum()
 
     with torch.no_grad():
         hit_N = student.top1_N == targets.realized_ids
-        in_block_BxG = scatter_blocks(torch.ones_like(hit_N), targets, settings.block_length, fill=False)
-        matched_BxG = scatter_blocks(hit_N, targets, settings.block_length, fill=False).cumprod(dim=1)
+        matched_BxG = grid.scatter(hit_N).cumprod(dim=1)
         target_entropy_N, student_entropy_N = entropies(student, targets)
         return LossTerms(
             total=total,
             ce=_sum(ce_N),
-            kl=_sum(kl_N[soft_N]),
-            tv=_sum(tv_N[tv_mask_N]),
+            kl=_sum(kl_N, soft_N),
+            tv=_sum(tv_N, tv_mask_N),
             path=_sum(path_B),
             accepted=_sum(accepted_B),
             positions=_sum(torch.ones_like(ce_N)),
             soft_positions=_sum(soft_N),
             tv_positions=_sum(tv_mask_N),
             blocks=_sum(usable_BxG.any(dim=1)),
-            known=_sum(targets.known[soft_N]),
-            retained=_sum(1 - targets.tail[soft_N].double()),
-            target_entropy=_sum(target_entropy_N[soft_N]),
-            student_entropy=_sum(student_entropy_N[soft_N]),
+            known=_sum(targets.known, soft_N),
+            retained=_sum(1 - targets.tail.double(), soft_N),
+            target_entropy=_sum(target_entropy_N, soft_N),
+            student_entropy=_sum(student_entropy_N, soft_N),
             hits=_sum(hit_N),
             accepted_by_depth=(log_prefix_BxG.exp() * usable_BxG).sum(0, dtype=torch.float64),
             accepted_count_by_depth=usable_BxG.sum(0, dtype=torch.float64),
             matched_by_depth=matched_BxG.sum(0, dtype=torch.float64),
-            count_by_depth=in_block_BxG.sum(0, dtype=torch.float64),
+            count_by_depth=grid.scatter(torch.ones_like(hit_N)).sum(0, dtype=torch.float64),
         )
 
 
@@ -163,9 +182,7 @@ def total_variation(student: EventLogProbs, targets: TargetBatch) -> Tensor:
     return torch.where(targets.has_soft, 0.5 * difference_N.index_add(0, targets.event_rows(), difference_E), 0)
 
 
-def path_terms(
-    student: EventLogProbs, targets: TargetBatch, block_length: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def path_terms(student: EventLogProbs, targets: TargetBatch, grid: BlockGrid) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The path term of METHOD 4, per block, in log space.
 
     One stored sample's estimate of J is sum_m prod_{j<=m} min(1, q_j(x_j) / p(x_j | x_<j)); its mean over texts sampled
@@ -184,9 +201,8 @@ def path_terms(
     # p = 0 accepts whatever q drafts; elsewhere min(1, q/p). -inf from the student's side keeps a finite floor.
     log_ratio_N = torch.where(log_p_N.isneginf(), 0, log_ratio_N).clamp(min=-1e30)
     log_accept_N = torch.where(log_ratio_N < 0, log_ratio_N, 0)
-    known_BxG = scatter_blocks(~log_p_N.isnan(), targets, block_length, fill=False)
-    usable_BxG = known_BxG.long().cumprod(dim=1).bool()
-    log_prefix_BxG = scatter_blocks(log_accept_N, targets, block_length, fill=0.0).cumsum(dim=1)
+    usable_BxG = grid.scatter(~log_p_N.isnan()).long().cumprod(dim=1).bool()
+    log_prefix_BxG = grid.scatter(log_accept_N).cumsum(dim=1)
     length_B = usable_BxG.sum(dim=1)
     # Unusable blocks would be log 0: give them one term of log 1, and drop them afterwards.
     kept_BxG = usable_BxG.clone()
@@ -227,12 +243,11 @@ def _segment_peak(values_M: Tensor, segments_M: Tensor, segments: int) -> Tensor
     return torch.where(peak_S.isneginf(), 0, peak_S)
 
 
-def scatter_blocks(values_N: Tensor, targets: TargetBatch, block_length: int, fill: float | bool) -> Tensor:
-    """[B, G], values of the positions that are in a block, by block and depth; `fill` past a block's end."""
-    in_block_N = targets.block >= 0
-    numbers, index = targets.block[in_block_N].unique_consecutive(return_inverse=True)
-    grid_BxG = torch.full((len(numbers), block_length), fill, dtype=values_N.dtype, device=values_N.device)
-    return grid_BxG.index_put((index, targets.depth[in_block_N] - 1), values_N[in_block_N])
+def block_grid(targets: TargetBatch, block_length: int) -> BlockGrid:
+    """Where each position that is in a block stands among blocks and depths."""
+    positions_K = (targets.block >= 0).nonzero().squeeze(1)
+    numbers, rows_K = targets.block[positions_K].unique_consecutive(return_inverse=True)
+    return BlockGrid(positions_K, rows_K, targets.depth[positions_K] - 1, (len(numbers), block_length))
 
 
 def _target_log_mass(targets: TargetBatch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -260,5 +275,7 @@ def _p_log_p(log_p: Tensor) -> Tensor:
     return log_p.exp() * log_p.where(log_p > -torch.inf, 0)
 
 
-def _sum(values: Tensor) -> Tensor:
-    return values.detach().sum(dtype=torch.float64)
+def _sum(values: Tensor, where: Tensor | None = None) -> Tensor:
+    """float64 0-dim. A mask instead of an index: indexing by one would wait for the device."""
+    values = values.detach() if where is None else values.detach().where(where, 0)
+    return values.sum(dtype=torch.float64)

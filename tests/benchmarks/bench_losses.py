@@ -10,8 +10,8 @@ the CPU (reset through /proc/self/clear_refs), the allocator's on a GPU. Each wa
 and head, so the table also gives the peak beyond these.
 
 Ways: `plain` materialises logits and log-softmax and takes the tail as log(1 - sum); it does nothing else, no sums for
-the log. `reference` is `student.losses.reference`. `liger-*` are Liger's fused linear losses (Triton, GPU only); its
-KL needs dense target probabilities.
+the log. `reference` is `student.losses.reference`. `torch-ce` is torch's own chunked linear cross-entropy. `liger-*`
+are Liger's fused linear losses (Triton, GPU only); its KL needs dense target probabilities.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ from student.losses.settings import LossSettings
 from student.losses.targets import TargetBatch
 
 BLOCK_LENGTH = 8
-CPU_WAYS = ("plain-ce", "fused-ce", "plain-kl", "reference-kl", "fused-kl")
+CPU_WAYS = ("plain-ce", "torch-ce", "fused-ce", "plain-kl", "reference-kl", "fused-kl")
 CUDA_WAYS = (*CPU_WAYS, "liger-ce", "liger-ce-fp32", "liger-kl")
 # Each way against the one that does the same work plainly; on a GPU Liger's is compared too.
-RATIOS = ("seconds_ratio", "cpu_seconds_ratio", "peak_extra_bytes_ratio", "beyond_gradients_bytes_ratio")
-BASELINE = {"fused-ce": "plain-ce", "fused-kl": "plain-kl", "reference-kl": "plain-kl"}
+MEASURED = ("seconds", "cpu_seconds", "peak_extra_bytes", "beyond_gradients_bytes")
+BASELINE = {"fused-ce": "plain-ce", "torch-ce": "plain-ce", "fused-kl": "plain-kl", "reference-kl": "plain-kl"}
 
 
 def make_targets(positions: int, vocabulary: int, events: int, generator: torch.Generator) -> TargetBatch:
@@ -90,6 +90,9 @@ def computation(way: str, hidden: Tensor, head: Tensor, targets: TargetBatch) ->
         if loss == "kl":
             return lambda: plain_kl(hidden, head, targets)
         return lambda: F.cross_entropy((hidden @ head.T).float(), targets.realized_ids, reduction="sum")
+    if name == "torch":
+        chunked = torch.nn.LinearCrossEntropyOptions()
+        return lambda: F.linear_cross_entropy(hidden, head, targets.realized_ids, reduction="sum", options=chunked)
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy, liger_fused_linear_kl_div
 
     if loss == "kl":
@@ -207,11 +210,8 @@ def run_cases(arguments: argparse.Namespace) -> list[dict]:
     by_case = {(row["positions"], row["way"]): row for row in rows}
     for row in rows:
         plain = by_case.get((row["positions"], BASELINE.get(row["way"], "")))
-        row["time_ratio"] = row["seconds"] / plain["seconds"] if plain else None
-        row["peak_ratio"] = row["peak_extra_bytes"] / plain["peak_extra_bytes"] if plain else None
-        row["beyond_gradients_ratio"] = (
-            row["beyond_gradients_bytes"] / plain["beyond_gradients_bytes"] if plain else None
-        )
+        for key in MEASURED:
+            row[f"{key}_ratio"] = row[key] / plain[key] if plain else None
     return rows
 
 
@@ -231,19 +231,12 @@ def print_table(rows: list[dict], title: str) -> None:
     ):
         table.add_column(column, justify="left" if column == "way" else "right")
     for row in rows:
-        ratios = [f"{row[k]:.3f}" if row[k] is not None else "" for k in RATIOS]
-        table.add_row(
-            str(row["positions"]),
-            row["way"],
-            f"{row['seconds']:.3f}",
-            ratios[0],
-            f"{row['cpu_seconds']:.3f}",
-            ratios[1],
-            f"{row['peak_extra_bytes'] / 2**20:.0f}",
-            ratios[2],
-            f"{row['beyond_gradients_bytes'] / 2**20:.0f}",
-            ratios[3],
-        )
+        cells = []
+        for key in MEASURED:
+            in_bytes, ratio = key.endswith("bytes"), row[f"{key}_ratio"]
+            cells.append(f"{row[key] / 2**20:.0f}" if in_bytes else f"{row[key]:.3f}")
+            cells.append("" if ratio is None else f"{ratio:.3f}")
+        table.add_row(str(row["positions"]), row["way"], *cells)
     Console(width=120).print(table)
 
 
@@ -274,16 +267,16 @@ def main() -> None:
     device = (
         torch.cuda.get_device_name()
         if on_gpu
-        else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+        else f"{platform.processor() or platform.machine()}, {arguments.threads or torch.get_num_threads()} threads"
     )
     rows = run_cases(arguments)
     title = (
         f"loss + gradients, V={arguments.vocabulary:,} d={arguments.width:,} {arguments.dtype}, "
         f"{device}, torch {torch.__version__}, {datetime.date.today()}"
     )
-    print_table(rows, title)
     if arguments.json:
         arguments.json.write_text(json.dumps({"title": title, "rows": rows}, indent=2) + "\n")
+    print_table(rows, title)
 
 
 if __name__ == "__main__":
