@@ -1,0 +1,104 @@
+"""Rows that are off by one: the mistake that most published pipelines have made once.
+
+The toy teacher's distributions are known exactly, so a perfect drafter is at hand. Against the right rows it is always
+accepted; against rows moved by a single position acceptance collapses, and nothing along the way lets them pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shared.dataset import Dataset
+from shared.errors import AlignmentError
+from shared.records import Record
+from shared.validate import validate_dataset
+from student.alignment.prepare import prepare
+from student.evaluation.walk import walk
+from student.model.initialize import initialize_student
+from student.training.train import check
+from tests.toy import ToyTeacher, load_toy, shifted, write_toy_shards
+
+DRAFT = 3
+
+
+class RowDrafter:
+    """Drafts what the stored rows say is most probable: all that a student could learn from them."""
+
+    def __init__(self, records: Sequence[Record]) -> None:
+        self.records = {record.sample_id: record for record in records}
+
+    def propose(self, request_ids: Sequence[str], contexts: Sequence[np.ndarray]) -> list[list[int]]:
+        drafts = []
+        for name, context in zip(request_ids, contexts, strict=True):
+            record = self.records[name]
+            assert record.distributions is not None
+            start = len(context) - len(record.prompt_ids)
+            stop = min(start + DRAFT, len(record.response_ids))
+            drafts.append([int(record.distributions.row(j)[0][0]) for j in range(start, stop)])
+        return drafts
+
+    def release(self, request_ids: Sequence[str]) -> None:
+        pass
+
+
+def ratio_acceptance(teacher: ToyTeacher, records: Sequence[Record]) -> float:
+    """Mean Σ min(p, q) of the stored rows p against the chain's own distribution q, response tokens after the first."""
+    state_of = {int(token): state for state, token in enumerate(teacher.states)}
+    overlaps = []
+    for record in records:
+        assert record.distributions is not None
+        for position in range(1, len(record.response_ids)):
+            q = teacher.transition_nxn[state_of[int(record.response_ids[position - 1])]]
+            ids, logprobs = record.distributions.row(position)
+            p = np.exp(logprobs.astype(np.float64))
+            overlaps.append(np.minimum(p, [q[state_of[int(token)]] for token in ids]).sum())
+    return float(np.mean(overlaps))
+
+
+@pytest.mark.parametrize("shift", [-1, 1])
+def test_acceptance_collapses(tmp_path: Path, shift: int) -> None:
+    config = load_toy(tmp_path)
+    teacher = write_toy_shards(config, train=0)
+    greedy = list(Dataset.open(config.shards_dir).records(rule="greedy"))
+    sampled = list(Dataset.open(config.shards_dir).records(rule="sample"))
+    moved = [shifted(record, shift) for record in greedy]
+
+    right = walk(RowDrafter(greedy), greedy, DRAFT, batch=4)
+    assert right.by_depth()[0] == 1, "the teacher's own rows are always accepted"
+    wrong = walk(RowDrafter(moved), moved, DRAFT, batch=4)
+    assert wrong.mean_accepted < 0.2 * right.mean_accepted
+
+    assert ratio_acceptance(teacher, sampled) > 0.97  # what is missing was lost to storage
+    assert ratio_acceptance(teacher, [shifted(record, shift) for record in sampled]) < 0.4
+
+
+@pytest.mark.parametrize("shift", [-1, 1])
+def test_shard_validation_fails(tmp_path: Path, shift: int) -> None:
+    config = load_toy(tmp_path)
+    write_toy_shards(config, shift=shift)
+    report = validate_dataset(config.shards_dir)
+    assert not report.ok
+    assert any("shift" in str(problem) for problem in report.problems)
+
+
+@pytest.mark.parametrize("shift", [-1, 1])
+def test_training_refuses_to_start(tmp_path: Path, shift: int) -> None:
+    config = load_toy(tmp_path)
+    write_toy_shards(config, shift=shift)
+    initialize_student(config)
+    prepare(config)
+    with pytest.raises(AlignmentError, match="shift by one"):
+        check(config, world_size=1)
+
+
+def test_the_right_rows_pass_all_of_it(tmp_path: Path) -> None:
+    config = load_toy(tmp_path)
+    write_toy_shards(config)
+    assert validate_dataset(config.shards_dir).ok
+    initialize_student(config)
+    prepare(config)
+    check(config, world_size=1)
