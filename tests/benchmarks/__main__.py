@@ -1,0 +1,28 @@
+"""`make bench`: every benchmark in turn, each in a process of its own; tables on the screen, JSON in `runs/bench/`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def main() -> int:
+    results = Path("runs/bench")
+    results.mkdir(parents=True, exist_ok=True)
+    failed = []
+    for path in sorted(HERE.glob("bench_*.py")):
+        name = path.stem
+        print(f"\n== {name}", flush=True)
+        command = [sys.executable, "-m", f"tests.benchmarks.{name}", "--json", str(results / f"{name}.json")]
+        if subprocess.run(command).returncode:
+            failed.append(name)
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return len(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
