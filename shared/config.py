@@ -152,7 +152,9 @@ class StudentConfig(Section):
     )
     revision: str | None = None
     layers: list[int] | None = Field(None, description="Layers of the checkpoint to keep, in order; null keeps all.")
-    shape: dict[str, Any] = Field(default_factory=dict, description="LladaConfig fields for a random start.")
+    shape: dict[str, Any] | Path = Field(
+        default_factory=dict, description="LladaConfig fields for a random start, or a YAML file of them."
+    )
     weight_tying: bool | None = Field(
         None, description="false gives a checkpoint that ties its embeddings a head of its own; null keeps what it has."
     )

@@ -46,8 +46,8 @@ class LladaConfig(PretrainedConfig):
         mlp_hidden_size: inner width of the gated MLP; null means `mlp_ratio * d_model`.
         vocab_size: rows of the embedding and of the head (`embedding_size`, null: `vocab_size`, is upstream's name).
         weight_tying: the head is the embedding; there is no `ff_out` on the top level then.
-        rope_scaling: null, or LLaMA 3.x's frequency scaling (`rope_type: llama3`) or `linear`, for models that
-            start from such checkpoints. Upstream does not know it.
+        rope_frequency_scaling: null, LLaMA 3.x's (`rope_type: llama3`) or `linear`, for models that start from such
+            checkpoints. Upstream does not know it, and transformers gives `rope_scaling` another meaning.
         draft_block_length: the block length that the model was trained to draft with after a causal clean prefix;
             null for a model that was not. Upstream does not know it.
 
@@ -80,7 +80,7 @@ class LladaConfig(PretrainedConfig):
         max_sequence_length: int = 4096,
         rms_norm_eps: float = 1e-5,
         rope_theta: float = 500000.0,
-        rope_scaling: dict[str, Any] | None = None,
+        rope_frequency_scaling: dict[str, Any] | None = None,
         weight_tying: bool = False,
         bos_token_id: int | None = 126080,
         eos_token_id: int | None = 126081,
@@ -161,12 +161,12 @@ class LladaConfig(PretrainedConfig):
                 continue
             if token is None or not 0 <= token < self.vocab_size:
                 raise ValueError(f"LLaDA config: {name} is {token}, expected an id in 0..{self.vocab_size - 1}")
-        if self.rope_scaling is not None:
-            kind = self.rope_scaling.get("rope_type", self.rope_scaling.get("type"))
-            missing = [key for key in _ROPE_SCALINGS.get(kind, ()) if key not in self.rope_scaling]
+        if self.rope_frequency_scaling is not None:
+            kind = self.rope_frequency_scaling.get("rope_type", self.rope_frequency_scaling.get("type"))
+            missing = [key for key in _ROPE_SCALINGS.get(kind, ()) if key not in self.rope_frequency_scaling]
             if kind not in _ROPE_SCALINGS or missing:
                 raise ValueError(
-                    f"LLaDA config: rope_scaling is {self.rope_scaling}, supported are "
+                    f"LLaDA config: rope_frequency_scaling is {self.rope_frequency_scaling}, supported are "
                     + "; ".join(f"rope_type {name} with {', '.join(keys)}" for name, keys in _ROPE_SCALINGS.items())
                 )
 

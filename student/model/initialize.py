@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from shared.config import PipelineConfig, dump_config
 from shared.errors import ConfigError
 from shared.files import new_directory, write_json
@@ -96,7 +98,7 @@ def training_texts(config: PipelineConfig) -> Iterator[str]:
     from shared.dataset import Dataset
 
     seen: set[str] = set()
-    for record in Dataset.open(str(config.shards_dir)).records(split="train", distributions=False):
+    for record in Dataset.open(config.shards_dir).records(split="train", distributions=False):
         if record.prompt_id not in seen:
             seen.add(record.prompt_id)
             yield from (message.content for message in record.messages)
@@ -120,7 +122,8 @@ def _tokenizer(config: PipelineConfig, source: Source | None) -> Any:
     if settings.kind == "teacher":
         from shared.dataset import Dataset
 
-        directory = Path(Dataset.open(str(config.shards_dir)).tokenizer_dir)
+        dataset = Dataset.open(config.shards_dir)  # held until the tokenizer is read: a remote one is a temporary copy
+        directory = dataset.tokenizer_dir
     elif source is None:
         raise ConfigError(
             "student.tokenizer.kind is 'checkpoint' but student.checkpoint is null; choose 'trained' or 'teacher'"
@@ -144,15 +147,23 @@ def _tokenizer(config: PipelineConfig, source: Source | None) -> Any:
 def _random_shape(config: PipelineConfig) -> LladaConfig:
     from student.model.configuration_llada import LladaConfig
 
+    shape = config.student.shape
+    if isinstance(shape, Path):
+        try:
+            shape = yaml.safe_load(shape.read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError) as error:
+            raise ConfigError(f"student.shape: cannot read {config.student.shape}: {error}") from error
+    if not isinstance(shape, dict):
+        raise ConfigError(f"student.shape: {config.student.shape} holds no mapping of LladaConfig's fields")
+    unknown = [key for key in shape if not hasattr(LladaConfig(), key)]
+    if unknown:
+        raise ConfigError(f"student.shape.{unknown[0]} is not a field of LladaConfig")
+    # The ids and the size are the vocabulary's; a mask of 0 stands in until it is known.
+    ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "mask_token_id": 0}
     try:
-        # A mask of 0 stands in until the vocabulary is known.
-        ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "mask_token_id": 0}
-        unknown = [key for key in config.student.shape if not hasattr(LladaConfig(), key)]
-        if unknown:
-            raise ConfigError(f"student.shape.{unknown[0]} is not a field of LladaConfig")
-        return LladaConfig(**{**config.student.shape, **ids})
+        return LladaConfig(**{**shape, **ids})
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"student.shape {config.student.shape} is not a LLaDA shape: {error}") from error
+        raise ConfigError(f"student.shape: {error}") from error
 
 
 def _student_config(shape: LladaConfig, vocabulary: Vocabulary, config: PipelineConfig) -> LladaConfig:

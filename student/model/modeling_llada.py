@@ -58,7 +58,7 @@ class LladaRMSNorm(nn.Module):
 
 
 def inverse_frequencies(config: LladaConfig, device: torch.device) -> Tensor:
-    """float32 [E / 2]: rotary frequencies in radians a position, theta^(-2i/E), scaled as `rope_scaling` says.
+    """float32 [E / 2]: rotary frequencies in radians a position, theta^(-2i/E), scaled as the config says.
 
     LLaMA 3.x divides wavelengths above `original / low_freq_factor` by `factor`, keeps those below
     `original / high_freq_factor`, and interpolates between.
@@ -66,7 +66,7 @@ def inverse_frequencies(config: LladaConfig, device: torch.device) -> Tensor:
     width = config.head_dim
     exponent = torch.arange(0, width, 2, dtype=torch.float32, device=device) / width
     frequency = 1.0 / config.rope_theta**exponent
-    scaling = config.rope_scaling
+    scaling = config.rope_frequency_scaling
     if scaling is None:
         return frequency
     factor = scaling["factor"]

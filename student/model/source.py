@@ -161,7 +161,7 @@ def config_from_llama(tree: dict[str, Any], source: Path | str) -> LladaConfig:
             max_sequence_length=tree["max_position_embeddings"],
             rms_norm_eps=tree["rms_norm_eps"],
             rope_theta=theta,
-            rope_scaling=rope if scaled else None,
+            rope_frequency_scaling=rope if scaled else None,
             weight_tying=tree.get("tie_word_embeddings", False),
             bos_token_id=None,
             eos_token_id=None,

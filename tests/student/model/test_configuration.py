@@ -56,6 +56,14 @@ def test_every_field_of_upstream_s_config_survives_a_round_trip(tmp_path: Path) 
     assert {key: getattr(again, key) for key in UPSTREAM_8B} == UPSTREAM_8B
 
 
+def test_llama_3_s_frequency_scaling_survives_a_round_trip(tmp_path: Path) -> None:
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaling["original_max_position_embeddings"] = 8192
+    tiny_config(rope_frequency_scaling=scaling).save_pretrained(tmp_path)
+    again = LladaConfig.from_pretrained(tmp_path)
+    assert (again.rope_frequency_scaling, again.rope_theta) == (scaling, 500000.0)
+
+
 def test_the_grouped_tied_shape_has_grouped_heads_and_no_head_of_its_own() -> None:
     config = shape("llada-8b-gqa-tied.yaml")
     with torch.device("meta"):
@@ -92,8 +100,8 @@ def test_null_fields_take_upstream_s_defaults() -> None:
         ({"n_kv_heads": 3}, "n_heads 4 is not a multiple of n_kv_heads 3"),
         ({"d_model": 66}, "d_model 66"),
         ({"embedding_size": 100}, "embedding_size 100 is smaller than vocab_size 120"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2}}, "rope_scaling is"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 2}}, "low_freq_factor"),
+        ({"rope_frequency_scaling": {"rope_type": "yarn", "factor": 2}}, "rope_frequency_scaling is"),
+        ({"rope_frequency_scaling": {"rope_type": "llama3", "factor": 2}}, "low_freq_factor"),
     ],
 )
 def test_what_the_model_does_not_compute_is_refused(changes: dict, message: str) -> None:

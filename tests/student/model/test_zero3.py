@@ -1,0 +1,130 @@
+"""ZeRO-3 on two ranks, with activation checkpointing, learns what one process without DeepSpeed learns."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from student.model.modeling_llada import AnchoredLayout, LladaForMaskedDiffusion
+from tests.student.model.tiny import anchored_row, random_ids, tiny_config, tiny_model
+
+STEPS, BATCH, CLEAN, ANCHORS, BLOCK = 8, 4, 20, [3, 9, 16], 4
+
+
+class Objective(nn.Module):
+    """The trainer's shape: states and head weight inside an outer module's forward."""
+
+    def __init__(self, model: LladaForMaskedDiffusion) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, layout: AnchoredLayout, labels: Tensor) -> Tensor:
+        hidden = self.model.hidden_states(ids, layout=layout)[:, CLEAN:]
+        logits = nn.functional.linear(hidden, self.model.head_weight)
+        return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+def batch(step: int, rows: slice) -> tuple[Tensor, AnchoredLayout, Tensor]:
+    clean = random_ids(BATCH, CLEAN, seed=100 + step)[rows]
+    ids, layout = anchored_row(clean, ANCHORS, BLOCK)
+    return ids, layout, torch.cat([clean[:, a : a + BLOCK] for a in ANCHORS], dim=1)
+
+
+def optimizer(module: nn.Module) -> torch.optim.Optimizer:
+    # Adam divides by the gradient's own size: a larger eps keeps rounding noise from becoming a step.
+    return torch.optim.AdamW(module.parameters(), lr=2e-3, eps=1e-5)
+
+
+def train_alone(tied: bool) -> list[float]:
+    objective = Objective(tiny_model(weight_tying=tied, init_std=0.1).train())
+    adam, losses = optimizer(objective), []
+    for step in range(STEPS):
+        loss = objective(*batch(step, slice(None)))
+        loss.backward()
+        adam.step()
+        adam.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def train_a_rank(mode: str, output: Path) -> None:
+    """What each rank runs; `mode` is tied or untied, then reentrant, not or none, then init or not."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("gloo")
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    tying, checkpointing, construction = mode.split(",")
+    settings = {
+        "train_micro_batch_size_per_gpu": BATCH // ranks,
+        "gradient_accumulation_steps": 1,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+    }
+    whole = tiny_model(weight_tying=tying == "tied", init_std=0.1)
+    if construction == "zero.Init":
+        with deepspeed.zero.Init(config_dict_or_path=settings):
+            model = LladaForMaskedDiffusion(tiny_config(weight_tying=tying == "tied", init_std=0.1))
+        assert all(parameter.numel() == 0 for parameter in model.parameters())
+        for name, parameter in model.named_parameters():
+            with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0):
+                parameter.data.copy_(whole.get_parameter(name))
+    else:
+        model = whole
+    if checkpointing != "plain":
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
+    objective = Objective(model.train())
+    engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer(objective), config=settings)
+    share, losses = BATCH // ranks, []
+    for step in range(STEPS):
+        loss = engine(*batch(step, slice(rank * share, (rank + 1) * share)))
+        engine.backward(loss)
+        engine.step()
+        mean = loss.detach().clone()
+        torch.distributed.all_reduce(mean)
+        losses.append(mean.item() / ranks)
+    if rank == 0:
+        output.write_text(json.dumps(losses))
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "mode", ["untied,reentrant,whole", "untied,not,zero.Init", "tied,not,whole", "tied,reentrant,zero.Init"]
+)
+def test_two_ranks_learn_what_one_learns(mode: str, tmp_path: Path) -> None:
+    output = tmp_path / "losses.json"
+    command = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        __name__,
+        mode,
+        str(output),
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=False)
+    assert output.exists(), result.stderr[-3000:]
+    losses, expected = torch.tensor(json.loads(output.read_text())), torch.tensor(train_alone(mode.startswith("tied")))
+    difference = ((losses - expected).abs() / expected).max()
+    print(
+        f"{mode}: largest relative difference of {STEPS} losses {difference:.1e}, {expected[0]:.3f} → {expected[-1]:.3f}"
+    )
+    assert difference <= 1e-4
+    assert expected[-1] < expected[0]
+
+
+if __name__ == "__main__":
+    train_a_rank(sys.argv[1], Path(sys.argv[2]))
