@@ -86,9 +86,36 @@ def test_equals_the_plain_loss(
     torch.testing.assert_close(ours.terms.sums(), theirs.terms.sums(), rtol=tolerance, atol=1e-5)
 
 
+@given(
+    seed=st.integers(0, 10_000),
+    positions=st.integers(1, 40),
+    vocabulary=st.integers(5, 300),
+    width=st.integers(1, 64),
+    chunk_rows=st.integers(1, 50),
+    loss=st.sampled_from(["ce", "kl", "hybrid"]),
+)
+@settings(max_examples=60, deadline=None)
+def test_bfloat16_parameters_stay_near_float64(seed, positions, vocabulary, width, chunk_rows, loss):
+    """The stated tolerance in bfloat16, against exact arithmetic on the same numbers: 1 % in value and gradients.
+
+    The TV and path terms have kinks, where a rounded logit may take the other side; they are left to the next test.
+    """
+    targets = random_targets(seed, positions, vocabulary, 4, most_events=8)
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(positions, width, generator=generator).bfloat16()
+    head = (torch.randn(vocabulary, width, generator=generator) / width**0.5).bfloat16()
+    ours = fused_outcome(hidden, head, targets, LossSettings(loss, 4), chunk_rows)
+    exact, sizes = plain_outcome(hidden.double(), head.double(), targets, LossSettings(loss, 4))
+    assert ours.terms.total.dtype == torch.float32
+    assert ours.head_grad.dtype == ours.hidden_grad.dtype == torch.bfloat16
+    assert ours.terms.total.item() == pytest.approx(exact.terms.total.item(), rel=1e-2, abs=1e-2)
+    assert relative_error(ours.hidden_grad, exact.hidden_grad, sizes.hidden_grad) <= 1e-2
+    assert relative_error(ours.head_grad, exact.head_grad, sizes.head_grad) <= 1e-2
+
+
 @pytest.mark.parametrize("loss", ["ce", "kl", "hybrid"])
-def test_bfloat16_parameters_stay_within_one_percent_of_float64(loss):
-    """Stated tolerance in bf16: 0.2 % in value, 1 % of the largest entry in gradients, against exact arithmetic."""
+def test_bfloat16_of_all_terms_and_an_odd_scale(loss):
+    """All terms at a real width: 0.2 % in value, 1 % of the largest entry of each gradient."""
     targets = random_targets(11, 64, 500, block_length=4, most_events=8)
     generator = torch.Generator().manual_seed(11)
     hidden = torch.randn(64, 32, generator=generator).bfloat16()
@@ -101,8 +128,6 @@ def test_bfloat16_parameters_stay_within_one_percent_of_float64(loss):
     exact_h, exact_w = hidden.double().requires_grad_(), head.double().requires_grad_()
     exact = reference.distillation_loss(exact_h @ exact_w.T, targets, loss_settings)
     exact_gradients = torch.autograd.grad(exact.total * 1.0039, (exact_h, exact_w))
-    assert terms.total.dtype == torch.float32
-    assert [g.dtype for g in gradients] == [torch.bfloat16] * 2
     assert terms.total.item() == pytest.approx(exact.total.item(), rel=2e-3)
     for ours, theirs in zip(gradients, exact_gradients, strict=True):
         assert relative_error(ours, theirs) <= 1e-2
