@@ -26,7 +26,7 @@ from shared.records import Record
 from shared.vocabulary import Vocabulary
 from teacher.capture import response_columns, to_distributions
 from teacher.checkpoints import check_checkpoint, ensure_checkpoint, fingerprint, load_tokenizer, vocabulary_size
-from teacher.engine import Answer, Engine, Request, engine_version
+from teacher.engine import Answer, Engine, Request, engine_version, prepare_environment
 from teacher.prompts import Prompt, Renderer, load_prompts, prompts_fingerprint, split_prompts
 from teacher.summary import Summary, measure_capture, read_summary, summarise
 from teacher.units import Task, Unit, cut_units
@@ -161,6 +161,7 @@ def prepare(config: PipelineConfig) -> Plan:
         PromptError, ConfigError, CheckpointError: naming the value seen, the one expected and the fix.
     """
     collect = config.collect
+    prepare_environment(config.teacher)
     prompts = load_prompts(collect.prompts, collect.system_prompt)
     check_top_k(config)
     renderer = Renderer(load_tokenizer(config.teacher), collect.template_arguments)

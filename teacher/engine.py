@@ -123,7 +123,7 @@ class Engine:
 
     def __init__(self, teacher: TeacherConfig, model: str, top_k: int, score_tokens: int | None = None) -> None:
         engine_version()
-        _prepare_environment(teacher)
+        prepare_environment(teacher)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             from vllm import EngineArgs, SamplingParams
@@ -350,8 +350,11 @@ def _install_numpy_rows() -> tuple[Any, Any]:
     return NumpyRows, restore
 
 
-def _prepare_environment(teacher: TeacherConfig) -> None:
-    """What vLLM reads from the environment; a value that the user has set stays."""
+def prepare_environment(teacher: TeacherConfig) -> None:
+    """Set what vLLM and OpenMP read from the environment; call it before torch is imported. What is set stays."""
+    # Threads that wait by spinning make an engine crawl as soon as anything else runs on the machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     logging.getLogger("vllm").setLevel(logging.ERROR)

@@ -14,6 +14,7 @@ from shared.errors import ConfigError
 from shared.records import Record, Sampling
 from teacher.checkpoints import load_tokenizer
 from teacher.collect import check_lengths, check_top_k, run
+from teacher.engine import prepare_environment
 from teacher.prompts import Prompt, Renderer, load_prompts, prompts_fingerprint, split_prompts
 from teacher.summary import Summary
 from teacher.units import Task, Unit, slices
@@ -34,6 +35,7 @@ def score(config: PipelineConfig) -> Summary:
             "collect.responses is not set, but `teacher score` needs given responses: "
             "--set collect.responses=FILE.jsonl, or the directory of a dataset"
         )
+    prepare_environment(config.teacher)
     if responses.is_dir():
         return _score_dataset(config, Dataset.open(responses))
     prompts = load_prompts(responses, config.collect.system_prompt, responses=True)
