@@ -25,8 +25,7 @@ class FastAlignment:
 
     def __init__(self, tables: PairTables, min_known_mass: float) -> None:
         self.tables, self.min_known_mass = tables, min_known_mass
-        self._stamp = np.zeros(len(tables.student), np.int64)
-        self._owner = np.zeros(len(tables.student), np.int32)
+        self._seen = np.zeros(len(tables.student), np.int64)
         self._round = 1
         self._special = tables.teacher.is_special.astype(np.uint8)
         self._sorted_teacher = np.array(tables.sorted_teacher[1], dtype=np.int64)
@@ -77,7 +76,7 @@ class FastAlignment:
         events = kernels.build_events(
             student, rows, self._special, self._spelling, self._extensions, inside,
             self._extend_inside(spans, ids, inside[0], inside[1]), self._continue_longer(spans), anchored,
-            spans.teacher_ends, self._stamp, self._owner, self._round,
+            spans.teacher_ends, self._seen, self._round,
         )  # fmt: skip
         event_counts, event_mass, member_counts, members, tail, known, disagreements, self._round = events
         sparse = SparseTargets(

@@ -12,6 +12,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+_PLACE_BITS = 20  # candidates of one row are numbered in this many bits
 Ints = NDArray[np.int64]
 Ids = NDArray[np.int32]
 Floats = NDArray[np.float64]
@@ -327,10 +328,10 @@ def _path_mass(
 @njit(cache=True)
 def build_events(
     student: Any, rows: Any, special_token: Flags, spelling: Any, extensions: Any, inside: Any, inside_extensions: Any,
-    longer: Any, anchored: Floats, teacher_ends: Ints, stamp: Ints, owner: Ids, round_: int,
+    longer: Any, anchored: Floats, teacher_ends: Ints, seen: Ints, round_: int,
 ) -> Any:  # fmt: skip
-    """Events of every position: `reference.events`. `stamp` and `owner` [V_S] are scratch, kept between calls;
-    `round_` is larger than any value in `stamp`."""
+    """Events of every position: `reference.events`. `seen` [V_S] is scratch, kept between calls: the round
+    in which a student token was last met and the candidate that it was met with, in one number. `round_` is new."""
     ids, starts, ends, is_special, index, _, teacher_starts = student
     row_offsets, row_ids, mass, tails, usable, place = rows
     inside_offsets, inside_found, inside_next, kept, scale, known = inside
@@ -394,30 +395,15 @@ def build_events(
             if needed > len(related):
                 related = np.concatenate((related, np.empty(needed, np.int32)))
                 related_of = np.concatenate((related_of, np.empty(needed, np.int64)))
-            for k in range(a - 2, b):
-                if k == a - 2:
-                    s = token
-                elif k == a - 1:
-                    continue
-                else:
-                    s = tokens[k]
-                if s < 0:
-                    continue
+            for k in range(a, b):
+                s = tokens[k]
                 has_x = has_x or s == x
-                if stamp[s] != round_:
-                    stamp[s], owner[s] = round_, q
-                    related[total], related_of[total] = s, q
-                    total += 1
-                else:
-                    _join(parent, q, owner[s])
+                total = _relate(s, q, seen, round_, parent, related, related_of, total)
+            if token >= 0:
+                total = _relate(token, q, seen, round_, parent, related, related_of, total)
             if n == place[j] and not has_x:
                 disagreements += 1
-                if stamp[x] != round_:
-                    stamp[x], owner[x] = round_, q
-                    related[total], related_of[total] = x, q
-                    total += 1
-                else:
-                    _join(parent, q, owner[x])
+                total = _relate(x, q, seen, round_, parent, related, related_of, total)
         round_ += 1
         # 2. Masses and sizes of the components.
         for q in range(width):
@@ -448,7 +434,7 @@ def build_events(
             slot[q] += 1
         offset = first_member
         for e in range(first_event, events_total):
-            members[offset : offset + member_counts[e]].sort()
+            _sort(members, offset, offset + member_counts[e])
             offset += member_counts[e]
         # 4. A realised token that reaches past y_j.
         if not is_special[i] and ends[i] > teacher_ends[j] and at_x >= 0 and not np.isnan(anchored[i]):
@@ -466,6 +452,38 @@ def build_events(
         event_counts, event_mass[:events_total], member_counts[:events_total], members[:members_total], tail_out,
         known_out, disagreements, round_,
     )  # fmt: skip
+
+
+@njit(cache=True)
+def _relate(
+    s: int, q: int, seen: Ints, round_: int, parent: Ints, related: Ids, related_of: Ints, total: int
+) -> int:  # fmt: skip
+    """Note that candidate q and student token s belong together; returns the new number of tokens met."""
+    if seen[s] >> _PLACE_BITS == round_:
+        _join(parent, q, seen[s] & ((1 << _PLACE_BITS) - 1))
+        return total
+    seen[s] = (round_ << _PLACE_BITS) | q
+    related[total], related_of[total] = s, q
+    return total + 1
+
+
+@njit(cache=True)
+def _sort(values: Ids, first: int, stop: int) -> None:
+    """Sort a slice that is a few rising runs: one late token is inserted, anything else is sorted."""
+    late = 0
+    for k in range(first + 1, stop):
+        if values[k] < values[k - 1]:
+            late += 1
+    if late == 0:
+        return
+    if late == 1 and values[stop - 1] < values[stop - 2]:
+        value, k = values[stop - 1], stop - 1
+        while k > first and values[k - 1] > value:
+            values[k] = values[k - 1]
+            k -= 1
+        values[k] = value
+        return
+    values[first:stop].sort()
 
 
 @njit(cache=True)
