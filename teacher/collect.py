@@ -12,10 +12,11 @@ import datetime
 import logging
 import subprocess
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from shared.config import PipelineConfig
 from shared.console import progress
@@ -44,15 +45,29 @@ class Plan:
     prompt_tokens: dict[str, int]
 
 
+class AnsweringEngine(Protocol):
+    """What a collector needs of an engine; `teacher.engine.Engine` is the one in this process."""
+
+    def stream(self, requests: Iterable[Request]) -> Iterator[Answer]:
+        """Answers in the order in which they are complete, taking requests as there is room."""
+        ...
+
+
 class Collector:
     """Turns units into shards. One engine, one writer; workers on one dataset each have their own.
 
     Attributes:
-        tokens: response tokens published by this collector.
+        tokens: response tokens answered so far.
+        on_answer: called after every response, for a progress bar.
     """
 
     def __init__(
-        self, config: PipelineConfig, renderer: Renderer, vocabulary: Vocabulary, writer: DatasetWriter, engine: Engine
+        self,
+        config: PipelineConfig,
+        renderer: Renderer,
+        vocabulary: Vocabulary,
+        writer: DatasetWriter,
+        engine: AnsweringEngine,
     ) -> None:
         self._collect = config.collect
         self._renderer = renderer
@@ -60,6 +75,7 @@ class Collector:
         self._writer = writer
         self._engine = engine
         self.tokens = 0
+        self.on_answer: Callable[[], None] = lambda: None
 
     def collect_unit(self, unit: Unit) -> UnitEntry:
         """Collect and publish one unit; one that is committed already stays as it is."""
@@ -91,6 +107,7 @@ class Collector:
                 pending = in_flight.pop(answer.key)
                 opened = pending.opened
                 opened.records[answer.key] = self._record(pending, answer)
+                self.on_answer()
                 if len(opened.records) == len(opened.unit.tasks):
                     records = [opened.records[task.sample_id] for task in opened.unit.tasks]
                     writing.append(pool.submit(self._writer.write_unit, opened.unit.name, records))
@@ -266,9 +283,13 @@ def _work(collector: Collector, missing: Sequence[Unit], units: Sequence[Unit], 
     started = time.monotonic()
     with progress() as bar:
         task = bar.add_task(label, total=responses, completed=there, note="")
+
+        def show() -> None:
+            bar.update(task, advance=1, note=f"{collector.tokens / (time.monotonic() - started):,.0f} tokens/s")
+
+        collector.on_answer = show
         for entry in collector.collect_units(missing):
-            rate = collector.tokens / (time.monotonic() - started)
-            bar.update(task, advance=entry.rows, note=f"{rate:,.0f} tokens/s")
+            log.debug("unit %s: %d responses, %d tokens, %d bytes", entry.unit, entry.rows, entry.tokens, entry.bytes)
     return collector.tokens, time.monotonic() - started
 
 

@@ -67,7 +67,7 @@ def collector_of(config: PipelineConfig, engine: ScriptedEngine) -> tuple[Collec
     vocabulary = Vocabulary.from_tokenizer(directory)
     provenance = provenance_of(config, vocabulary, plan.renderer, prompts_fingerprint(plan.prompts), "collect")
     writer = DatasetWriter(config.shards_dir, provenance, vocabulary, directory)
-    return Collector(config, plan.renderer, vocabulary, writer, engine), writer, plan.units  # type: ignore[arg-type]
+    return Collector(config, plan.renderer, vocabulary, writer, engine), writer, plan.units
 
 
 def test_answers_out_of_order_become_whole_units_in_order(make_config: Maker) -> None:
