@@ -23,6 +23,7 @@ _COUNTERS = {
     "vllm:spec_decode_num_drafts": "drafts",
     "vllm:spec_decode_num_draft_tokens": "draft_tokens",
     "vllm:spec_decode_num_accepted_tokens": "accepted_tokens",
+    "vllm:num_preemptions": "preemptions",
 }
 _PER_POSITION = "vllm:spec_decode_num_accepted_tokens_per_pos"
 
@@ -70,7 +71,7 @@ class Result:
 
     Attributes:
         outputs: token ids per prompt. seconds: wall clock of decoding all. tokens: in all outputs.
-        counters: vLLM's own speculation metrics over the timed part, empty without a drafter.
+        counters: vLLM's own metrics over the timed part: preemptions and, with a drafter, speculation.
         accepted_per_position: drafts whose first d tokens were accepted, d = 1 …
     """
 

@@ -54,7 +54,7 @@ def speculate(config: PipelineConfig) -> dict[str, Any]:
             "pip install 'llada-drafter[serve]' with the vLLM of your machine"
         )
     directory = config.run_dir / "speculate"
-    engine = engine_arguments(config, dataset)
+    engine = engine_arguments(config)
     environment = _environment(config)
     drafting = engine | drafter_arguments(config, dataset, student)
     drafted = run(_job(config, dataset, drafting, prompts), directory / "with_draft", "with the draft", environment)
@@ -95,13 +95,12 @@ def held_out_prompts(dataset: Dataset, most: int | None, max_model_len: int) -> 
     return {name: prompts[name] for name in sorted(prompts)[:most]}
 
 
-def engine_arguments(config: PipelineConfig, dataset: Dataset) -> dict[str, Any]:
+def engine_arguments(config: PipelineConfig) -> dict[str, Any]:
     """Arguments of `vllm.LLM` that both runs share."""
     teacher, dtype = config.teacher, _dtype(config)
     arguments: dict[str, Any] = {
         "model": teacher.model,
         "revision": teacher.revision,
-        "tokenizer": str(dataset.tokenizer_dir),
         "dtype": dtype,
         "max_model_len": teacher.max_model_len,
         "max_num_seqs": config.speculate.max_num_seqs,

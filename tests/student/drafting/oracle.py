@@ -26,7 +26,8 @@ class OracleDrafter:
             before = self.seen.get(request_id, context[:0])
             assert np.array_equal(before, context[: len(before)]), "another request's id"
             self.seen[request_id] = np.array(context)
-            matches = [ids for ids in self.sequences if np.array_equal(ids[: len(context)], context)]
+            # A row that has just reached its last token may hold one more, the target's own, which vLLM cuts off.
+            matches = [ids for ids in self.sequences if np.array_equal(ids[: len(context)], context[: len(ids)])]
             assert matches, "vLLM's rows are not what it generated"
             drafts.append(matches[0][len(context) :][: self.draft_tokens].tolist())
         return drafts

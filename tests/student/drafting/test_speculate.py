@@ -159,7 +159,7 @@ def test_an_untrained_student_slows_the_teacher_down_and_changes_nothing(run_dir
     prompts = list(held_out_prompts_of(config).values())
     stored = run_dir / "sequences.json"
     stored.write_text(json.dumps([prompt + ids for prompt, ids in zip(prompts, outputs, strict=True)]))
-    engine = engine_arguments(config, open_dataset(config)) | {
+    engine = engine_arguments(config) | {
         "num_gpu_blocks_override": 4,
         "speculative_config": {
             "method": "custom_class",
