@@ -61,9 +61,7 @@ class FastAlignment:
         matches, reach = kernels.match_lengths(
             spans.text, offsets, ids, spans.teacher_starts, spans.run_stop, spans.teacher_ends, blob, blob_offsets
         )
-        requests = kernels.context_requests(
-            spans.starts, spans.ends, base, spans.teacher_starts, offsets, ids, matches, blob_offsets
-        )
+        requests = kernels.context_requests(spans.starts, spans.ends, base, spans.teacher_starts, offsets, ids, matches)
         context_of, context = self._spell_in_context(spans, base, offsets, ids, requests)
         inside = kernels.survivors(
             student, rows, base, matches, context_of, context, self._spelling, self._sorted_teacher,
@@ -71,7 +69,7 @@ class FastAlignment:
         )  # fmt: skip
         chained, anchored = kernels.realized_logprobs(
             student, rows, base, spans.run_start, spans.run_stop, spans.teacher_ends, realized,
-            matches, reach, context_of, context, self._spelling, blob_offsets, self._longest,
+            matches, reach, context_of, context, self._spelling, blob_offsets, self._longest, inside[3],
         )  # fmt: skip
         events = kernels.build_events(
             student, rows, self._special, self._spelling, self._extensions, inside,

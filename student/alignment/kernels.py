@@ -85,7 +85,7 @@ def match_lengths(
     blob_offsets: Ints,
 ) -> Any:
     """int32 [N], leading bytes of each candidate that are the text's from the row's start to the end of its run; and
-    int64 [T], the last byte that a candidate which starts with y_row and goes on like the text reaches over, or -1."""
+    int64 [T], the end of the longest match of a candidate that starts with y_row and is longer, or -1."""
     matches = np.zeros(len(row_ids), np.int32)
     reach = np.full(len(row_offsets) - 1, -1, np.int64)
     for j in range(len(row_offsets) - 1):
@@ -99,7 +99,7 @@ def match_lengths(
                 m += 1
             matches[n] = m
             if width and m >= width and length > width:
-                reach[j] = max(reach[j], a + min(m, length - 1))
+                reach[j] = max(reach[j], a + m)
     return matches, reach
 
 
@@ -112,10 +112,9 @@ def context_requests(
     row_offsets: Ints,
     row_ids: Ids,
     matches: Ids,
-    blob_offsets: Ints,
 ) -> Ints:
     """Candidates whose spelling depends on bytes before their row: the student token that covers the row's start
-    begins earlier, and they reach over its end."""
+    begins earlier, and they reach its end."""
     found = np.empty(len(row_ids), np.int64)
     count = 0
     for j in range(len(base)):
@@ -123,7 +122,7 @@ def context_requests(
             continue
         width = student_ends[base[j]] - teacher_starts[j]
         for n in range(row_offsets[j], row_offsets[j + 1]):
-            if matches[n] >= width and blob_offsets[row_ids[n] + 1] - blob_offsets[row_ids[n]] > width:
+            if matches[n] >= width:
                 found[count] = n
                 count += 1
     return found[:count]
@@ -231,6 +230,7 @@ def _order(blob: Bytes, offsets: Ints, token: int, prefix: int, length: int) -> 
 def realized_logprobs(
     student: Any, rows: Any, base: Ints, run_start: Ids, run_stop: Ids, teacher_ends: Ints, realized: Floats,
     matches: Ids, reach: Ints, context_of: Ids, context: Any, spelling: Any, blob_offsets: Ints, longest: int,
+    kept: Floats,
 ) -> Any:  # fmt: skip
     """`reference.realized_logprobs` of every position: float64 [S] twice."""
     ids, starts, _, is_special, index, _, teacher_starts = student
@@ -258,11 +258,13 @@ def realized_logprobs(
         first = _first_row(j, run_start[j], starts[i], teacher_starts, realized, reach, longest)
         for which in range(2):
             start = first if which == 0 else j
-            if which == 1 and first == j:
+            if which == 1 and first == j and starts[i] == teacher_starts[j]:
                 anchored[i] = chained[i]
                 break
             before = 1.0
-            if start < j or starts[i] > teacher_starts[j]:
+            if which == 1:
+                before = kept[i] if starts[i] > teacher_starts[j] else 1.0
+            elif start < j or starts[i] > teacher_starts[j]:
                 before = _path_mass(
                     start, run_stop[start], i, student, rows, base, teacher_ends, realized, matches, reach, context_of,
                     context, spelling, blob_offsets,
@@ -271,7 +273,7 @@ def realized_logprobs(
                 start, run_stop[start], i + 1, student, rows, base, teacher_ends, realized, matches, reach, context_of,
                 context, spelling, blob_offsets,
             )  # fmt: skip
-            value = np.log(after / before) if after > 0 else np.nan
+            value = np.log(after / before) if after > 0 and before > 0 else np.nan
             if which == 0:
                 chained[i] = value
             else:
@@ -285,7 +287,7 @@ def _first_row(
 ) -> int:  # fmt: skip
     """The earliest row whose candidates reach over u, with realised logprobs known from there to y_j; j if none."""
     first, row = j, j
-    while row > start and not np.isnan(realized[row - 1]) and u - teacher_starts[row - 1] < longest:
+    while row > start and not np.isnan(realized[row - 1]) and u - teacher_starts[row - 1] <= longest:
         row -= 1
         if reach[row] >= u:
             first = row
@@ -309,19 +311,18 @@ def _path_mass(
         if np.isnan(realized[row]):
             return np.nan
         over = teacher_ends[row] > c
-        if over:
-            total += np.exp(path + realized[row])
         if over or reach[row] >= c:
             width = c - a
+            shortest = width if over else teacher_ends[row] - a + 1
             for n in range(row_offsets[row], row_offsets[row + 1]):
                 v = row_ids[n]
-                if n == place[row] or matches[n] < width or blob_offsets[v + 1] - blob_offsets[v] <= width:
+                if n == place[row] or matches[n] < width or blob_offsets[v + 1] - blob_offsets[v] < shortest:
                     continue
                 if _spelled(n, v, position - base[row], ids, base[row], context_of, context, spelling)[0]:
                     total += np.exp(path) * mass[n]
         path += realized[row]
         if over:
-            return total
+            break
     return total + np.exp(path)
 
 

@@ -21,10 +21,12 @@ two: always with one-byte tokens on either side (digits, bytes), and for BPE exc
 the same word pulls the boundary.
 
 *Realised probabilities.* W(c) is the probability that the text has the bytes up to student boundary c, spelt as
-realised: the teacher tokens of the realised path that end at c, plus all candidates of earlier rows that start like
-the text, reach over c, and are spelt so by the student. Then p(x_i | x_<i) = W(c_i) / W(c_{i-1}), a product that
+realised: the realised teacher tokens if they have an end at c, plus all candidates of their rows that start like the
+text, reach c or over it, and are spelt so by the student. Then p(x_i | x_<i) = W(c_i) / W(c_{i-1}), a product that
 telescopes to the teacher's probability of the response. A block that starts at a boundary of the teacher knows that
-the teacher's token ended there, so its first token has `anchor_logprob`, in which only rows from j on count.
+the teacher's token ended there, so its first token has `anchor_logprob`, in which only rows from j on count. Rows
+exist for the realised teacher tokens alone, so a second tokenization of the same bytes that goes on over c through
+several tokens is not in W: a lower bound, and exact where the bytes leave one path.
 """
 
 from __future__ import annotations
@@ -136,18 +138,24 @@ class ReferenceAlignment:
             return self.tables.spelling_after(before, candidate).tolist()
         return self.tables.spelling(candidate).tolist()
 
-    def reaches_over(self, row: int, candidate: int, position: int) -> bool:
-        """`candidate` in place of y_row has the text's bytes up to the start of student token `position` and more,
-        and is spelt with the realised student tokens up to there."""
+    def reaches(self, row: int, candidate: int, position: int) -> bool:
+        """`candidate` in place of y_row has the text's bytes up to the start of student token `position`, and perhaps
+        more, and is spelt with the realised student tokens up to there."""
         a = int(self.spans.teacher_starts[row])
         u = int(self.spans.ends[position - 1]) if position else 0
         token = self.tables.teacher.tokens[candidate]
-        if len(token) <= u - a or not token.startswith(self.text[a:u]):
+        if not token.startswith(self.text[a:u]):
             return False
         if candidate == self.spans.teacher_ids[row]:
             return True  # it happened
         base = self.base[row]
         return self.spelling(row, candidate)[: position - base] == self.spans.ids[base:position].tolist()
+
+    def reaches_over(self, row: int, candidate: int, position: int) -> bool:
+        """`reaches`, and `candidate` goes on after that."""
+        u = int(self.spans.ends[position - 1]) if position else 0
+        longer = len(self.tables.teacher.tokens[candidate]) > u - self.spans.teacher_starts[row]
+        return bool(longer) and self.reaches(row, candidate, position)
 
     # --- events ----------------------------------------------------------------------------------------------
 
@@ -162,9 +170,7 @@ class ReferenceAlignment:
             return [], math.nan, math.nan
         if fixed and realized not in row.ids:
             return [], math.nan, math.nan  # its logprob is unknown, and with it every conditional
-        survivors = [
-            (v, mass) for v, mass in zip(row.ids, row.mass, strict=True) if not fixed or self.reaches_over(j, v, i)
-        ]
+        survivors = self.survivors(j, i)
         kept = sum(mass for _, mass in survivors)
         known, scale = 1 - row.tail, 1.0
         if fixed:
@@ -203,6 +209,13 @@ class ReferenceAlignment:
         events = [(masses[root], sorted(tokens[root])) for root in sorted(masses) if tokens[root]]
         events = self.split_realized(i, j, events, math.exp(anchor_logprob) * kept * scale)
         return events, max(0.0, 1 - sum(mass for mass, _ in events)), known
+
+    def survivors(self, j: int, i: int) -> list[tuple[int, float]]:
+        """Candidates of row j, and their probabilities, that are possible at the start of x_i."""
+        candidates = zip(self.rows[j].ids, self.rows[j].mass, strict=True)
+        if self.spans.is_special[i] or self.spans.starts[i] == self.spans.teacher_starts[j]:
+            return list(candidates)
+        return [(v, mass) for v, mass in candidates if self.reaches_over(j, v, i)]
 
     def related(self, j: int, v: int, i: int, fixed: int) -> list[int]:
         """Student tokens at position i that belong to candidate v of row j."""
@@ -252,7 +265,10 @@ class ReferenceAlignment:
         spans, j = self.spans, int(self.spans.teacher_index[i])
         if not spans.is_special[i]:
             first = self._first_row(j, int(spans.run_start[j]), i)
-            return self._step(first, i), self._step(j, i)
+            before = self._path_mass(first, int(spans.run_stop[j]), i)
+            after = self._path_mass(first, int(spans.run_stop[j]), i + 1)
+            anchored = self._path_mass(j, int(spans.run_stop[j]), i + 1) / self.survivor_mass(j, i)
+            return log(after / before), log(anchored)
         own = self.rows[j].realized_logprob
         follows_text = (
             i > 0 and j > 0 and not spans.is_special[i - 1] and spans.run_stop[spans.teacher_index[i - 1]] == j
@@ -264,10 +280,11 @@ class ReferenceAlignment:
         ended = math.exp(sum(row.realized_logprob for row in self.rows[first:j]))
         return own + math.log(ended / self._path_mass(first, j, i)), own
 
-    def _step(self, first: int, i: int) -> float:
-        stop = int(self.spans.run_stop[first])
-        before, after = self._path_mass(first, stop, i), self._path_mass(first, stop, i + 1)
-        return math.log(after / before) if after > 0 else math.nan
+    def survivor_mass(self, j: int, i: int) -> float:
+        """The part of row j that is possible at the start of x_i: all of it where y_j starts there."""
+        if self.spans.starts[i] == self.spans.teacher_starts[j]:
+            return 1.0
+        return sum(mass for _, mass in self.survivors(j, i)) or math.nan
 
     def _first_row(self, j: int, start: int, i: int) -> int:
         """The earliest row from `start` on whose candidates may reach over the start of x_i; stops at a row whose
@@ -276,7 +293,7 @@ class ReferenceAlignment:
         while (
             first > start
             and not math.isnan(self.rows[first - 1].realized_logprob)
-            and spans.starts[i] - spans.teacher_starts[first - 1] < self.longest
+            and spans.starts[i] - spans.teacher_starts[first - 1] <= self.longest
         ):
             first -= 1
         return first
@@ -294,14 +311,21 @@ class ReferenceAlignment:
                 break
             if math.isnan(self.rows[row].realized_logprob):
                 return math.nan
+            end, realized = int(spans.teacher_ends[row]), int(spans.teacher_ids[row])
+            shortest = c if end > c else end + 1  # a candidate of the same bytes as y_row is not another path
             for v, mass in zip(self.rows[row].ids, self.rows[row].mass, strict=True):
-                if self.reaches_over(row, v, position):
-                    own = v == spans.teacher_ids[row]
-                    total += math.exp(path + self.rows[row].realized_logprob) if own else math.exp(path) * mass
+                stop_byte = spans.teacher_starts[row] + len(self.tables.teacher.tokens[v])
+                if v != realized and stop_byte >= shortest and self.reaches(row, v, position):
+                    total += math.exp(path) * mass
             path += self.rows[row].realized_logprob
-            if spans.teacher_ends[row] > c:
-                return total
+            if end > c:
+                return total + math.exp(path)
         return total + math.exp(path)
+
+
+def log(value: float) -> float:
+    """Natural log; NaN of what is not known or not possible."""
+    return math.log(value) if value > 0 else math.nan
 
 
 def path_of(spans: Spans, i: int) -> tuple[int, int, tuple[int, ...]]:

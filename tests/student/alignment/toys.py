@@ -14,6 +14,7 @@ from shared.records import Distributions, Record, Sampling
 from shared.tokenizer_files import TokenizerFile
 from shared.vocabulary import Encoder, Vocabulary
 from student.alignment.align import Aligner
+from student.alignment.reference import Targets
 
 LETTERS = "abc"
 
@@ -38,7 +39,7 @@ def toy_tokenizer(merges: list[tuple[str, str]]) -> tuple[Vocabulary, Encoder]:
             "type": "BPE",
             "ignore_merges": False,
             "vocab": {text: index for index, text in enumerate(texts)},
-            "merges": [list(pair) for pair in merges] or [["a", "a"]][:0],
+            "merges": [list(pair) for pair in merges],
         },
     }
     file = TokenizerFile("toy", [t.encode() for t in texts] + [b""], [*texts, "<end>"], [False] * end + [True], tree)  # type: ignore[arg-type]
@@ -164,3 +165,14 @@ def toy_aligner(
     """An aligner of two toys."""
     settings = PrepareConfig(min_known_mass=0.0)
     return Aligner(teacher[0], student[0], student[1], settings, teacher_encoder=teacher[1], cache=cache, **options)  # type: ignore[arg-type]
+
+
+def assert_same_targets(left: Targets, right: Targets) -> None:
+    """Both paths agree: the same events with the same members, masses to single precision, the same counts."""
+    for name in ("event_offsets", "member_offsets", "members"):
+        np.testing.assert_array_equal(getattr(left.sparse, name), getattr(right.sparse, name), name)
+    for name in ("event_mass", "tail", "known"):
+        np.testing.assert_allclose(getattr(left.sparse, name), getattr(right.sparse, name), atol=2e-6, err_msg=name)
+    np.testing.assert_allclose(left.realized_logprob, right.realized_logprob, atol=2e-6, rtol=1e-5)
+    np.testing.assert_allclose(left.anchor_logprob, right.anchor_logprob, atol=2e-6, rtol=1e-5)
+    assert +left.counts == +right.counts
