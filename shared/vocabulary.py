@@ -215,7 +215,7 @@ class Encoder:
             [list(_runs(text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text)) for text in texts]
         )
 
-    def _encode_parts(self, pieces: list[list[str | bytes]]) -> list[NDArray[np.int32]]:
+    def _encode_parts(self, pieces: list[list[str | bytes]], *, partial: bool = False) -> list[NDArray[np.int32]]:
         valid = [piece for parts in pieces for piece in parts if isinstance(piece, str)]
         encodings = iter(self._backend.encode_batch(valid, add_special_tokens=False))
         results = []
@@ -225,15 +225,22 @@ class Encoder:
                 for piece in parts
                 for index in (next(encodings).ids if isinstance(piece, str) else self._encode_raw(piece))
             ]
-            self._check(ids, parts)
+            if not self._spells(ids, parts):
+                if not partial:
+                    raise VocabularyError(self._missing(ids, parts))
+                ids = []
             results.append(np.array(ids, dtype=np.int32))
         return results
 
-    def encode_fragments(self, texts: Sequence[bytes]) -> list[NDArray[np.int32]]:
+    def encode_fragments(self, texts: Sequence[bytes], *, partial: bool = False) -> list[NDArray[np.int32]]:
         """`encode` of pieces of words: those that are not whole characters go through the merges undivided.
 
         A token may start or end inside a character. In its text it stands in one word with its neighbours, so it
         must not be cut where the characters are.
+
+        Args:
+            partial: a piece with bytes that the vocabulary has no tokens for gives no ids, instead of an error.
+                Vocabularies without the bytes that no UTF-8 text has (0xC0, 0xFF, …) are common.
 
         Raises:
             VocabularyError: if the vocabulary has no tokens for some of the bytes.
@@ -244,7 +251,7 @@ class Encoder:
                 parts.append([text.decode()])
             except UnicodeDecodeError:
                 parts.append([text])
-        return self._encode_parts(parts)
+        return self._encode_parts(parts, partial=partial)
 
     def changed_by_normalizer(self, text: str | bytes) -> bool:
         """Whether the tokenizer's own normalizer (NFC, lower-casing, …) would change the text."""
@@ -253,21 +260,23 @@ class Encoder:
         characters = text.decode("utf-8", "ignore") if isinstance(text, bytes) else text
         return bool(self._normalizer.normalize_str(characters) != characters)
 
-    def _check(self, ids: list[int], parts: list[str | bytes]) -> None:
-        expected = b"".join(part.encode() if isinstance(part, str) else part for part in parts)
-        try:
-            actual = b"".join([self.vocabulary.tokens[index] for index in ids])
-        except IndexError:
-            actual = b""
-        if actual != expected:
-            at = next(
-                (i for i, (a, b) in enumerate(zip(actual, expected, strict=False)) if a != b),
-                min(len(actual), len(expected)),
-            )
-            raise VocabularyError(
-                f"the tokenizer gives tokens of other bytes for {expected[max(0, at - 20) : at + 20]!r}: it has no "
-                f"tokens for {expected[at : at + 8]!r}; expected a vocabulary with all 256 bytes, or byte fallback"
-            )
+    def _spells(self, ids: list[int], parts: list[str | bytes]) -> bool:
+        return self._bytes_of(ids) == _joined(parts)
+
+    def _bytes_of(self, ids: list[int]) -> bytes:
+        tokens = self.vocabulary.tokens
+        return b"".join([tokens[index] for index in ids]) if max(ids, default=0) < len(tokens) else b""
+
+    def _missing(self, ids: list[int], parts: list[str | bytes]) -> str:
+        actual, expected = self._bytes_of(ids), _joined(parts)
+        at = next(
+            (i for i, (a, b) in enumerate(zip(actual, expected, strict=False)) if a != b),
+            min(len(actual), len(expected)),
+        )
+        return (
+            f"the tokenizer gives tokens of other bytes for {expected[max(0, at - 20) : at + 20]!r}: it has no "
+            f"tokens for {expected[at : at + 8]!r}; expected a vocabulary with all 256 bytes, or byte fallback"
+        )
 
     def _encode_raw(self, data: bytes) -> list[int]:
         if self._byte_level:
@@ -314,6 +323,10 @@ def _without_prefix_space(part: dict[str, Any] | None) -> dict[str, Any] | None:
     if part["type"] == "Metaspace":
         return {**{key: value for key, value in part.items() if key != "add_prefix_space"}, "prepend_scheme": "never"}
     return part
+
+
+def _joined(parts: list[str | bytes]) -> bytes:
+    return b"".join(part.encode() if isinstance(part, str) else part for part in parts)
 
 
 def _runs(data: bytes) -> Iterable[str | bytes]:

@@ -110,7 +110,7 @@ class PairTables:
         if self.teacher_encoder is None:
             chosen = [s for s, text in zip(ids, texts, strict=True) if self._greedy_starts_with(text, path)]
         else:
-            encoded = self.teacher_encoder.encode_fragments(texts)
+            encoded = self.teacher_encoder.encode_fragments(texts, partial=True)
             chosen = [s for s, t in zip(ids, encoded, strict=True) if tuple(t[: len(path)].tolist()) == path]
         return np.sort(np.array(chosen, dtype=np.int32))
 
@@ -253,7 +253,9 @@ def _first_tokens(vocabulary: Vocabulary, encoder: Encoder | None, texts: Sequen
     if not texts:
         return np.empty(0, np.int32)
     if encoder is not None:
-        return np.array([ids[0] for ids in encoder.encode_fragments(texts)], dtype=np.int32)
+        # A student token with bytes that the teacher cannot spell follows nothing: no text of the teacher has it.
+        encoded = encoder.encode_fragments(texts, partial=True)
+        return np.array([ids[0] if len(ids) else -1 for ids in encoded], dtype=np.int32)
     longest = int(vocabulary.byte_lengths.max())
     known = vocabulary.ids
     return np.array(
