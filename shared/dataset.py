@@ -43,6 +43,8 @@ __all__ = ["Dataset", "DatasetWriter", "Manifest", "Provenance"]
 _CACHED_GROUPS = 8
 _VERIFIED: set[tuple[str, str, int, int, int]] = set()
 """Shards of this process that had their checksum: path, sha256, inode, size, time of change."""
+_FETCHED: list[tempfile.TemporaryDirectory[str]] = []
+"""Tokenizers copied from stores: a tokenizer may read its files long after the dataset is gone."""
 
 
 class Dataset:
@@ -53,7 +55,6 @@ class Dataset:
         self.manifest = manifest
         self._ends = np.cumsum([unit.rows for unit in manifest.units], dtype=np.int64).tolist()
         self._groups: OrderedDict[tuple[int, int], list[Record]] = OrderedDict()
-        self._local_copy: tempfile.TemporaryDirectory[str] | None = None
 
     @classmethod
     def open(cls, path: str | Path) -> Dataset:
@@ -120,12 +121,13 @@ class Dataset:
         contents = {name: self._read_file(name) for name in names}
         if isinstance(self.storage, LocalStorage):
             return self.storage.root / TOKENIZER
-        self._local_copy = tempfile.TemporaryDirectory(prefix="teacher-tokenizer-")
+        fetched = tempfile.TemporaryDirectory(prefix="teacher-tokenizer-")
+        _FETCHED.append(fetched)
         for name, data in contents.items():
-            target = Path(self._local_copy.name) / name
+            target = Path(fetched.name) / name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(data)
-        return Path(self._local_copy.name) / TOKENIZER
+        return Path(fetched.name) / TOKENIZER
 
     def records(
         self, split: str | None = None, rule: str | None = None, distributions: bool = True

@@ -232,9 +232,11 @@ class ObjectStorage(Storage):
     def _explained(self, name: str, action: str) -> Iterator[None]:
         try:
             yield
-        except (FileNotFoundError, DatasetError):
+        except DatasetError:
             raise
         except Exception as error:  # each store has its own exceptions, not all of them OSError
+            if isinstance(error, FileNotFoundError) and action == "read":
+                raise
             raise DatasetError(
                 f"cannot {action} {self.join(name)}: {error}; check the bucket, the credentials and the network, "
                 "and run the same command again: what was committed stays"
