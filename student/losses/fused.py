@@ -14,8 +14,9 @@ and goes into the gradients of the hidden states and the head at once, as in Lig
 (arXiv:2410.10989). So there are three matrix products in all, the plain computation's number, and backward only
 scales what forward has computed.
 
-Cost beyond the gradients themselves: one float32 slice of the logits of `chunk_bytes` and a quarter of it for scratch
-(half-precision parameters add half a slice). The head's gradient is summed in float32. There is no second derivative.
+Cost beyond the gradients themselves: one float32 slice of the logits of `chunk_bytes` and a little scratch
+(half-precision parameters add two half-sized slices). The head's gradient is summed in float32. There is no second
+derivative.
 
 Legend: N positions, C positions of a chunk, V vocabulary, D hidden size, E events, M members.
 """
@@ -23,7 +24,6 @@ Legend: N positions, C positions of a chunk, V vocabulary, D hidden size, E even
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -34,9 +34,11 @@ from student.losses.settings import LossSettings
 from student.losses.targets import TargetBatch
 from student.losses.terms import LossTerms, terms_from_sums
 
-# Slices large enough that re-reading the head's gradient for each costs less than its product. The GPU's is the
-# number of positions that Liger picks for a LLaMA-sized head.
-DEFAULT_CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
+# Every slice reads the head twice and its gradient once: slices so large that this costs little beside the products.
+# The GPU's is the number of positions that Liger picks for a LLaMA-sized head.
+DEFAULT_CHUNK_BYTES = {"cpu": 88 << 20, "cuda": 256 << 20}
+# Scratch of the softmax over a slice: within a CPU's cache; enough rows to fill a GPU.
+_SCRATCH_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
 # Rows of the head that are converted at a time where its gradient changes precision.
 _HEAD_ROWS = 8192
 _NOBODY = torch.iinfo(torch.int64).max
@@ -64,13 +66,17 @@ def distillation_loss(
         hidden_NxD, head_weight_VxD = hidden_NxD.to(dtype), head_weight_VxD.to(dtype)
     hidden_NxD = hidden_NxD.to(head_weight_VxD.dtype)
     if chunk_bytes is None:
-        chunk_bytes = DEFAULT_CHUNK_BYTES.get(hidden_NxD.device.type, DEFAULT_CHUNK_BYTES["cpu"])
+        chunk_bytes = _by_device(DEFAULT_CHUNK_BYTES, hidden_NxD.device)
     grad = torch.is_grad_enabled()
     needs = (grad and hidden_NxD.requires_grad, grad and head_weight_VxD.requires_grad)
     total, sums = _ChunkedLoss.apply(hidden_NxD, head_weight_VxD, targets, settings, chunk_bytes, needs)
     terms = terms_from_sums(sums)
     terms.total = total
     return terms
+
+
+def _by_device(sizes: dict[str, int], device: torch.device) -> int:
+    return sizes.get(device.type, sizes["cpu"])
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -128,15 +134,15 @@ def _forward(
 ) -> _Result:
     accumulate = torch.float64 if head_VxD.dtype == torch.float64 else torch.float32
     hidden_grad_NxD = torch.empty_like(hidden_NxD, memory_format=torch.contiguous_format) if needs_hidden else None
-    head_grad_VxD = torch.zeros(head_VxD.shape, dtype=accumulate, device=head_VxD.device) if needs_head else None
-    chunk_rows = max(1, chunk_bytes // (head_VxD.shape[0] * 4))
+    head_grad_VxD = torch.empty(head_VxD.shape, dtype=accumulate, device=head_VxD.device) if needs_head else None
+    chunks = _chunks(targets, max(1, chunk_bytes // (head_VxD.shape[0] * 4)))
+    slice_CxV = head_VxD.new_empty(max(stop - start for start, stop, _ in chunks), head_VxD.shape[0])
     total: Tensor | None = None
     sums: Tensor | None = None
-    for start, stop, chunk in _chunks(targets, chunk_rows):
-        hidden_CxD = hidden_NxD[start:stop]
-        terms, slope_CxV = _chunk_terms(
-            hidden_CxD @ head_VxD.T, chunk, settings, accumulate, gradient=needs_hidden or needs_head
-        )
+    for start, stop, chunk in chunks:
+        hidden_CxD, logits_CxV = hidden_NxD[start:stop], slice_CxV[: stop - start]
+        torch.mm(hidden_CxD, head_VxD.T, out=logits_CxV)
+        terms, slope_CxV = _chunk_terms(logits_CxV, chunk, settings, accumulate, gradient=needs_hidden or needs_head)
         total = terms.total if total is None else total + terms.total
         sums = terms.sums() if sums is None else sums + terms.sums()
         if slope_CxV is None:
@@ -145,8 +151,8 @@ def _forward(
         if hidden_grad_NxD is not None:
             torch.mm(slope_CxV, head_VxD, out=hidden_grad_NxD[start:stop])
         if head_grad_VxD is not None:
-            _add_product(head_grad_VxD, slope_CxV, hidden_CxD)
-        del slope_CxV  # before the next slice is made
+            _add_product(head_grad_VxD, slope_CxV, hidden_CxD, first=start == 0)
+        del slope_CxV  # before the next one is made, where it is not the slice itself
     assert total is not None
     assert sums is not None
     if head_grad_VxD is not None:
@@ -205,21 +211,25 @@ def _chunk_terms(
 
 
 def _softmax(logits_CxV: Tensor, dtype: torch.dtype) -> Tensor:
-    """Row-wise softmax in `dtype`, over the logits where that is theirs; a quarter of a slice at a time is extra."""
+    """Row-wise softmax in `dtype`, over the logits where that is theirs."""
     probabilities_CxV = logits_CxV if logits_CxV.dtype == dtype else torch.empty_like(logits_CxV, dtype=dtype)
-    rows = max(1, -(-len(logits_CxV) // 4))
+    rows = max(1, _by_device(_SCRATCH_BYTES, logits_CxV.device) // (logits_CxV.shape[1] * 4))
     for source, destination in zip(logits_CxV.split(rows), probabilities_CxV.split(rows), strict=True):
         destination.copy_(torch.softmax(source, dim=1, dtype=dtype))
     return probabilities_CxV
 
 
-def _add_product(head_grad_VxD: Tensor, slope_CxV: Tensor, hidden_CxD: Tensor) -> None:
-    """`head_grad_VxD += slope_CxV.T @ hidden_CxD`; a half-precision product is added up in float32, part by part."""
+def _add_product(head_grad_VxD: Tensor, slope_CxV: Tensor, hidden_CxD: Tensor, *, first: bool) -> None:
+    """`head_grad_VxD += slope_CxV.T @ hidden_CxD`, or `=` for the first; half precision is added up in float32."""
     if head_grad_VxD.dtype == slope_CxV.dtype:
-        head_grad_VxD.addmm_(slope_CxV.T, hidden_CxD)
+        head_grad_VxD.addmm_(slope_CxV.T, hidden_CxD, beta=0 if first else 1)
         return
     for part_RxD, slope_CxR in zip(head_grad_VxD.split(_HEAD_ROWS), slope_CxV.split(_HEAD_ROWS, dim=1), strict=True):
-        part_RxD += slope_CxR.T @ hidden_CxD
+        product_RxD = slope_CxR.T @ hidden_CxD
+        if first:
+            part_RxD.copy_(product_RxD)
+        else:
+            part_RxD += product_RxD
 
 
 def _lowest(candidate_C: Tensor, rows_M: Tensor, is_top_M: Tensor, members: Tensor) -> Tensor:
@@ -227,8 +237,11 @@ def _lowest(candidate_C: Tensor, rows_M: Tensor, is_top_M: Tensor, members: Tens
     return candidate_C.scatter_reduce(0, rows_M, torch.where(is_top_M, members, _NOBODY), "amin")
 
 
-def _chunks(targets: TargetBatch, chunk_rows: int) -> Iterator[tuple[int, int, TargetBatch]]:
-    """Consecutive positions, at most `chunk_rows` where no single block is longer; blocks are never cut."""
+def _chunks(targets: TargetBatch, most_rows: int) -> list[tuple[int, int, TargetBatch]]:
+    """Consecutive positions in whole blocks, at most `most_rows` a chunk where no block is longer.
+
+    No position at all is one empty chunk. Waits for the device, once.
+    """
     count = len(targets)
     block = targets.block.cpu()
     # A position starts a run unless it continues the block of the one before it.
@@ -237,13 +250,14 @@ def _chunks(targets: TargetBatch, chunk_rows: int) -> Iterator[tuple[int, int, T
     starts = [*is_start.nonzero().squeeze(1).tolist(), count]
     bounds = [0]
     for run_start, run_stop in itertools.pairwise(starts):
-        if run_stop - bounds[-1] > chunk_rows and run_start > bounds[-1]:
+        if run_stop - bounds[-1] > most_rows and run_start > bounds[-1]:
             bounds.append(run_start)
     bounds.append(count)
     event_bounds_device = targets.event_offsets[torch.tensor(bounds, device=targets.event_offsets.device)]
     event_bounds = event_bounds_device.tolist()
     member_bounds = targets.member_offsets[event_bounds_device].tolist()
+    chunks = []
     for i, (start, stop) in enumerate(itertools.pairwise(bounds)):
-        events = slice(event_bounds[i], event_bounds[i + 1])
-        members = slice(member_bounds[i], member_bounds[i + 1])
-        yield start, stop, targets.slice(start, stop, events, members)
+        events, members = slice(*event_bounds[i : i + 2]), slice(*member_bounds[i : i + 2])
+        chunks.append((start, stop, targets.slice(start, stop, events, members)))
+    return chunks

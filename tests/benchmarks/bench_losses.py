@@ -1,7 +1,9 @@
 """Time and peak memory of the loss with its gradients, forward and backward: fused against the plain ways.
 
-    python -m tests.benchmarks.bench_losses                       # CPU, V = 126,464, d = 1,024, N up to 1,024
+    python -m tests.benchmarks.bench_losses --device cpu          # V = 126,464, d = 1,024, N up to 1,024
     python -m tests.benchmarks.bench_losses --device cuda         # V = 126,464, d = 4,096, N = 8,192, with Liger's
+
+The device is the GPU where there is one.
 
 Every case runs in a process of its own, rounds interleaved, so that a busy machine slows all alike; time is the
 median of the rounds, and processor time, which other work disturbs less, stands beside it. Peak extra memory is what
@@ -242,7 +244,7 @@ def print_table(rows: list[dict], title: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="default: float32 on the CPU, bfloat16 on a GPU"
     )
