@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from shared.config import load_config
-from shared.console import ConfigArgument, LogLevelOption, SetOption, application, configure_logging, run
+from shared.console import ConfigArgument, LogLevelOption, SetOption, application, configure_logging, run, stdout
 
 app = application("Fine-tune LLaDA into a draft model from a teacher's shards, measure it and decode with it.")
 
@@ -81,6 +81,22 @@ def prepare(config: ConfigArgument, overrides: SetOption = None, log_level: LogL
     from student.alignment.prepare import prepare as prepare_targets
 
     prepare_targets(load_config(config, overrides))
+
+
+@app.command()
+def audit(
+    dataset: Annotated[str, typer.Argument(metavar="DATASET", help="Directory or URL of a dataset.")],
+    tokenizer: Annotated[Path, typer.Argument(metavar="TOKENIZER", help="The student's tokenizer: directory or file.")],
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Records to look at.")] = 200,
+    split: Annotated[str | None, typer.Option("--split", help="train or held_out; default both.")] = None,
+    rule: Annotated[str | None, typer.Option("--rule", help="greedy, sample or filtered; default all.")] = None,
+    log_level: LogLevelOption = "info",
+) -> None:
+    """How a dataset's distributions carry over to a tokenizer: overlap, targets, information, side by side."""
+    configure_logging(log_level)
+    from student.alignment.audit import audit as audit_dataset
+
+    audit_dataset(dataset, tokenizer, stdout, limit, split, rule)
 
 
 @app.command()

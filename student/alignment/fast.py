@@ -37,7 +37,7 @@ class FastAlignment:
         """Targets of all S positions of one response."""
         tables = self.tables
         blob, blob_offsets = tables.teacher_blob, tables.teacher_offsets
-        offsets, ids, mass, tails, usable, contradicts, realized, place = kernels.read_rows(
+        offsets, ids, mass, tails, usable, contradicts, realized, place, least = kernels.read_rows(
             distributions.offsets,
             distributions.ids,
             distributions.logprobs.astype(np.float64),
@@ -65,7 +65,7 @@ class FastAlignment:
         context_of, context = self._spell_in_context(spans, base, offsets, ids, requests)
         inside = kernels.survivors(
             student, rows, base, matches, context_of, context, self._spelling, self._sorted_teacher,
-            blob, blob_offsets, self.min_known_mass,
+            blob, blob_offsets, least, self.min_known_mass,
         )  # fmt: skip
         chained, anchored = kernels.realized_logprobs(
             student, rows, base, spans.run_start, spans.run_stop, spans.teacher_ends, realized,

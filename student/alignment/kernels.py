@@ -32,7 +32,7 @@ def read_rows(
     logprob_tolerance: float,
 ) -> Any:
     """`reference.read_row` of every row: offsets, ids and masses of candidates, tails, usable, contradicts, realised
-    logprobs, and the realised token's place among the candidates, -1 where it has none."""
+    logprobs, the realised token's place among the candidates (-1 where it has none), the least stored mass."""
     rows = len(teacher_ids)
     out_offsets = np.zeros(rows + 1, np.int64)
     out_ids = np.empty(len(ids) + rows, np.int32)
@@ -42,6 +42,7 @@ def read_rows(
     contradicts = np.zeros(rows, np.uint8)
     realized = np.empty(rows, np.float64)
     place = np.full(rows, -1, np.int64)
+    least = np.zeros(rows, np.float64)
     n = 0
     for j in range(rows):
         first, total, own = n, 0.0, sampled[j]
@@ -52,6 +53,8 @@ def read_rows(
             if ids[k] == teacher_ids[j]:
                 place[j] = n
             n += 1
+        if n > first:
+            least[j] = out_mass[first:n].min()
         usable[j] = n > first and not np.isnan(tails[j]) and abs(1 - total - tails[j]) <= tail_tolerance
         if place[j] >= 0:
             stored = np.log(out_mass[place[j]])
@@ -70,7 +73,7 @@ def read_rows(
         realized[j] = own
         out_tail[j] = max(0.0, 1 - total)
         out_offsets[j + 1] = n
-    return out_offsets, out_ids[:n], out_mass[:n], out_tail, usable, contradicts, realized, place
+    return out_offsets, out_ids[:n], out_mass[:n], out_tail, usable, contradicts, realized, place, least
 
 
 @njit(cache=True)
@@ -150,7 +153,7 @@ def _spelled(
 @njit(cache=True)
 def survivors(
     student: Any, rows: Any, base: Ints, matches: Ids, context_of: Ids, context: Any, spelling: Any,
-    sorted_teacher: Ints, blob: Bytes, blob_offsets: Ints, min_known_mass: float,
+    sorted_teacher: Ints, blob: Bytes, blob_offsets: Ints, least: Floats, min_known_mass: float,
 ) -> Any:  # fmt: skip
     """The surviving candidates at every position inside a teacher token: offsets [S + 1], their places, the student
     token next in their spelling (-1 if they are not spelt like the text), kept mass, scale and known mass [S]."""
@@ -185,9 +188,9 @@ def survivors(
         v = teacher_ids[j]
         longer = _count_longer(sorted_teacher, blob, blob_offsets, blob_offsets[v], fixed) - alike
         outside = max(1, len(sorted_teacher) - (row_offsets[j + 1] - row_offsets[j]))
-        share = longer / outside
-        known[i] = kept[i] / (kept[i] + (tails[j] if share > 0 else 0.0))
-        scale[i] = 1 / (kept[i] + tails[j] * share)
+        possible = min(tails[j], longer * least[j])
+        known[i] = kept[i] / (kept[i] + possible)
+        scale[i] = 1 / (kept[i] + min(possible, tails[j] * longer / outside))
         if known[i] < min_known_mass:
             total = first
         offsets[i + 1] = total

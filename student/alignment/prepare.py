@@ -300,7 +300,7 @@ def _publish(
             stale.unlink()
 
 
-_REASONS = {
+REASONS = {
     "empty": "responses without tokens",
     "bytes_mismatch": "responses whose tokens are other bytes than their text",
     "outside_vocabulary": "texts with ids outside the teacher's vocabulary",
@@ -319,7 +319,7 @@ _REASONS = {
 
 def _reasons(counts: dict[str, float]) -> str:
     return (
-        ", ".join(f"{counts[name]:,.0f} {text}" for name, text in _REASONS.items() if counts.get(name)) or "it is empty"
+        ", ".join(f"{counts[name]:,.0f} {text}" for name, text in REASONS.items() if counts.get(name)) or "it is empty"
     )
 
 
@@ -332,6 +332,6 @@ def _report(summary: PrepareSummary) -> None:
         100 * summary.supervised_fraction,
         mass,
     )
-    for name, text in _REASONS.items():
+    for name, text in REASONS.items():
         if summary.counts.get(name):
             _logger.info("  %s %s", f"{summary.counts[name]:,.0f}", text)

@@ -65,7 +65,8 @@ class Row:
 
     `usable` is False where the tail is unknown or does not fit the candidates. `contradicts`: the realised token's own
     logprob is not what the row says of it, or, outside the top k, more than the tail holds; then it is another row's,
-    it is not added, and `realized_logprob` is NaN.
+    it is not added, and `realized_logprob` is NaN. `least`: the smallest stored probability, which none
+    outside exceeds.
     """
 
     ids: list[int]
@@ -74,6 +75,7 @@ class Row:
     usable: bool
     contradicts: bool
     realized_logprob: float
+    least: float
 
 
 def read_row(distributions: Distributions, position: int, realized: int) -> Row:
@@ -82,7 +84,7 @@ def read_row(distributions: Distributions, position: int, realized: int) -> Row:
     ids, mass = [int(v) for v in stored_ids], [math.exp(float(p)) for p in logprobs]
     tail, sampled = float(distributions.tail[position]), float(distributions.sampled[position])
     usable = bool(ids) and not math.isnan(tail) and abs(1 - sum(mass) - tail) <= TAIL_TOLERANCE
-    contradicts = False
+    contradicts, least = False, min(mass, default=0.0)
     if realized in ids:
         own = math.log(mass[ids.index(realized)])
         contradicts = abs(sampled - own) > LOGPROB_TOLERANCE
@@ -95,7 +97,7 @@ def read_row(distributions: Distributions, position: int, realized: int) -> Row:
     total = sum(mass)
     if total > 1:
         mass = [m / total for m in mass]
-    return Row(ids, mass, max(0.0, 1 - total), usable, contradicts, sampled)
+    return Row(ids, mass, max(0.0, 1 - total), usable, contradicts, sampled, least)
 
 
 class ReferenceAlignment:
@@ -174,9 +176,9 @@ class ReferenceAlignment:
         kept = sum(mass for _, mass in survivors)
         known, scale = 1 - row.tail, 1.0
         if fixed:
-            share = self.tail_share(j, i, row)
-            known = kept / (kept + row.tail * (share > 0))
-            scale = 1 / (kept + row.tail * share)
+            expected, possible = self.tail_inside(j, i, row)
+            known = kept / (kept + possible)
+            scale = 1 / (kept + expected)
             if known < self.min_known_mass:
                 self.counts["below_known_mass"] += 1
                 return [], math.nan, known
@@ -248,15 +250,19 @@ class ReferenceAlignment:
         rest = (max(0.0, mass - probability), others)
         return [*events[:at], rest, *events[at + 1 :], (min(mass, probability), sorted(own))]
 
-    def tail_share(self, j: int, i: int, row: Row) -> float:
-        """The share of row j's tail that can be expected among the survivors: tokens outside the row that start with
-        h and go on, of all tokens outside the row. A uniform guess, exact where the tail is empty."""
+    def tail_inside(self, j: int, i: int, row: Row) -> tuple[float, float]:
+        """Row j's tail among what is possible at x_i: what can be expected there, and the most that there can be.
+
+        Expected is the share of tokens outside the row that start with h and go on: a uniform guess. No token outside
+        the row is more probable than the least candidate, which bounds it. Both are exact where the tail is empty.
+        """
         h = self.text[self.spans.teacher_starts[j] : self.spans.starts[i]]
         inside = set(row.ids)
         tokens, ids = self.tables.sorted_teacher
         first, stop = self.tables.teacher_range(h)
         outside = sum(1 for k in range(first, stop) if ids[k] not in inside and len(tokens[k]) > len(h))
-        return outside / max(1, len(ids) - len(inside))
+        possible = min(row.tail, outside * row.least)
+        return min(possible, row.tail * outside / max(1, len(ids) - len(inside))), possible
 
     # --- realised probabilities ------------------------------------------------------------------------------
 

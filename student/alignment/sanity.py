@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from shared.errors import AlignmentError
 from student.alignment.targets import AlignedSample
@@ -40,21 +41,29 @@ def check_alignment(samples: Iterable[AlignedSample]) -> float:
     return mean
 
 
-def probabilities(samples: Iterable[AlignedSample]) -> tuple[np.ndarray, np.ndarray]:
+def probabilities(samples: Iterable[AlignedSample]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """(mass of the event that holds the realised token, sum of squared event masses) of all anchors with a target.
 
     Only anchors: inside a teacher token, what is left of the row is certain too often to tell anything.
     """
-    realized, expected = [], []
+    realized, expected = [np.empty(0)], [np.empty(0)]
     for sample in samples:
         targets = sample.targets
-        chosen = np.flatnonzero(sample.is_anchor & ~np.isnan(targets.tail))
-        for i in chosen:
-            first, stop = int(targets.event_offsets[i]), int(targets.event_offsets[i + 1])
-            members = targets.members[targets.member_offsets[first] : targets.member_offsets[stop]]
-            at = np.flatnonzero(members == sample.input_ids[sample.prompt_length + i])
-            event = np.searchsorted(targets.member_offsets, targets.member_offsets[first] + at[:1], side="right") - 1
-            realized.append(float(targets.event_mass[event[0]]) if len(event) else 0.0)
-            mass = targets.event_mass[first:stop].astype(np.float64)
-            expected.append(float((mass**2).sum()))
-    return np.array(realized), np.array(expected)
+        chosen = sample.is_anchor & ~np.isnan(targets.tail)
+        squares = np.concatenate([[0.0], np.cumsum(targets.event_mass.astype(np.float64) ** 2)])
+        realized.append(realized_masses(sample)[chosen])
+        expected.append((squares[targets.event_offsets[1:]] - squares[targets.event_offsets[:-1]])[chosen])
+    return np.concatenate(realized), np.concatenate(expected)
+
+
+def realized_masses(sample: AlignedSample) -> NDArray[np.float64]:
+    """float64 [S], mass of the event that holds x_i: 0 where no event does, NaN where there is no target."""
+    targets = sample.targets
+    count = len(targets.tail)
+    member_events = np.repeat(np.arange(len(targets.event_mass)), np.diff(targets.member_offsets))
+    event_positions = np.repeat(np.arange(count), np.diff(targets.event_offsets))
+    response = sample.input_ids[sample.prompt_length :]
+    hits = member_events[targets.members == response[event_positions[member_events]]]
+    masses = np.where(np.isnan(targets.tail), np.nan, 0.0)
+    masses[event_positions[hits]] = targets.event_mass[hits]
+    return masses

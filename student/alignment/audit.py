@@ -1,0 +1,220 @@
+"""`student audit`: how well a dataset's distributions carry over to a tokenizer, in figures and pictures for a person.
+
+Aligns a sample of the records and reads nothing but them. Shifted rows are refused here as in training.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console, Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from shared.config import PrepareConfig
+from shared.records import Record
+from shared.vocabulary import Vocabulary
+from student.alignment.align import Aligner
+from student.alignment.prepare import REASONS, open_source
+from student.alignment.sanity import check_alignment, realized_masses
+from student.alignment.targets import AlignedSample
+
+_COLOURS = ("on grey27", "on dark_blue", "on dark_green", "on dark_red", "on purple4")
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """Figures over the records looked at; shares are of 1, information in nats per byte of response.
+
+    Attributes:
+        student_in_teacher, teacher_in_student: share of one vocabulary's text tokens whose bytes are a token of the
+            other. mass_in_student: the same for the teacher's tokens, weighted by stored probability.
+        chunk_bytes, chunk_teacher, chunk_student: mean size of the stretch between common boundaries.
+        full, partial, without: shares of positions whose target is a whole row, a row inside a teacher token, none.
+        mapped_mass: mean mass in events. merged: mean number of candidates in an event.
+        teacher_information: of the sampled tokens' own logprobs. target_information: of the realised student tokens
+            under their targets. Events that hold several tokens tell less than the tokens would, so it may be lower.
+        realized: mean probability of the realised tokens.
+        unmatched: the most frequent teacher tokens that are not student tokens: bytes, count, student's spelling.
+        digits: longest run of digits in one token, teacher and student.
+    """
+
+    records: int
+    counts: Counter[str]
+    student_in_teacher: float
+    teacher_in_student: float
+    mass_in_student: float
+    chunk_bytes: float
+    chunk_teacher: float
+    chunk_student: float
+    full: float
+    partial: float
+    without: float
+    mapped_mass: float
+    teacher_information: float
+    target_information: float
+    unmatched: list[tuple[bytes, int, list[bytes]]]
+    digits: tuple[int, int]
+
+
+def audit(
+    dataset: str | Path,
+    tokenizer: Path,
+    console: Console,
+    limit: int = 200,
+    split: str | None = None,
+    rule: str | None = None,
+) -> Audit:
+    """Align `limit` records (of a split, of a decoding rule) for `tokenizer` and print what a person wants to know.
+
+    Raises:
+        DatasetError, VocabularyError: if one of them is missing, damaged, or not what the other expects.
+        AlignmentError: if rows and text do not belong together; the figures are printed first.
+    """
+    source = open_source(dataset, tokenizer, PrepareConfig())
+    records = list(islice(source.dataset.records(split, rule), limit))
+    report, samples = measure(source.aligner, records)
+    console.print(render(report, source.aligner.tables.teacher, source.aligner.tables.student))
+    shown = next((sample for sample in samples if len(sample.teacher_ids) >= 20), samples[0] if samples else None)
+    if shown is not None:
+        console.print(side_by_side(shown, source.aligner.tables.teacher, source.aligner.tables.student))
+    realized = check_alignment(samples)
+    console.print(f"rows and text belong together: the realised tokens have a mean probability of {realized:.3f}")
+    return report
+
+
+def measure(aligner: Aligner, records: list[Record]) -> tuple[Audit, list[AlignedSample]]:
+    """The figures, and the aligned samples behind them."""
+    tables = aligner.tables
+    teacher, student = tables.teacher, tables.student
+    counts: Counter[str] = Counter()
+    samples: list[AlignedSample] = []
+    unmatched: Counter[int] = Counter()
+    mass, matched_mass = 0.0, 0.0
+    is_shared = np.array([token in student.ids for token in teacher.tokens]) | (tables.special_of >= 0)
+    for record in records:
+        sample, met = aligner.align_counted(record)
+        for name, value in met.items():
+            counts[name] += value
+        if sample is None:
+            continue
+        samples.append(sample)
+        unmatched.update(v for v in record.response_ids.tolist() if not is_shared[v])
+        if record.distributions is not None:
+            probabilities = np.exp(record.distributions.logprobs.astype(np.float64))
+            mass += float(probabilities.sum())
+            matched_mass += float(probabilities[is_shared[record.distributions.ids]].sum())
+    positions, soft = max(1, counts["positions"]), counts["soft"]
+    inside_soft = sum(int((~s.is_anchor & ~np.isnan(s.targets.tail)).sum()) for s in samples)
+    size = sum(int(s.teacher_byte_ends[-1]) for s in samples)
+    chunks = max(1, sum(int(s.is_anchor.sum()) for s in samples))
+    teacher_information = -sum(float(np.nansum(s.teacher_sampled_logprob)) for s in samples)
+    return Audit(
+        records=len(records),
+        counts=counts,
+        student_in_teacher=_overlap(student, teacher),
+        teacher_in_student=_overlap(teacher, student),
+        mass_in_student=matched_mass / mass if mass else float("nan"),
+        chunk_bytes=size / chunks,
+        chunk_teacher=counts["teacher_tokens"] / chunks,
+        chunk_student=positions / chunks,
+        full=(soft - inside_soft) / positions,
+        partial=inside_soft / positions,
+        without=1 - soft / positions,
+        mapped_mass=counts["mapped_mass"] / soft if soft else float("nan"),
+        teacher_information=teacher_information / max(1, size),
+        target_information=sum(_information(s) for s in samples) / max(1, size),
+        unmatched=[
+            (teacher.tokens[v] or teacher.texts[v].encode(), count, [student.tokens[s] for s in tables.spelling(v)])
+            for v, count in unmatched.most_common(20)
+        ],
+        digits=(_longest_digits(teacher), _longest_digits(student)),
+    ), samples
+
+
+def _overlap(of: Vocabulary, other: Vocabulary) -> float:
+    texts = [token for token, special in zip(of.tokens, of.is_special, strict=True) if not special]
+    return sum(token in other.ids for token in texts) / max(1, len(texts))
+
+
+def _longest_digits(vocabulary: Vocabulary) -> int:
+    return max((len(token) for token in vocabulary.tokens if token.isdigit()), default=0)
+
+
+def _information(sample: AlignedSample) -> float:
+    """-log of the mass of the events that hold the realised tokens; their own logprob where there is no target."""
+    mass = realized_masses(sample)
+    with np.errstate(divide="ignore"):
+        own = np.where(np.isnan(mass), sample.realized_logprob, np.log(np.maximum(mass, 1e-30)))
+    return -float(np.nansum(own))
+
+
+# --- for people -----------------------------------------------------------------------------------------
+
+
+def render(report: Audit, teacher: Vocabulary, student: Vocabulary) -> RenderableType:
+    """The figures as tables."""
+    figures = Table("measure", "value", title=f"{report.records} records", title_justify="left")
+    rows = [
+        ("vocabulary, teacher / student", f"{len(teacher):,} / {len(student):,}"),
+        ("student tokens that the teacher has", f"{report.student_in_teacher:.1%}"),
+        ("teacher tokens that the student has", f"{report.teacher_in_student:.1%}"),
+        ("… by the teacher's probability", f"{report.mass_in_student:.1%}"),
+        ("bytes between common boundaries", f"{report.chunk_bytes:.2f}"),
+        ("… teacher / student tokens", f"{report.chunk_teacher:.2f} / {report.chunk_student:.2f}"),
+        ("positions with a full target", f"{report.full:.1%}"),
+        ("positions with a partial target", f"{report.partial:.1%}"),
+        ("positions without", f"{report.without:.1%}"),
+        ("mass mapped to events", f"{report.mapped_mass:.4f}"),
+        ("digits in a token, teacher / student", f"up to {report.digits[0]} / {report.digits[1]}"),
+        ("nats per byte, teacher / targets", f"{report.teacher_information:.4f} / {report.target_information:.4f}"),
+    ]
+    for name, value in rows:
+        figures.add_row(name, value)
+    for name, text in REASONS.items():
+        if report.counts.get(name):
+            figures.add_row(text, f"{report.counts[name]:,}")
+    parts: list[RenderableType] = [figures]
+    if report.unmatched:
+        frequent = Table("teacher's token", "times", "student's spelling", title="most frequent unmatched tokens")
+        for token, count, spelling in report.unmatched:
+            frequent.add_row(_visible(token), str(count), " · ".join(_visible(piece) for piece in spelling) or "–")
+        parts.append(frequent)
+    return Group(*parts)
+
+
+def side_by_side(sample: AlignedSample, teacher: Vocabulary, student: Vocabulary, tokens: int = 120) -> RenderableType:
+    """The start of one response in both tokenizations; one colour per token."""
+    student_ids = sample.input_ids[sample.prompt_length :][:tokens]
+    parts = [
+        Panel(
+            _coloured([teacher.tokens[v] or teacher.texts[v].encode() for v in sample.teacher_ids[:tokens]]),
+            title="teacher",
+        ),
+        Panel(_coloured([student.tokens[s] or student.texts[s].encode() for s in student_ids]), title="student"),
+    ]
+    return Group(*parts)
+
+
+def _coloured(tokens: list[bytes]) -> Text:
+    line = Text()
+    for token, colour in zip(tokens, _cycle(), strict=False):
+        line.append(_visible(token).replace("␤", "␤\n"), style=colour)
+    return line
+
+
+def _cycle() -> Iterator[str]:
+    while True:
+        yield from _COLOURS
+
+
+def _visible(token: bytes) -> str:
+    """Bytes for reading: white space as symbols, incomplete characters as hexadecimal."""
+    text = token.decode("utf-8", "backslashreplace")
+    return text.replace("\n", "␤").replace("\t", "␉").replace("\r", "␍").replace(" ", "␣")
