@@ -160,7 +160,10 @@ def test_an_untrained_student_slows_the_teacher_down_and_changes_nothing(run_dir
     stored = run_dir / "sequences.json"
     stored.write_text(json.dumps([prompt + ids for prompt, ids in zip(prompts, outputs, strict=True)]))
     engine = engine_arguments(config) | {
-        "num_gpu_blocks_override": 4,
+        # Room for five blocks of 32 tokens: four requests start, and do not all fit when they grow.
+        "max_model_len": 128,
+        "block_size": 32,
+        "num_gpu_blocks_override": 6,
         "speculative_config": {
             "method": "custom_class",
             "model": "tests.student.drafting.oracle.OracleProposer",
@@ -171,6 +174,7 @@ def test_an_untrained_student_slows_the_teacher_down_and_changes_nothing(run_dir
     stop = [Vocabulary.from_tokenizer(teacher).roles["end_of_turn"]]
     told = run(Job(engine, prompts, 24, stop), run_dir / "oracle", "with an oracle", ENVIRONMENT)
     assert told.outputs == outputs
+    assert told.counters["preemptions"] > 0
     assert told.counters["accepted_tokens"] == told.counters["draft_tokens"] > 0
     # Every draft is of three tokens but the last of a request, and adds one of the target's.
     assert told.counters["drafts"] <= sum((len(ids) + 2) // 4 + 1 for ids in outputs) + 8
