@@ -32,7 +32,7 @@ class Objective(nn.Module):
 
 
 def batch(step: int, rows: slice) -> tuple[Tensor, AnchoredLayout, Tensor]:
-    clean = random_ids(BATCH, CLEAN, seed=100 + step)[rows]
+    clean = random_ids(BATCH, CLEAN, seed=100 + step % 2)[rows]
     ids, layout = anchored_row(clean, ANCHORS, BLOCK)
     return ids, layout, torch.cat([clean[:, a : a + BLOCK] for a in ANCHORS], dim=1)
 
@@ -67,6 +67,7 @@ def train_a_rank(mode: str, output: Path) -> None:
     settings = {
         "train_micro_batch_size_per_gpu": BATCH // ranks,
         "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,  # DeepSpeed clips to 1 unless told not to
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
         "zero_allow_untested_optimizer": True,
     }
@@ -98,9 +99,7 @@ def train_a_rank(mode: str, output: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize(
-    "mode", ["untied,reentrant,whole", "untied,not,zero.Init", "tied,not,whole", "tied,reentrant,zero.Init"]
-)
+@pytest.mark.parametrize("mode", ["untied,reentrant,whole", "tied,not,zero.Init"])
 def test_two_ranks_learn_what_one_learns(mode: str, tmp_path: Path) -> None:
     output = tmp_path / "losses.json"
     command = [
@@ -119,11 +118,9 @@ def test_two_ranks_learn_what_one_learns(mode: str, tmp_path: Path) -> None:
     assert output.exists(), result.stderr[-3000:]
     losses, expected = torch.tensor(json.loads(output.read_text())), torch.tensor(train_alone(mode.startswith("tied")))
     difference = ((losses - expected).abs() / expected).max()
-    print(
-        f"{mode}: largest relative difference of {STEPS} losses {difference:.1e}, {expected[0]:.3f} → {expected[-1]:.3f}"
-    )
+    print(f"{mode}: largest relative difference of {STEPS} losses {difference:.1e}")
     assert difference <= 1e-4
-    assert expected[-1] < expected[0]
+    assert expected[-1] < expected[0] - 0.2  # it does learn
 
 
 if __name__ == "__main__":
