@@ -31,7 +31,15 @@ from shared.errors import AlignmentError, CheckpointError, DatasetError
 from shared.files import write_json
 from shared.vocabulary import Encoder, load_tokenizer
 from student.alignment.align import Aligner
-from student.alignment.prepared import INDEX, INDEX_SCHEMA, MANIFEST, VERSION, check_file, write_samples
+from student.alignment.prepared import (
+    INDEX,
+    INDEX_SCHEMA,
+    MANIFEST,
+    VERSION,
+    PreparedDataset,
+    check_file,
+    write_samples,
+)
 from student.alignment.targets import AlignedSample
 
 _logger = logging.getLogger(__name__)
@@ -118,6 +126,9 @@ def prepare(config: PipelineConfig) -> PrepareSummary:
     (target / "units").mkdir(parents=True, exist_ok=True)
     (target / "data").mkdir(parents=True, exist_ok=True)
     pending = [unit.unit for unit in units if not _is_done(target, unit.unit, keys[unit.unit])]
+    if not pending and (finished := _finished(config, keys)):
+        _logger.info("already prepared: %s", target)
+        return finished
     if pending:
         (target / MANIFEST).unlink(missing_ok=True)  # what is there is about to change
     with progress() as bar:
@@ -133,6 +144,21 @@ def prepare(config: PipelineConfig) -> PrepareSummary:
     _publish(config, source, entries, summary)
     _report(summary)
     return summary
+
+
+def _finished(config: PipelineConfig, keys: dict[str, str]) -> PrepareSummary | None:
+    """The summary of an earlier call that published exactly these units."""
+    try:
+        published = PreparedDataset.open(config.prepared_dir)
+    except DatasetError:
+        return None
+    if published.fingerprint != _fingerprint(keys):
+        return None
+    return PrepareSummary(**(published.manifest["summary"] | {"units_done": 0}))
+
+
+def _fingerprint(keys: dict[str, str]) -> str:
+    return hashlib.sha256("|".join(f"{unit}={key}" for unit, key in keys.items()).encode()).hexdigest()
 
 
 def _unit_key(source_key: str, shard_sha256: str, stored: bool) -> str:
@@ -276,13 +302,13 @@ def _publish(
     index_sha256 = hashlib.sha256(partial.read_bytes()).hexdigest()
     partial.replace(target / INDEX)
     figures = {name: getattr(summary, name) for name in PrepareSummary.__slots__}
-    keys = "|".join(f"{unit}={entry['key']}" for unit, entry in entries.items())
+    keys = {unit: entry["key"] for unit, entry in entries.items()}
     write_json(target / "summary.json", figures)
     write_json(
         target / MANIFEST,
         {
             "version": VERSION,
-            "fingerprint": hashlib.sha256(keys.encode()).hexdigest(),
+            "fingerprint": _fingerprint(keys),
             "stored": config.prepare.store,
             "source": {
                 "dataset": str(config.shards_dir.resolve()),

@@ -129,7 +129,8 @@ class RowMaker:
             row = [others[n] for n in self.random.permutation(len(others))]
             row.insert(rank, y)
             rows.append(row[:k])
-            probabilities.append(weights[:k].tolist())
-            realized.append(float(weights[rank]))
+            # A twentieth of the mass is spread over tokens that no row lists.
+            probabilities.append((0.95 * weights[:k]).tolist())
+            realized.append(float(0.95 * weights[rank]))
         assert all(not math.isnan(p) for p in realized)
         return toy_record(self.vocabulary, tuple(ids), rows, probabilities, realized, prompt=prompt)

@@ -1,0 +1,340 @@
+"""`student prepare` and `student audit` on a small dataset: resume, damage, both ways of reading, shifted rows."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from rich.console import Console
+
+from shared.config import PipelineConfig, PrepareConfig
+from shared.dataset import DatasetWriter, Provenance
+from shared.errors import AlignmentError, CheckpointError, DatasetError, VocabularyError
+from shared.records import Distributions, Record
+from shared.vocabulary import load_tokenizer
+from student.alignment.audit import audit
+from student.alignment.prepare import prepare
+from student.alignment.prepared import PreparedDataset
+from student.alignment.sanity import check_alignment
+from student.alignment.targets import AlignedSample, SparseTargets
+from tests.student.alignment.synthetic import RowMaker, corpus
+
+RECORDS, PER_UNIT = 8, 3
+
+
+def train(directory: Path, size: int, **options: bool) -> Path:
+    from student.model.tokenizer import train_tokenizer
+
+    train_tokenizer([text[:20000] for text in corpus(6)], size, **options).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The teacher's and the student's, of different sizes and digit rules."""
+    root = tmp_path_factory.mktemp("tokenizers")
+    return train(root / "teacher", 1200), train(root / "student", 700, individual_digits=True)
+
+
+@pytest.fixture(scope="module")
+def records(tokenizers: tuple[Path, Path]) -> list[Record]:
+    vocabulary, encoder = load_tokenizer(tokenizers[0])
+    maker = RowMaker(vocabulary, encoder, seed=1)
+    made = [maker.record(corpus(6)[0][start : start + 300], k=24) for start in range(0, 300 * RECORDS, 300)]
+    return [
+        replace(record, sample_id=f"sample-{n}", prompt_id=f"prompt-{n}", split="held_out" if n % 4 == 0 else "train")
+        for n, record in enumerate(made)
+    ]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLADA_DRAFTER_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def write_dataset(path: Path, records: list[Record], tokenizer: Path, check: bool = True) -> Path:
+    vocabulary, _ = load_tokenizer(tokenizer)
+    provenance = Provenance(
+        teacher="toy", tokenizer_fingerprint=vocabulary.fingerprint, engine="test", dtype="float32", top_k=24
+    )
+    writer = DatasetWriter(path, provenance, vocabulary, tokenizer, check=check)
+    units = {f"unit-{n}": records[n * PER_UNIT : (n + 1) * PER_UNIT] for n in range(-(-len(records) // PER_UNIT))}
+    for name, rows in units.items():
+        writer.write_unit(name, rows)
+    writer.finish(list(units))
+    return path
+
+
+def pipeline(root: Path, **settings: object) -> PipelineConfig:
+    return PipelineConfig.model_validate(
+        {
+            "name": "run",
+            "runs": str(root),
+            "teacher": {"model": "toy"},
+            "collect": {"prompts": "prompts.jsonl", "decoding": [{"split": "train"}]},
+            "student": {"checkpoint": None},
+            "train": {"steps": 1},
+            "prepare": {"workers": 1, **settings},
+        }
+    )
+
+
+@pytest.fixture
+def config(tmp_path: Path, records: list[Record], tokenizers: tuple[Path, Path]) -> PipelineConfig:
+    made = pipeline(tmp_path)
+    write_dataset(made.shards_dir, records, tokenizers[0])
+    shutil.copytree(tokenizers[1], made.student_init_dir)
+    return made
+
+
+def assert_same_samples(left: PreparedDataset, right: PreparedDataset) -> None:
+    assert len(left) == len(right) > 0
+    np.testing.assert_array_equal(left.lengths, right.lengths)
+    for i in range(len(left)):
+        a, b = left[i], right[i]
+        for holder_a, holder_b, kind in ((a, b, AlignedSample), (a.targets, b.targets, SparseTargets)):
+            for field in fields(kind):
+                x, y = getattr(holder_a, field.name), getattr(holder_b, field.name)
+                if not isinstance(x, SparseTargets):
+                    np.testing.assert_array_equal(x, y, field.name)
+                    assert not isinstance(x, np.ndarray) or x.dtype == y.dtype, field.name
+
+
+def test_prepared_samples_are_the_aligned_records(config: PipelineConfig, records: list[Record]) -> None:
+    summary = prepare(config)
+    prepared = PreparedDataset.open(config.prepared_dir)
+    assert len(prepared) == summary.samples == RECORDS
+    assert [prepared[i].sample_id for i in range(RECORDS)] == [record.sample_id for record in records]
+    assert prepared.has_distributions
+    assert prepared.indices().tolist() == list(range(RECORDS))
+    assert prepared.indices(split="held_out").tolist() == [0, 4]
+    assert prepared.indices(split="train", rule="greedy").tolist() == []
+    assert prepared.lengths.tolist() == [len(prepared[i].input_ids) for i in range(RECORDS)]
+    report = json.loads((config.prepared_dir / "summary.json").read_text())
+    assert report["positions"] == sum(len(prepared[i].byte_ends) for i in range(RECORDS))
+    assert 0.8 < report["supervised_fraction"] <= 1
+    assert 0.5 < report["mapped_mass"] <= 1
+    with pytest.raises(IndexError):
+        prepared[RECORDS]
+
+
+def test_a_second_call_does_nothing_and_a_changed_setting_does_all(config: PipelineConfig) -> None:
+    first = prepare(config)
+    assert first.units_done == 3
+    before = {path: path.stat().st_mtime_ns for path in config.prepared_dir.rglob("*") if path.is_file()}
+    assert prepare(config).units_done == 0
+    assert {path: path.stat().st_mtime_ns for path in config.prepared_dir.rglob("*") if path.is_file()} == before
+    changed = config.model_copy(update={"prepare": PrepareConfig(workers=1, min_known_mass=0.9)})
+    old = PreparedDataset.open(config.prepared_dir).fingerprint
+    second = prepare(changed)
+    assert second.units_done == 3
+    assert second.supervised_fraction < first.supervised_fraction
+    assert PreparedDataset.open(config.prepared_dir).fingerprint != old
+
+
+def test_an_interrupted_call_is_taken_up_where_it_stopped(
+    config: PipelineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import student.alignment.prepare as module
+
+    align = module._align_unit
+
+    def stop_at_the_last(*arguments: object) -> dict[str, object]:
+        if arguments[1] == "unit-2":
+            raise KeyboardInterrupt
+        return align(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "_align_unit", stop_at_the_last)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config)
+    with pytest.raises(DatasetError, match="not finished"):
+        PreparedDataset.open(config.prepared_dir)
+    monkeypatch.undo()
+    assert prepare(config).units_done == 1
+    fresh = config.model_copy(update={"name": "fresh"})
+    shutil.copytree(config.shards_dir, fresh.shards_dir)
+    shutil.copytree(config.student_init_dir, fresh.student_init_dir)
+    prepare(fresh)
+    left, right = PreparedDataset.open(config.prepared_dir), PreparedDataset.open(fresh.prepared_dir)
+    assert left.fingerprint == right.fingerprint
+    assert_same_samples(left, right)
+
+
+def test_damage_is_found_by_readers_and_mended_by_prepare(config: PipelineConfig) -> None:
+    prepare(config)
+    file = config.prepared_dir / "data" / "unit-1.arrow"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(DatasetError, match=r"unit-1\.arrow is damaged"):
+        PreparedDataset.open(config.prepared_dir)[PER_UNIT]
+    assert prepare(config).units_done == 1
+    assert PreparedDataset.open(config.prepared_dir)[PER_UNIT].sample_id == "sample-3"
+    (config.prepared_dir / "index.parquet").write_bytes(b"")
+    with pytest.raises(DatasetError, match="damaged"):
+        PreparedDataset.open(config.prepared_dir)
+
+
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_aligning_while_training_gives_identical_samples(config: PipelineConfig, workers: int) -> None:
+    prepare(config)
+    live = config.model_copy(update={"name": "live", "prepare": PrepareConfig(workers=workers, store=False)})
+    shutil.copytree(config.shards_dir, live.shards_dir)
+    shutil.copytree(config.student_init_dir, live.student_init_dir)
+    prepare(live)
+    assert not list((live.prepared_dir / "data").iterdir())
+    assert_same_samples(PreparedDataset.open(config.prepared_dir), PreparedDataset.open(live.prepared_dir))
+
+
+def test_what_is_missing_is_named(tmp_path: Path, config: PipelineConfig, tokenizers: tuple[Path, Path]) -> None:
+    with pytest.raises(DatasetError, match="holds no prepared targets"):
+        PreparedDataset.open(tmp_path / "nowhere")
+    shutil.rmtree(config.student_init_dir)
+    with pytest.raises(CheckpointError, match="student init"):
+        prepare(config)
+    shutil.copytree(tokenizers[1], config.student_init_dir)
+    shutil.rmtree(config.shards_dir)
+    with pytest.raises(DatasetError, match="holds no dataset"):
+        prepare(config)
+    assert not config.prepared_dir.exists()
+
+
+def test_a_dataset_with_another_tokenizer_in_it_is_refused(
+    tmp_path: Path, config: PipelineConfig, tokenizers: tuple[Path, Path]
+) -> None:
+    """The files beside the shards are another tokenizer's, with a manifest that agrees."""
+    other = pipeline(tmp_path / "other")
+    vocabulary, _ = load_tokenizer(tokenizers[0])
+    provenance = Provenance(
+        teacher="toy", tokenizer_fingerprint=vocabulary.fingerprint, engine="test", dtype="float32", top_k=24
+    )
+    source = PreparedSource(config)
+    writer = DatasetWriter(other.shards_dir, provenance, vocabulary, tokenizers[1])
+    writer.write_unit("unit-0", source.records[:2])
+    writer.finish(["unit-0"])
+    shutil.copytree(tokenizers[1], other.student_init_dir)
+    with pytest.raises(VocabularyError, match="another tokenizer"):
+        prepare(other)
+
+
+class PreparedSource:
+    """The records that a config's shards hold."""
+
+    def __init__(self, config: PipelineConfig) -> None:
+        from shared.dataset import Dataset
+
+        self.records = list(Dataset.open(config.shards_dir).records())
+
+
+# --- shifted rows ---------------------------------------------------------------------------------------
+
+
+def shifted(record: Record) -> Record:
+    """Every row one position early, as a capture bug would store them."""
+    d = record.distributions
+    assert d is not None
+    order = [*range(1, len(record.response_ids)), 0]
+    rows = [d.row(j) for j in order]
+    moved = Distributions(
+        offsets=np.concatenate([[0], np.cumsum([len(ids) for ids, _ in rows])]).astype(np.int64),
+        ids=np.concatenate([ids for ids, _ in rows]),
+        logprobs=np.concatenate([logprobs for _, logprobs in rows]),
+        tail=d.tail[order],
+        sampled=d.sampled[order],
+    )
+    return replace(record, distributions=moved)
+
+
+def test_rows_that_belong_to_their_text_pass(config: PipelineConfig) -> None:
+    prepare(config)
+    prepared = PreparedDataset.open(config.prepared_dir)
+    assert check_alignment(prepared[i] for i in range(len(prepared))) > 0.2
+
+
+def test_shifted_rows_are_refused_by_training_and_by_the_audit(
+    tmp_path: Path, records: list[Record], tokenizers: tuple[Path, Path]
+) -> None:
+    wrong = pipeline(tmp_path)
+    write_dataset(wrong.shards_dir, [shifted(record) for record in records], tokenizers[0], check=False)
+    shutil.copytree(tokenizers[1], wrong.student_init_dir)
+    assert prepare(wrong).counts["contradictions"] > 0
+    prepared = PreparedDataset.open(wrong.prepared_dir)
+    with pytest.raises(AlignmentError, match=r"mean probability of 0\.\d+.*shift by one"):
+        check_alignment(prepared[i] for i in range(len(prepared)))
+    console = Console(record=True, width=140, file=(tmp_path / "out").open("w"))
+    with pytest.raises(AlignmentError, match="do not belong together"):
+        audit(wrong.shards_dir, tokenizers[1], console)
+    assert "rows and tokens may be shifted" in console.export_text(), "the figures come before the verdict"
+
+
+@pytest.mark.slow
+def test_training_refuses_shifted_rows_before_it_starts(
+    tmp_path: Path, records: list[Record], tokenizers: tuple[Path, Path]
+) -> None:
+    from student.training.train import check
+
+    wrong = pipeline(tmp_path)
+    write_dataset(wrong.shards_dir, [shifted(record) for record in records], tokenizers[0], check=False)
+    shutil.copytree(tokenizers[1], wrong.student_init_dir)
+    prepare(wrong)
+    (wrong.student_init_dir / "config.json").write_text("{}")
+    with pytest.raises(AlignmentError, match="do not belong together"):
+        check(
+            wrong.model_copy(update={"train": wrong.train.model_copy(update={"global_batch": 4, "micro_batch": 4})}), 1
+        )
+
+
+# --- the audit ------------------------------------------------------------------------------------------
+
+
+def test_the_audit_tells_what_a_person_wants_to_know(
+    config: PipelineConfig, tokenizers: tuple[Path, Path], tmp_path: Path
+) -> None:
+    console = Console(record=True, width=160, file=(tmp_path / "out").open("w"))
+    report = audit(config.shards_dir, tokenizers[1], console)
+    text = console.export_text()
+    for part in (
+        "student tokens that the teacher has",
+        "digits in a token",
+        "most frequent unmatched",
+        "nats per byte",
+        "teacher ─",
+        "student ─",
+    ):
+        assert part in text
+    assert report.full + report.partial + report.without == pytest.approx(1)
+    assert report.digits[1] == 1
+    assert 1 <= len(report.unmatched) <= 20
+    assert all(b"".join(spelling) == token for token, _, spelling in report.unmatched)
+    # Events may tell less than tokens, never more than a rounding.
+    assert report.target_information == pytest.approx(report.teacher_information, abs=0.05)
+    same = audit(config.shards_dir, tokenizers[0], console)
+    assert (same.student_in_teacher, same.full, same.partial, same.unmatched) == (1, 1, 0, [])
+    assert same.target_information == pytest.approx(same.teacher_information, rel=1e-4)
+
+
+def test_the_commands_answer_a_mistake_with_one_message(
+    tmp_path: Path, config: PipelineConfig, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from student.cli import main
+
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    monkeypatch.setattr("sys.argv", ["student", "prepare", str(path)])
+    with pytest.raises(SystemExit) as done:
+        main()
+    assert done.value.code == 0
+    monkeypatch.setattr("sys.argv", ["student", "audit", str(tmp_path / "absent"), str(tmp_path)])
+    with pytest.raises(SystemExit) as failed:
+        main()
+    assert failed.value.code == 2
+    message = re.sub(r"\s+", " ", capsys.readouterr().err)
+    assert "error:" in message
+    assert "holds no dataset" in message
+    assert "Traceback" not in message
