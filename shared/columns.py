@@ -129,23 +129,21 @@ def table_to_records(table: pa.Table, distributions: bool = True) -> Iterator[Re
         logprobs = decode_logprobs(widths, gaps, tail)
         row_ends = np.concatenate([[0], np.cumsum(widths, dtype=np.int64)])
         sampled = sampled.copy()
-        stored = np.flatnonzero(~np.asarray(batch["width"].is_null()))
-        owners = (
-            np.concatenate([response_ids[response_at[i] : response_at[i + 1]] for i in stored])
-            if len(stored)
-            else np.zeros(0, np.int32)
-        )
+        has = ~np.asarray(batch["width"].is_null())
+        owners = response_ids[np.repeat(has, np.diff(response_at))]
         # In the row the entry is the value: the column holds it rounded.
         tokens, entries = row_matches(widths, ids, owners)
         sampled[tokens] = logprobs[entries]
-        has = ~np.asarray(batch["width"].is_null())
+        row_starts = row_ends[token_at].tolist()
+        tokens_at, candidates_at = token_at.tolist(), candidate_at.tolist()
+    prompts_at, responses_at = prompt_at.tolist(), response_at.tolist()
     for i in range(batch.num_rows):
         d = None
         if distributions and has[i]:
-            first, last = token_at[i], token_at[i + 1]
-            start, stop = candidate_at[i], candidate_at[i + 1]
+            first, last = tokens_at[i], tokens_at[i + 1]
+            start, stop = candidates_at[i], candidates_at[i + 1]
             d = Distributions(
-                row_ends[first : last + 1] - row_ends[first],
+                row_ends[first : last + 1] - row_starts[i],
                 ids[start:stop],
                 logprobs[start:stop],
                 tail[first:last],
@@ -158,8 +156,8 @@ def table_to_records(table: pa.Table, distributions: bool = True) -> Iterator[Re
             skill=column["skill"][i],
             messages=tuple(Message(m["role"], m["content"]) for m in column["messages"][i]),
             prompt_text=column["prompt_text"][i],
-            prompt_ids=prompt_ids[prompt_at[i] : prompt_at[i + 1]],
-            response_ids=response_ids[response_at[i] : response_at[i + 1]],
+            prompt_ids=prompt_ids[prompts_at[i] : prompts_at[i + 1]],
+            response_ids=response_ids[responses_at[i] : responses_at[i + 1]],
             response_bytes=column["response_bytes"][i],
             finish_reason=cast(FinishReason, column["finish_reason"][i]),
             sampling=Sampling(

@@ -12,6 +12,7 @@ import tempfile
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ class Dataset:
             group += 1
         key = (unit, group)
         if key not in self._groups:
-            self._groups[key] = list(self._decode(self.manifest.units[unit], file, group, True))
+            self._groups[key] = list(table_to_records(self._read_group(self.manifest.units[unit], file, group, None)))
             if len(self._groups) > _CACHED_GROUPS:
                 self._groups.popitem(last=False)
         self._groups.move_to_end(key)
@@ -141,21 +142,13 @@ class Dataset:
         Raises:
             DatasetError: if a shard is missing or damaged.
         """
-        for unit in self.manifest.units:
-            if not _has(unit, split, rule):
-                continue
-            file = self._shard(unit)
-            for group in range(file.metadata.num_row_groups):
-                for record in self._decode(unit, file, group, distributions):
-                    if split in (None, record.split) and rule in (None, record.sampling.rule):
-                        yield record
+        yield from self._records_of(
+            [u for u in self.manifest.units if _has(u, split, rule)], split, rule, distributions
+        )
 
     def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """Row groups as Arrow tables with only the columns named, checked like everything else."""
-        for unit in self.manifest.units:
-            file = self._shard(unit)
-            for group in range(file.metadata.num_row_groups):
-                yield self._read_group(unit, file, group, columns)
+        yield from self._tables_of(self.manifest.units, columns)
 
     def shuffled(
         self,
@@ -181,23 +174,33 @@ class Dataset:
                 window.append(unit)
                 held += unit.candidates + unit.tokens
             if window and (held >= window_candidates or position + 1 == len(order)):
-                records = [r for u in window for r in self._unit_records(u, split, rule, distributions)]
+                records = list(self._records_of(window, split, rule, distributions))
                 for i in random.permutation(len(records)):
                     yield records[i]
                 window, held = [], 0
 
-    def _unit_records(
-        self, unit: UnitEntry, split: str | None, rule: str | None, distributions: bool
+    def _records_of(
+        self, units: Sequence[UnitEntry], split: str | None, rule: str | None, distributions: bool
     ) -> Iterator[Record]:
-        file = self._shard(unit)
-        for group in range(file.metadata.num_row_groups):
-            for record in self._decode(unit, file, group, distributions):
+        for table in self._tables_of(units, None if distributions else RECORD_COLUMNS):
+            for record in table_to_records(table, distributions):
                 if split in (None, record.split) and rule in (None, record.sampling.rule):
                     yield record
 
-    def _decode(self, unit: UnitEntry, file: pq.ParquetFile, group: int, distributions: bool) -> Iterator[Record]:
-        columns = None if distributions else RECORD_COLUMNS
-        return table_to_records(self._read_group(unit, file, group, columns), distributions)
+    def _tables_of(self, units: Sequence[UnitEntry], columns: Sequence[str] | None) -> Iterator[pa.Table]:
+        """Row groups of `units`; a thread checks and decompresses the next one while this one is used."""
+        groups = self._groups_of(units, columns)
+        with ThreadPoolExecutor(1, thread_name_prefix="shards") as pool:
+            ahead = pool.submit(next, groups, None)
+            while (table := ahead.result()) is not None:
+                ahead = pool.submit(next, groups, None)
+                yield table
+
+    def _groups_of(self, units: Sequence[UnitEntry], columns: Sequence[str] | None) -> Iterator[pa.Table]:
+        for unit in units:
+            file = self._shard(unit)
+            for group in range(file.metadata.num_row_groups):
+                yield self._read_group(unit, file, group, columns)
 
     def _read_group(self, unit: UnitEntry, file: pq.ParquetFile, group: int, columns: Sequence[str] | None) -> pa.Table:
         try:

@@ -6,8 +6,6 @@ directions are a few passes of numpy over the N candidates. What was decoded enc
 
 from __future__ import annotations
 
-from functools import cache
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -59,23 +57,21 @@ def decode_logprobs(
         log_mass = np.log1p(-known)
     width = int(widths[0])
     if width and (widths == width).all():
-        steps_TxK = np.cumsum(gaps.reshape(-1, width), axis=1, dtype=np.int32)
-        weights = np.take(_probabilities(), steps_TxK, mode="clip").sum(axis=1, dtype=np.float32)
-        level_T = (log_mass - np.log(weights.astype(np.float64))).astype(np.float32)
-        result = steps_TxK.astype(np.float32)
-        result *= np.float32(-1.0 / STEPS_PER_NAT)
-        result += level_T[:, None]
-        return result.reshape(-1)
+        # Whole numbers add up four times faster than floats; from there one array serves all passes.
+        rows_TxK = np.cumsum(gaps.reshape(-1, width), axis=1, dtype=np.int32).astype(np.float32)
+        rows_TxK *= np.float32(-1.0 / STEPS_PER_NAT)
+        weights = np.exp(rows_TxK).sum(axis=1)
+        rows_TxK += (log_mass - np.log(weights.astype(np.float64))).astype(np.float32)[:, None]
+        return rows_TxK.reshape(-1)
     ends = np.cumsum(widths, dtype=np.int64)
     filled = widths > 0
     starts = (ends - widths)[filled]
     running = np.cumsum(gaps, dtype=np.int64)
     before = running[starts] - gaps[starts]
-    steps = (running - np.repeat(before, widths[filled])).astype(np.int32)
-    weights = np.add.reduceat(np.take(_probabilities(), steps, mode="clip"), starts)
-    level = (log_mass[filled] - np.log(weights.astype(np.float64))).astype(np.float32)
-    result = steps.astype(np.float32)
+    result = (running - np.repeat(before, widths[filled])).astype(np.float32)
     result *= np.float32(-1.0 / STEPS_PER_NAT)
+    weights = np.add.reduceat(np.exp(result), starts)
+    level = (log_mass[filled] - np.log(weights.astype(np.float64))).astype(np.float32)
     result += np.repeat(level, widths[filled])
     return result
 
@@ -95,9 +91,3 @@ def row_matches(
     tokens = np.repeat(np.arange(len(widths)), widths)
     entries = np.flatnonzero(candidate_ids == response_ids[tokens])
     return tokens[entries], entries
-
-
-@cache
-def _probabilities() -> NDArray[np.float32]:
-    """exp(-G / STEPS_PER_NAT) for every G that can be stored: a gather is faster than an exponential."""
-    return np.exp(-np.arange(MAX_STEPS + 1) / STEPS_PER_NAT).astype(np.float32)

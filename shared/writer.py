@@ -12,8 +12,9 @@ import io
 import logging
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -255,11 +256,15 @@ def committed_units(storage: Storage) -> dict[str, UnitEntry]:
     return units
 
 
-def shard_bytes(table: pa.Table) -> bytes:
-    """`table` as a Parquet file whose row groups have about `ROW_GROUP_CANDIDATES` candidates."""
+def shard_bytes(table: pa.Table, options: Mapping[str, Any] | None = None) -> bytes:
+    """`table` as a Parquet file whose row groups have about `ROW_GROUP_CANDIDATES` candidates.
+
+    Args:
+        options: of the Parquet writer, in place of `shared.schema.parquet_options()`; benchmarks compare others.
+    """
     buffer = io.BytesIO()
     widths = [len(x) if x.is_valid else 0 for x in table["candidate_ids"]]
-    with pq.ParquetWriter(buffer, table.schema, **parquet_options()) as writer:
+    with pq.ParquetWriter(buffer, table.schema, **(options or parquet_options())) as writer:
         writer.add_key_value_metadata(table.schema.metadata)
         start, size = 0, 0
         for i, width in enumerate(widths):
