@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,12 +69,13 @@ def load_student(
     config = read_config(directory)
     check_state({name: shape for name, (shape, _) in tensor_shapes(directory).items()}, config, directory)
     tokenizer = _load_tokenizer(directory, config)
-    model = LladaForMaskedDiffusion.from_pretrained(
-        directory,
-        config=config,
-        dtype=dtype or "auto",
-        attn_implementation=attention or ("flex_attention" if torch.cuda.is_available() else "sdpa"),
-    )
+    with _no_progress_bars():
+        model = LladaForMaskedDiffusion.from_pretrained(
+            directory,
+            config=config,
+            dtype=dtype or "auto",
+            attn_implementation=attention or ("flex_attention" if torch.cuda.is_available() else "sdpa"),
+        )
     return model, tokenizer
 
 
@@ -101,7 +103,8 @@ def save_student(
     model.config.auto_map = dict(AUTO_MAP)
     dtype = next(iter(weights.values())).dtype
     # The module may hold adapters or no weights at all: what is saved is `weights`, under the plain class's config.
-    model.save_pretrained(directory, state_dict=weights, max_shard_size=max_shard_size)
+    with _no_progress_bars():
+        model.save_pretrained(directory, state_dict=weights, max_shard_size=max_shard_size)
     # save_pretrained records the module's dtype, which need not be that of the weights that were given.
     model.config.dtype = dtype
     model.config.save_pretrained(directory)
@@ -269,6 +272,20 @@ def check_tokenizer(tokenizer: Any, config: LladaConfig, source: Path | str) -> 
             f"{source}: the tokenizer's mask is {tokenizer.mask_token!r} ({tokenizer.mask_token_id}), the config's "
             f"mask_token_id is {config.mask_token_id}; this is another model's tokenizer"
         )
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Keep transformers' bars out of the commands' own output: one a rank and a load says nothing."""
+    from transformers.utils import logging as transformers_logging
+
+    enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            transformers_logging.enable_progress_bar()
 
 
 def _load_tokenizer(directory: Path, config: LladaConfig) -> Any:

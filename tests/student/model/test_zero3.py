@@ -55,7 +55,7 @@ def train_alone(tied: bool) -> list[float]:
 
 
 def train_a_rank(mode: str, output: Path) -> None:
-    """What each rank runs; `mode` is tied or untied, then reentrant, not or none, then init or not."""
+    """What each rank runs; `mode` is tied or untied, then reentrant, not or none, then how the model is made."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
     import deepspeed.ops
@@ -71,16 +71,27 @@ def train_a_rank(mode: str, output: Path) -> None:
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
         "zero_allow_untested_optimizer": True,
     }
-    whole = tiny_model(weight_tying=tying == "tied", init_std=0.1)
+    shape = {"weight_tying": tying == "tied", "init_std": 0.1}
+    whole = tiny_model(**shape)
     if construction == "zero.Init":
         with deepspeed.zero.Init(config_dict_or_path=settings):
-            model = LladaForMaskedDiffusion(tiny_config(weight_tying=tying == "tied", init_std=0.1))
+            model = LladaForMaskedDiffusion(tiny_config(**shape))
         assert all(parameter.numel() == 0 for parameter in model.parameters())
         for name, parameter in model.named_parameters():
             with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0):
                 parameter.data.copy_(whole.get_parameter(name))
     else:
-        model = whole
+        from transformers.integrations import HfDeepSpeedConfig
+
+        checkpoint = output.with_name("checkpoint")
+        if rank == 0:
+            whole.save_pretrained(checkpoint)
+        torch.distributed.barrier()
+        # As long as this object lives, from_pretrained reads straight into the ranks' shares.
+        partitioned = HfDeepSpeedConfig(settings)
+        model = LladaForMaskedDiffusion.from_pretrained(checkpoint)
+        assert all(parameter.numel() == 0 for parameter in model.parameters())
+        del partitioned
     if checkpointing != "plain":
         model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
     objective = Objective(model.train())
@@ -99,7 +110,7 @@ def train_a_rank(mode: str, output: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("mode", ["untied,reentrant,whole", "tied,not,zero.Init"])
+@pytest.mark.parametrize("mode", ["untied,reentrant,from_pretrained", "tied,not,zero.Init"])
 def test_two_ranks_learn_what_one_learns(mode: str, tmp_path: Path) -> None:
     output = tmp_path / "losses.json"
     command = [
