@@ -122,7 +122,7 @@ class RowMaker:
             wanted = [*self.relatives(self.vocabulary.tokens[y]), *specials.tolist()]
             wanted += self.random.choice(self.frequent, 2 * k).tolist()
             others = [v for v in dict.fromkeys(wanted) if v != y][: k + 4]
-            weights = np.sort(self.random.dirichlet(np.full(len(others) + 1, 0.08)) + 1e-9)[::-1]
+            weights = np.sort(self.random.dirichlet(np.full(len(others) + 1, 0.08)) + 3e-4)[::-1]
             weights /= weights.sum()
             # The realised token takes the place that it would have as a draw from the row.
             rank = int(self.random.choice(len(weights), p=weights))

@@ -130,7 +130,7 @@ def test_a_second_call_does_nothing_and_a_changed_setting_does_all(config: Pipel
     before = {path: path.stat().st_mtime_ns for path in config.prepared_dir.rglob("*") if path.is_file()}
     assert prepare(config).units_done == 0
     assert {path: path.stat().st_mtime_ns for path in config.prepared_dir.rglob("*") if path.is_file()} == before
-    changed = config.model_copy(update={"prepare": PrepareConfig(workers=1, min_known_mass=0.9)})
+    changed = config.model_copy(update={"prepare": PrepareConfig(workers=1, min_known_mass=0.99)})
     old = PreparedDataset.open(config.prepared_dir).fingerprint
     second = prepare(changed)
     assert second.units_done == 3
