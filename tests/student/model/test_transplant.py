@@ -114,4 +114,5 @@ def test_real_vocabularies_in_both_directions(smollm2: Path) -> None:
             if sources(plan, index) and new.tokens[index]:
                 assert old.decode(sources(plan, index)) == new.tokens[index]
         assert plan.report.copied_share > 0.25
-        assert plan.report.mean <= new.is_special.sum() + 13  # 13 bytes never occur in UTF-8
+        # SmolLM2 has no token for 21 of the bytes.
+        assert plan.report.mean <= new.is_special.sum() + 21
