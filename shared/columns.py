@@ -171,6 +171,23 @@ def table_to_records(table: pa.Table, distributions: bool = True) -> Iterator[Re
         )
 
 
+def same_content(left: pa.Table, right: pa.Table) -> bool:
+    """Whether two tables of this schema hold the same values; NaN, an unknown, is the same as NaN."""
+    if left.num_rows != right.num_rows or left.schema.names != right.schema.names:
+        return False
+    for name in left.schema.names:
+        if pa.types.is_list(left.schema.field(name).type) and pa.types.is_floating(
+            left.schema.field(name).type.value_type
+        ):
+            (values, at), (others, other_at) = flat_list(left[name]), flat_list(right[name])
+            same = np.array_equal(values, others, equal_nan=True) and np.array_equal(at, other_at)
+            if not same or not left[name].is_null().equals(right[name].is_null()):
+                return False
+        elif not left[name].equals(right[name]):
+            return False
+    return True
+
+
 def _store(record: Record) -> dict[str, NDArray[Any]] | None:
     """The distribution columns of one record."""
     d = record.distributions

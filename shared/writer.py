@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shared.columns import records_to_table
+from shared.columns import records_to_table, same_content
 from shared.errors import DatasetError
 from shared.manifest import (
     COMMITS,
@@ -113,7 +113,7 @@ class DatasetWriter:
             )
         table = records_to_table(batch, len(self._vocabulary), check=self._check)
         data = shard_bytes(table)
-        if not pq.read_table(pa.BufferReader(data)).equals(table):
+        if not same_content(pq.read_table(pa.BufferReader(data)), table):
             raise DatasetError(
                 f"unit {name}: the shard does not read back as it was written; check this machine's memory"
             )
