@@ -1,0 +1,79 @@
+"""A config is checked whole: each mistake is named with its key, the value seen and what was expected."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from shared.config import DecodingConfig, dump_config, load_config
+from shared.errors import ConfigError
+
+DEMO = Path(__file__).parents[2] / "configs/demo.yaml"
+
+
+def test_the_demo_config_loads_and_its_dump_loads_again(tmp_path: Path) -> None:
+    config = load_config(DEMO)
+    (tmp_path / "again.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "again.yaml") == config
+    assert config.shards_dir == config.runs / config.name / "shards"
+
+
+def test_overrides_are_yaml_values_at_dotted_keys() -> None:
+    config = load_config(DEMO, ["train.loss=kl", "collect.top_k=7", "student.layers=[0, 2]", "name=other"])
+    assert (config.train.loss, config.collect.top_k, config.student.layers) == ("kl", 7, [0, 2])
+    assert config.run_dir == config.runs / "other"
+
+
+MISTAKES = {
+    "train.los=kl": r"train\.los: unknown key; did you mean 'loss'\?",
+    "train.qqqqq=1": r"train\.qqqqq: unknown key; known keys: loss, alpha",
+    "train.loss=mse": r"train\.loss: .*'auto', 'ce', 'kl' or 'hybrid' \(got 'mse'\)",
+    "collect.top_k=0": r"collect\.top_k: .*greater than 0 \(got 0\)",
+    "name=../x": r"name: .*pattern.*\(got '\.\./x'\)",
+    "train": r"--set 'train' is not KEY.PATH=VALUE",
+    "train.loss.x=1": r"'loss' is a value \('[a-z]+'\), not a section",
+    "train.steps=[": r"the value is not valid YAML",
+}
+
+
+@pytest.mark.parametrize("override", MISTAKES)
+def test_a_mistake_is_named_with_its_key_and_value(override: str) -> None:
+    with pytest.raises(ConfigError, match=MISTAKES[override]):
+        load_config(DEMO, [override])
+
+
+def test_files_that_are_no_config_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot read the config .*none.yaml: No such file"):
+        load_config(tmp_path / "none.yaml")
+    for text, message in (
+        ("a: [", "not valid YAML"),
+        ("[1]", "holds list, expected a mapping"),
+        ("", "holds NoneType"),
+    ):
+        (tmp_path / "x.yaml").write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            load_config(tmp_path / "x.yaml")
+
+
+def test_training_needs_an_end(tmp_path: Path) -> None:
+    tree = yaml.safe_load(DEMO.read_text())
+    tree["train"].pop("steps", None)
+    tree["train"].pop("epochs", None)
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(tree))
+    with pytest.raises(ConfigError, match=r"set train.steps or train.epochs, otherwise training has no end"):
+        load_config(tmp_path / "x.yaml")
+
+
+@pytest.mark.parametrize(
+    ("settings", "rule"),
+    [
+        ({"temperature": 0}, "greedy"),
+        ({"temperature": 1}, "sample"),
+        ({"temperature": 1, "top_p": 0.9}, "filtered"),
+        ({"temperature": 0.7}, "filtered"),
+    ],
+)
+def test_a_decoding_rule_has_its_name(settings: dict[str, float], rule: str) -> None:
+    assert DecodingConfig.model_validate({"split": "train", **settings}).rule == rule

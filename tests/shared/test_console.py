@@ -1,0 +1,62 @@
+"""The one boundary: a user's mistake is a message and exit code 2, anything else keeps its traceback."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import typer
+
+from shared.console import application, configure_logging, progress, run
+from shared.errors import DatasetError, UserError
+
+
+def app_that_raises(error: Exception) -> typer.Typer:
+    app = application("Test.")
+
+    @app.command()
+    def fail() -> None:
+        raise error
+
+    return app
+
+
+def test_a_users_mistake_is_one_message_and_code_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["x"])
+    with pytest.raises(SystemExit) as end:
+        run(app_that_raises(DatasetError("seen [3], expected [4]; do this")))
+    assert end.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.err == "error: seen [3], expected [4]; do this\n"
+    assert captured.out == ""
+
+
+def test_our_own_mistake_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["x"])
+    with pytest.raises(ZeroDivisionError):
+        run(app_that_raises(ZeroDivisionError("ours")))
+
+
+def test_log_levels_are_checked() -> None:
+    root = logging.getLogger()
+    before, handlers = root.level, list(root.handlers)
+    try:
+        configure_logging("Warning")
+        assert root.level == logging.WARNING
+        with pytest.raises(UserError, match=r"--log-level 'loud' is not a level: use debug, info, warning or error"):
+            configure_logging("loud")
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(before)
+
+
+def test_the_progress_bar_counts_and_notes(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress() as bar:
+        task = bar.add_task("working", total=3, note="")
+        bar.update(task, advance=2, note="[x] fine")
+    err = capsys.readouterr().err
+    assert "working" in err
+    assert "2/3" in err
+    assert "[x] fine" in err
