@@ -72,6 +72,7 @@ class PreparedDataset:
 
     Attributes:
         lengths: int64 [n], student tokens of each sample, prompt and response.
+        soft: int64 [n], positions of each sample that have a soft target.
         fingerprint: sha256 over what the samples were made from and, where stored, their checksums.
         has_distributions: some position has a soft target.
     """
@@ -79,6 +80,7 @@ class PreparedDataset:
     def __init__(self, directory: Path, manifest: dict[str, Any], index: pa.Table) -> None:
         self.directory, self.manifest = directory, manifest
         self.lengths: NDArray[np.int64] = index["length"].to_numpy().astype(np.int64)
+        self.soft: NDArray[np.int64] = index["soft"].to_numpy().astype(np.int64)
         self.fingerprint: str = manifest["fingerprint"]
         self.has_distributions = bool(manifest["summary"]["supervised_fraction"])
         self._index = {name: index[name].to_pylist() for name in ("split", "rule", "unit", "batch", "record")}

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from student.alignment.targets import AlignedSample, SparseTargets
 from student.data.blocks import BlockRow
-from student.losses.targets import TargetBatch
+from student.losses.targets import TargetBatch, depth_weights
 
 PADDING_DOCUMENT = -1
 
@@ -105,7 +105,7 @@ def _target_batch(
         realized_logprob=torch.from_numpy(_joined(realized_logprob, np.float32)),
         depth=torch.from_numpy(depth),
         block=torch.from_numpy(block),
-        weight=torch.from_numpy((depth_decay ** (depth - 1)).astype(np.float32)),
+        weight=depth_weights(torch.from_numpy(depth), depth_decay),
         has_soft=torch.from_numpy(~np.isnan(tail)),
         event_offsets=torch.from_numpy(_joined_offsets([t.event_offsets for t in chosen])),
         event_mass=torch.from_numpy(_joined([t.event_mass for t in chosen], np.float32)),

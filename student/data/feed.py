@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +22,7 @@ from student.data.blocks import choose_anchors, lay_out, sample_generator
 from student.data.order import StepOrder
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class TrainingFeed:
     """The prepared training samples, their order, and how many steps there will be.
 
@@ -64,6 +65,12 @@ class TrainingFeed:
     def sample(self, number: int) -> AlignedSample:
         """Training sample `number`, 0 ≤ number < n."""
         return self.prepared[int(self.chosen[number])]
+
+    @cached_property
+    def without_distributions(self) -> int:
+        """Training samples of records that hold no distributions (rows that were too thin to use do not count)."""
+        suspects = np.flatnonzero(self.prepared.soft[self.chosen] == 0)
+        return sum(bool(np.isnan(self.sample(number).targets.known).all()) for number in suspects)
 
     def micro_batches(self, step: int, rank: int, mask_id: int, pad_id: int) -> Iterator[MicroBatch]:
         """This rank's forwards of `step`."""

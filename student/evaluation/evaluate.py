@@ -106,7 +106,12 @@ def _measure(
         "drafts": headline.drafts,
         "by_skill": headline.by_skill(),
         "rules": {
-            rule: {"tau": 1 + result.mean_accepted, "by_depth": result.by_depth(), "drafts": result.drafts}
+            rule: {
+                "tau": 1 + result.mean_accepted,
+                "acceptance_length": result.acceptance_length,
+                "by_depth": result.by_depth(),
+                "drafts": result.drafts,
+            }
             for rule, result in walks.items()
         },
         "ratio": ratio,

@@ -36,11 +36,13 @@ class WalkResult:
 
     Attributes:
         accepted: {sample id: accepted tokens of each of its drafts}.
+        proposed: {sample id: drafted tokens of each}; a draft may be empty.
         skills: {sample id: skill}.
         draft_tokens: tokens drafted at most.
     """
 
     accepted: dict[str, list[int]]
+    proposed: dict[str, list[int]]
     skills: dict[str, str]
     draft_tokens: int
 
@@ -52,6 +54,12 @@ class WalkResult:
     def mean_accepted(self) -> float:
         """Accepted tokens per draft; the acceptance length tau is this plus the teacher's own token."""
         return float(np.mean(np.concatenate([np.asarray(counts) for counts in self.accepted.values() if counts])))
+
+    @property
+    def acceptance_length(self) -> float:
+        """1 + accepted tokens per draft that is not empty: what vLLM counts, which sees no empty draft."""
+        drafts = sum(length > 0 for lengths in self.proposed.values() for length in lengths)
+        return 1 + sum(map(sum, self.accepted.values())) / max(drafts, 1)
 
     def by_depth(self) -> list[float]:
         """Share of drafts whose first d tokens were accepted, d = 1 …"""
@@ -75,6 +83,7 @@ def walk(
 ) -> WalkResult:
     """Draft along `records`, `batch` at a time. The first response token is the teacher's own, as in serving."""
     accepted: dict[str, list[int]] = {record.sample_id: [] for record in records}
+    proposed: dict[str, list[int]] = {record.sample_id: [] for record in records}
     for start in range(0, len(records), batch):
         group = records[start : start + batch]
         position = {record.sample_id: 1 for record in group}
@@ -84,11 +93,12 @@ def walk(
             for sample_id, draft in zip(active, drafter.propose(active, contexts), strict=True):
                 matches = leading_matches(draft[:draft_tokens], by_id[sample_id].response_ids[position[sample_id] :])
                 accepted[sample_id].append(matches)
+                proposed[sample_id].append(len(draft[:draft_tokens]))
                 position[sample_id] += matches + 1
         drafter.release(list(position))
         for _ in group:
             on_response()
-    return WalkResult(accepted, {record.sample_id: record.skill for record in records}, draft_tokens)
+    return WalkResult(accepted, proposed, {record.sample_id: record.skill for record in records}, draft_tokens)
 
 
 def leading_matches(draft: Sequence[int], realized: Sequence[int] | np.ndarray) -> int:

@@ -19,8 +19,11 @@ WITHOUT_EFFECT = {"checkpoint_steps", "keep_checkpoints", "log_steps"}
 
 def run_identity(config: PipelineConfig, prepared: str, world_size: int) -> dict[str, Any]:
     """Everything that decides the result of a run, flat: settings, prepared data, ranks."""
-    settings = config.train.model_dump(mode="json", exclude=WITHOUT_EFFECT)
-    return {f"train.{key}": value for key, value in settings.items()} | {
+    train = config.train.model_dump(mode="json", exclude=WITHOUT_EFFECT)
+    student = config.student.model_dump(mode="json")
+    settings = {f"train.{key}": value for key, value in train.items()}
+    settings |= {f"student.{key}": value for key, value in student.items()}
+    return settings | {
         "seed": config.seed,
         "prepared data": prepared,
         "ranks": world_size,

@@ -75,6 +75,15 @@ def deepspeed_config(train: TrainConfig, accumulation: int) -> dict[str, Any]:
     }
 
 
+def partitioned_loading(settings: dict[str, Any]) -> Any:
+    """Under ZeRO-3, what makes `from_pretrained` load straight into shares; it works for as long as it is kept."""
+    if settings.get("zero_optimization", {}).get("stage") != 3:
+        return None
+    from transformers.integrations import HfDeepSpeedConfig
+
+    return HfDeepSpeedConfig(settings)
+
+
 def build_engine(module: nn.Module, train: TrainConfig, accumulation: int, steps: int) -> Any:
     """The DeepSpeed engine with AdamW and a cosine schedule with warm-up."""
     import deepspeed

@@ -15,7 +15,9 @@ from shared.config import PipelineConfig
 from shared.errors import CheckpointError
 from student.alignment.sanity import check_alignment
 from student.data.feed import TrainingFeed
-from student.losses.settings import LossSettings, resolve_loss
+from student.losses.settings import LossChoice, LossSettings, resolve_loss
+from student.losses.support import check_temperature
+from student.model.export import read_config
 from student.training import launch
 from student.training.checkpoint import require_same_run, run_identity
 from student.training.engine import deepspeed_config
@@ -56,12 +58,23 @@ def check(config: PipelineConfig, world_size: int) -> None:
         raise CheckpointError(f"{config.student_init_dir} holds no model; run `student init` with this config first")
     feed = TrainingFeed.open(config, world_size)
     deepspeed_config(config.train, feed.order.accumulation)
-    stride = max(len(feed.chosen) // SANITY_SAMPLES, 1)
-    probability = check_alignment([feed.sample(number) for number in range(0, len(feed.chosen), stride)])
-    loss, reason = resolve_loss(config.train, feed.prepared.has_distributions)
+    loss, reason = settle_loss(config, feed)
     LossSettings.from_config(config.train, config.train.block_length, loss)
+    stride = max(len(feed.chosen) // SANITY_SAMPLES, 1)
+    samples = [feed.sample(number) for number in range(0, len(feed.chosen), stride)]
+    probability = check_alignment(samples)
+    if loss != "ce":
+        vocabulary_size = read_config(config.student_init_dir).vocab_size
+        targets = (sample.targets for sample in samples)
+        check_temperature(targets, config.train.temperature, vocabulary_size, config.train.max_unknown_share)
     logger.info("loss: %s", reason)
     logger.info("sanity: the stored rows give the realised tokens a mean probability of %.3f", probability)
+
+
+def settle_loss(config: PipelineConfig, feed: TrainingFeed) -> LossChoice:
+    """The loss that these training records support, and why."""
+    has_any = bool(feed.prepared.soft[feed.chosen].any())
+    return resolve_loss(config.train, has_any, records_without=feed.without_distributions)
 
 
 def is_finished(config: PipelineConfig, world_size: int) -> bool:
@@ -84,7 +97,8 @@ def train_rank(config: PipelineConfig) -> None:
     import torch
 
     from student.model.export import load_student
-    from student.training.engine import build_engine, initialize_process_group
+    from student.model.lora import add_lora
+    from student.training.engine import build_engine, initialize_process_group, partitioned_loading
     from student.training.loop import TrainingRun
     from student.training.module import DistillationModule
 
@@ -92,11 +106,15 @@ def train_rank(config: PipelineConfig) -> None:
     feed = TrainingFeed.open(config, world_size)
     torch.manual_seed(config.seed)
     dtype = torch.bfloat16 if config.train.dtype == "bfloat16" else torch.float32
+    partitioned = partitioned_loading(deepspeed_config(config.train, feed.order.accumulation))
     model, tokenizer = load_student(config.student_init_dir, dtype=dtype)
+    del partitioned
+    if config.student.lora:
+        add_lora(model, config.student.lora)
     if config.train.activation_checkpointing:
         model.gradient_checkpointing_enable()
     model.train()
-    loss, _ = resolve_loss(config.train, feed.prepared.has_distributions)
+    loss, _ = settle_loss(config, feed)
     module = DistillationModule(model, LossSettings.from_config(config.train, config.train.block_length, loss))
     engine = build_engine(module, config.train, feed.order.accumulation, feed.steps)
     identity = run_identity(config, feed.prepared.fingerprint, world_size)

@@ -65,6 +65,24 @@ def test_after_n_accepted_tokens_the_teacher_adds_one() -> None:
     assert result.by_skill() == {"a": 2}
 
 
+class EverySecond(Oracle):
+    """Drafts right after contexts of odd length and nothing after even ones."""
+
+    def propose(self, request_ids: Sequence[str], contexts: Sequence[np.ndarray]) -> list[list[int]]:
+        drafts = super().propose(request_ids, contexts)
+        return [draft if len(context) % 2 else [] for draft, context in zip(drafts, contexts, strict=True)]
+
+
+def test_empty_drafts_count_for_tau_but_not_for_what_vllm_counts() -> None:
+    records = [record("a1", list(range(8)))]
+    result = walk(EverySecond(records, right=2), records, draft_tokens=3, batch=1)
+    # Contexts of 3, 6 and 7 tokens (two of them the prompt): 2 accepted, nothing drafted, the last 2 accepted.
+    assert result.proposed["a1"] == [3, 0, 3]
+    assert result.accepted["a1"] == [2, 0, 2]
+    assert result.mean_accepted == 4 / 3
+    assert result.acceptance_length == 3
+
+
 def test_a_drafter_that_is_off_by_one_is_worth_nothing() -> None:
     records = [record("a1", list(range(1, 30)))]
     assert walk(Oracle(records, shift=1), records, draft_tokens=3, batch=1).mean_accepted == 0

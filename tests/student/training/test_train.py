@@ -80,11 +80,14 @@ def test_each_loss_trains_on_two_ranks(run: Path, loss: str) -> None:
     assert last["kl"] < 0.75 * first["kl"]
 
 
-def test_the_number_of_ranks_and_of_micro_batches_changes_nothing(run: Path) -> None:
+def test_ranks_micro_batches_and_zero_stage_change_nothing(run: Path, tmp_path: Path) -> None:
+    zero3 = tmp_path / "zero3.json"
+    zero3.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}))
     layouts = {
         "one rank": ("train.world_size=1", "train.micro_batch=16"),
         "two ranks": ("train.world_size=2", "train.micro_batch=8"),
         "two ranks, accumulating": ("train.world_size=2", "train.micro_batch=3"),
+        "two ranks, ZeRO-3": ("train.world_size=2", "train.micro_batch=8", f"train.deepspeed={zero3}"),
     }
     losses = {}
     for name, overrides in layouts.items():
