@@ -1,4 +1,4 @@
-"""A mistake of the user gets one message with the value and the fix, exit code 2 and no traceback, and leaves nothing."""
+"""A mistake of the user gets one message with the value and the fix and exit code 2, and leaves nothing behind."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ Legend: B rows, L padded length, N supervised positions over the whole micro-bat
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -47,12 +47,15 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same micro-batch on `device`."""
-        return replace(self, **_moved(self, device), targets=replace(self.targets, **_moved(self.targets, device)))
-
-
-def _moved(holder: Any, device: torch.device) -> dict[str, Tensor]:
-    values = ((field.name, getattr(holder, field.name)) for field in fields(holder))
-    return {name: value.to(device, non_blocking=True) for name, value in values if isinstance(value, Tensor)}
+        return MicroBatch(
+            input_ids=self.input_ids.to(device, non_blocking=True),
+            position_ids=self.position_ids.to(device, non_blocking=True),
+            block_ids=self.block_ids.to(device, non_blocking=True),
+            document_ids=self.document_ids.to(device, non_blocking=True),
+            supervised=self.supervised.to(device, non_blocking=True),
+            targets=self.targets.to(device, non_blocking=True),
+            tokens=self.tokens,
+        )
 
 
 def collate(

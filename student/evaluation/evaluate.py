@@ -9,11 +9,13 @@ decoding with these drafts would show. *Ratio*: teacher-forced blocks at every a
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from shared.config import PipelineConfig
 from shared.console import progress
@@ -91,11 +93,11 @@ def _measure(
             if records:
                 task = bar.add_task(f"{name}: drafting {rule} text", total=len(records), note="")
                 walks[rule] = walk(
-                    drafter, records, config.evaluate.draft_tokens, config.evaluate.batch, lambda t=task: bar.advance(t)
+                    drafter, records, config.evaluate.draft_tokens, config.evaluate.batch, partial(bar.advance, task)
                 )
         sampled = prepared.indices(split="held_out", rule="sample")[: config.evaluate.max_samples]
         task = bar.add_task(f"{name}: ratio rule", total=len(sampled), note="")
-        ratio = _ratio(config, model, tokenizer, prepared, sampled, lambda count: bar.advance(task, count))
+        ratio = _ratio(config, model, tokenizer, prepared, sampled, partial(bar.advance, task))
     headline = walks[config.evaluate.rule]
     return {
         "tau": 1 + headline.mean_accepted,
@@ -123,7 +125,7 @@ def _ratio(
     model: Any,
     tokenizer: Any,
     prepared: PreparedDataset,
-    chosen: Sequence[int],
+    chosen: NDArray[np.int64],
     advance: Callable[[int], None],
 ) -> dict[str, Any]:
     """1 + J and the α bounds at every anchor of the held-out samples `chosen`; student tokens, ratio rule, T = 1."""
@@ -132,7 +134,7 @@ def _ratio(
     from student.evaluation.bounds import acceptance_bounds
     from student.losses.fused import distillation_loss
     from student.losses.settings import LossSettings
-    from student.losses.terms import summarize
+    from student.losses.terms import summarize, terms_from_sums
     from student.training.module import DistillationModule
 
     if not len(chosen):
@@ -157,9 +159,10 @@ def _ratio(
         lows.append(low)
         highs.append(high)
         advance(len(samples))
-    summary = summarize(torch.stack(sums).sum(0))
+    total = torch.stack(sums).sum(0)
+    summary, terms = summarize(total), terms_from_sums(total)
     return {
-        "tau": 1 + summary["accepted"],
+        "tau": 1 + float(terms.accepted / terms.blocks),
         "alpha_low": float(torch.cat(lows).nanmean()),
         "alpha_high": float(torch.cat(highs).nanmean()),
         "by_depth": summary["alpha_by_depth"],

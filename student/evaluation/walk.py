@@ -68,7 +68,7 @@ class WalkResult:
 
     def by_skill(self) -> dict[str, float]:
         """Acceptance length of each skill."""
-        pooled = defaultdict(list)
+        pooled: defaultdict[str, list[int]] = defaultdict(list)
         for sample_id, counts in self.accepted.items():
             pooled[self.skills[sample_id]] += counts
         return {skill: 1 + float(np.mean(counts)) for skill, counts in sorted(pooled.items()) if counts}

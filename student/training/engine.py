@@ -79,7 +79,7 @@ def partitioned_loading(settings: dict[str, Any]) -> Any:
     """Under ZeRO-3, what makes `from_pretrained` load straight into shares; it works for as long as it is kept."""
     if settings.get("zero_optimization", {}).get("stage") != 3:
         return None
-    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     return HfDeepSpeedConfig(settings)
 

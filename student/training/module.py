@@ -11,12 +11,15 @@ from student.data.batch import MicroBatch
 from student.losses import fused
 from student.losses.settings import LossSettings
 from student.model.attention import AnchoredLayout
+from student.model.modeling_llada import LladaForMaskedDiffusion
 
 
 class DistillationModule(nn.Module):
     """Micro-batch in, summed loss and summed metrics out."""
 
-    def __init__(self, model: nn.Module, settings: LossSettings) -> None:
+    model: LladaForMaskedDiffusion
+
+    def __init__(self, model: LladaForMaskedDiffusion, settings: LossSettings) -> None:
         super().__init__()
         self.model = model
         self.settings = settings
