@@ -217,7 +217,7 @@ class Encoder:
 
     def _encode_parts(self, pieces: list[list[str | bytes]], *, partial: bool = False) -> list[NDArray[np.int32]]:
         valid = [piece for parts in pieces for piece in parts if isinstance(piece, str)]
-        encodings = iter(self._backend.encode_batch(valid, add_special_tokens=False))
+        encodings = iter(self._backend.encode_batch_fast(valid, add_special_tokens=False))
         results = []
         for parts in pieces:
             ids = [
