@@ -55,7 +55,7 @@ class AlignedSample:
         teacher_sampled_logprob: float32 [T]; NaN where unknown.
         anchor_logprob: float32 [S], log p(x_i) where the teacher's token is known to have ended before x_i, which is
             what the first position of a block knows; it differs from `realized_logprob` only after a token that the
-            teacher could have made longer. None takes `realized_logprob`.
+            teacher could have made longer.
     """
 
     sample_id: str
@@ -73,8 +73,4 @@ class AlignedSample:
     teacher_ids: NDArray[np.int32]
     teacher_byte_ends: NDArray[np.int64]
     teacher_sampled_logprob: NDArray[np.float32]
-    anchor_logprob: NDArray[np.float32] | None = None
-
-    def __post_init__(self) -> None:
-        if self.anchor_logprob is None:
-            object.__setattr__(self, "anchor_logprob", self.realized_logprob)
+    anchor_logprob: NDArray[np.float32]

@@ -101,7 +101,11 @@ def _target_batch(
 ) -> TargetBatch:
     chosen = [take_positions(s.targets, r.response_positions) for s, r in zip(samples, rows, strict=True)]
     realized_ids = [s.input_ids[s.prompt_length + r.response_positions] for s, r in zip(samples, rows, strict=True)]
-    realized_logprob = [s.realized_logprob[r.response_positions] for s, r in zip(samples, rows, strict=True)]
+    # At its anchor a block knows that the teacher's token before it has ended; deeper it does not.
+    realized_logprob = [
+        np.where(r.depth == 1, s.anchor_logprob[r.response_positions], s.realized_logprob[r.response_positions])
+        for s, r in zip(samples, rows, strict=True)
+    ]
     tail = _joined([t.tail for t in chosen], np.float32)
     return TargetBatch(
         realized_ids=torch.from_numpy(_joined(realized_ids, np.int64)),

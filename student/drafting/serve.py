@@ -176,7 +176,9 @@ def _progress_bar() -> Any:
 
     class Reporting(tqdm):  # type: ignore[type-arg,unused-ignore]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **{**kwargs, "file": Path(os.devnull).open("w", encoding="utf-8")})  # noqa: SIM115
+            nowhere = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
+            # vLLM reads the bar's clock, so the bar runs even where the user's environment turns bars off.
+            super().__init__(*args, **{**kwargs, "disable": False, "file": nowhere})
 
         def update(self, n: float | None = 1) -> bool | None:
             done = super().update(n)

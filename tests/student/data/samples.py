@@ -51,4 +51,5 @@ def make_sample(
         teacher_ids=input_ids[prompt_length:],
         teacher_byte_ends=ends.astype(np.int64),
         teacher_sampled_logprob=np.full(response_length, -1.0, np.float32),
+        anchor_logprob=np.full(response_length, -0.5, np.float32),
     )

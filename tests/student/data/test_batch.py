@@ -59,6 +59,13 @@ def test_event_masses_and_tail_sum_to_one_after_collation() -> None:
     assert targets.member_offsets[-1] == len(targets.members)
 
 
+def test_a_block_knows_at_its_anchor_that_the_token_before_has_ended() -> None:
+    sample = make_sample("a", 3, 6)
+    row = lay_out(sample, np.array([1, 3]), block_length=3, mask_id=99, max_length=100)
+    targets = collate([sample], [row], pad_id=0).targets
+    assert targets.realized_logprob.tolist() == [-0.5, -1, -1, -0.5, -1, -1]
+
+
 def test_depth_weights() -> None:
     sample = make_sample("a", 3, 6)
     row = lay_out(sample, np.array([1]), block_length=3, mask_id=99, max_length=100)
