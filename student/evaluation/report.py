@@ -92,9 +92,7 @@ def _draw(config: PipelineConfig, report: dict[str, Any], entries: list[dict[str
     directory, pictures = config.report_dir, []
     if entries:
         plots.loss_curve(entries, directory / "loss.png")
-        pictures.append(
-            ("loss.png", "The trained loss. Zero would be the teacher's own distribution, as far as it was stored.")
-        )
+        pictures.append(("loss.png", "The trained loss; its KL part would be zero at the teacher's own distribution."))
         plots.acceptance_curve(entries, directory / "acceptance.png")
         pictures.append(
             ("acceptance.png", "Blocks whose first tokens are all the teacher's, in student tokens, while training.")
@@ -117,7 +115,12 @@ def _page(config: PipelineConfig, report: dict[str, Any], pictures: list[tuple[s
     )
     environment.filters["figure"] = figure
     return environment.get_template("report.html.j2").render(
-        name=config.name, report=report, pictures=pictures, config=dump_config(config), stages=_stages(config, report)
+        name=config.name,
+        report=report,
+        pictures=pictures,
+        config=dump_config(config),
+        stages=_stages(config, report),
+        identical=_identical(report["details"]["speculate"]),
     )
 
 
@@ -131,7 +134,7 @@ def figure(value: Any) -> str:
         case int():
             return f"{value:,}"
         case float():
-            return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}" if abs(value) < 0.1 else f"{value:.2f}"
+            return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
         case list():
             return "  ".join(figure(item) for item in value)
     return str(value)
@@ -189,12 +192,20 @@ def _stages(config: PipelineConfig, report: dict[str, Any]) -> list[tuple[str, s
             [
                 ("acceptance length", speculate["acceptance_length"]),
                 ("accepted to depth d", speculate["accepted_per_position"]),
-                ("outputs identical", speculate["outputs_identical"]),
+                ("outputs identical", _identical(report["details"]["speculate"])),
                 ("tokens/s with draft", speculate["tokens_per_s"]),
                 ("tokens/s without", speculate["baseline_tokens_per_s"]),
             ],
         ),
     ]
+
+
+def _identical(speculate: dict[str, Any]) -> bool | str | None:
+    """Whether the draft changed nothing; where outputs differ, whether each difference is a measured tie."""
+    if speculate.get("outputs_identical") is not False:
+        return speculate.get("outputs_identical")
+    kind = "all numerical ties" if speculate["differences_are_ties"] else "NOT all numerical ties"
+    return f"{len(speculate['differences'])} of {speculate['prompts']} differ, {kind}"
 
 
 def _arrow(first: float | None, last: float | None) -> str | None:

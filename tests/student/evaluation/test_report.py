@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shared.config import PipelineConfig
+from shared.errors import UserError
+from shared.files import write_json
+from student.evaluation.report import figure, write_report
+from tests.toy import load_toy
+
+STEP = {
+    "step": 1,
+    "loss": 3.0,
+    "match_by_depth": [0.2, None],
+}
+MEASURED = {"tau": 1.25, "accepted_one_hot": 0.25, "by_depth": [0.2, 0.05], "alpha_low": 0.1, "alpha_high": 0.3}
+
+
+def finished(config: PipelineConfig, **speculate: Any) -> None:
+    """What the stages leave behind, without having run them."""
+    write_json(config.run_dir / "collect.json", {"responses": 12, "tokens": 3456, "capture_ratio": None})
+    measured = MEASURED | {"by_skill": {"odd": 1.2, "even": 1.3}}
+    write_json(config.run_dir / "evaluate.json", {"rule": "greedy", "before": measured, "after": measured})
+    write_json(config.run_dir / "speculate.json", {"drafts": 7, "prompts": 9, "outputs_identical": True} | speculate)
+    lines = [json.dumps(STEP | {"step": step}) for step in (1, 2, 3)]
+    (config.run_dir / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def test_every_key_is_there_and_what_was_not_measured_is_null(tmp_path: Path) -> None:
+    config = load_toy(tmp_path)
+    finished(config)
+    report = write_report(config)
+    assert json.loads((config.report_dir / "report.json").read_text()) == report
+    assert report["collect"]["tokens"] == 3456
+    assert report["collect"]["capture_ratio"] is None
+    assert report["evaluate"]["after"]["tau"] == 1.25
+    assert report["train"] == dict.fromkeys(("steps", "tokens", "loss_first", "loss_last", "tokens_per_s"))
+    assert set(report["speculate"]) == {
+        "drafts",
+        "acceptance_length",
+        "accepted_per_position",
+        "outputs_identical",
+        "tokens_per_s",
+        "baseline_tokens_per_s",
+    }
+
+
+def test_the_page_shows_its_pictures_and_says_what_was_not_measured(tmp_path: Path) -> None:
+    config = load_toy(tmp_path)
+    finished(config)
+    write_report(config)
+    page = (config.report_dir / "index.html").read_text()
+    for picture in ("loss.png", "acceptance.png", "depth.png", "skills.png"):
+        assert f'src="{picture}"' in page
+        assert (config.report_dir / picture).stat().st_size > 1000
+    assert "not measured" in page
+    assert "3,456" in page
+
+
+@pytest.mark.parametrize(("ties", "words"), [(True, "all numerical ties"), (False, "NOT all numerical ties")])
+def test_outputs_that_differ_are_said_to(tmp_path: Path, ties: bool, words: str) -> None:
+    config = load_toy(tmp_path)
+    finished(config, outputs_identical=False, differences=[{}, {}], differences_are_ties=ties)
+    write_report(config)
+    assert f"2 of 9 differ, {words}" in (config.report_dir / "index.html").read_text()
+
+
+def test_nothing_to_report_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no result of any stage"):
+        write_report(load_toy(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(None, "not measured"), (True, "yes"), (1234, "1,234"), (1234.5, "1,234"), (44.26, "44.3"), (0.0744, "0.074")],
+)
+def test_figures_read_well(value: Any, shown: str) -> None:
+    assert figure(value) == shown
