@@ -82,7 +82,7 @@ def test_an_empty_prompts_file(tmp_path: Path) -> None:
     empty = tmp_path / "empty.jsonl"
     empty.write_text("\n")
     done = command(TEACHER, "collect", demo_in(tmp_path, collect__prompts=str(empty)))
-    assert_refused(done, tmp_path, "empty.jsonl", "no prompt")
+    assert_refused(done, tmp_path, "empty.jsonl is empty", '{"id": "a-1", "skill": "arithmetic"')
 
 
 def test_k_larger_than_the_vocabulary(tmp_path: Path) -> None:

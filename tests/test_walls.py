@@ -13,11 +13,20 @@ ROOT = Path(__file__).parent.parent
 
 
 def imports(package: str) -> dict[Path, set[str]]:
-    """Top-level names that each file of `package` imports anywhere, inside functions too."""
+    """Top-level names that each file of `package` imports when it runs, inside functions too."""
     found = {}
     for path in sorted((ROOT / package).rglob("*.py")):
         names = set()
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        only_types = {
+            node
+            for block in ast.walk(tree)
+            if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+            for node in ast.walk(block)
+        }
+        for node in ast.walk(tree):
+            if node in only_types:
+                continue
             if isinstance(node, ast.Import):
                 names |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
