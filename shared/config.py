@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from shared.errors import ConfigError
+from shared.records import decoding_rule
 
 Split = Literal["train", "held_out"]
 LossName = Literal["auto", "ce", "kl", "hybrid"]
@@ -68,12 +69,8 @@ class DecodingConfig(Section):
 
     @property
     def rule(self) -> str:
-        """The rule's name: `greedy`, `sample` (temperature 1, no filter) or `filtered`."""
-        if self.temperature == 0:
-            return "greedy"
-        if self.temperature == 1 and self.top_p == 1 and self.top_k == 0:
-            return "sample"
-        return "filtered"
+        """The rule's name."""
+        return decoding_rule(self.temperature, self.top_p, self.top_k)
 
     @property
     def tag(self) -> str:
@@ -212,7 +209,6 @@ class TrainConfig(Section):
         None, description="Save every so many steps; null saves at the end only."
     )
     keep_checkpoints: PositiveInt = 2
-    log_steps: PositiveInt = 1
 
     @model_validator(mode="after")
     def _has_an_end(self) -> TrainConfig:

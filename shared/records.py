@@ -24,6 +24,13 @@ class Message:
     content: str
 
 
+def decoding_rule(temperature: float, top_p: float, top_k: int) -> str:
+    """`greedy`, `sample` (temperature 1, unfiltered) or `filtered`."""
+    if temperature == 0:
+        return "greedy"
+    return "sample" if (temperature, top_p, top_k) == (1, 1, 0) else "filtered"
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How the response was decoded. `top_k` 0 and `top_p` 1 filter nothing; `temperature` 0 is greedy."""
@@ -36,10 +43,8 @@ class Sampling:
 
     @property
     def rule(self) -> str:
-        """`greedy`, `sample` (temperature 1, unfiltered) or `filtered`."""
-        if self.temperature == 0:
-            return "greedy"
-        return "sample" if (self.temperature, self.top_p, self.top_k) == (1, 1, 0) else "filtered"
+        """The rule's name."""
+        return decoding_rule(self.temperature, self.top_p, self.top_k)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,11 +8,18 @@ rank runs the same number of micro-batches. The state of an interrupted run is t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shared.errors import ConfigError
+
+
+@lru_cache(maxsize=2)
+def _permutation(seed: int, epoch: int, samples: int) -> NDArray[np.int64]:
+    """An epoch's order; kept, because every step of the epoch asks for its part."""
+    return np.random.default_rng([seed, epoch]).permutation(samples)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +65,7 @@ class StepOrder:
     def step_samples(self, step: int) -> tuple[int, NDArray[np.int64]]:
         """Epoch and sample numbers of step `step` (0-based), before they are dealt out."""
         epoch, within = divmod(step, self.steps_per_epoch)
-        permutation = np.random.default_rng([self.seed, epoch]).permutation(len(self.lengths))
+        permutation = _permutation(self.seed, epoch, len(self.lengths))
         return epoch, permutation[within * self.global_batch : (within + 1) * self.global_batch]
 
     def micro_batches(self, step: int, rank: int) -> tuple[int, list[NDArray[np.int64]]]:

@@ -14,7 +14,7 @@ from shared.config import PipelineConfig
 from shared.errors import CheckpointError
 
 # Settings that change what is logged or kept, not what is learnt.
-WITHOUT_EFFECT = {"checkpoint_steps", "keep_checkpoints", "log_steps"}
+WITHOUT_EFFECT = {"checkpoint_steps", "keep_checkpoints"}
 
 
 def run_identity(config: PipelineConfig, prepared: str, world_size: int) -> dict[str, Any]:

@@ -7,7 +7,6 @@ micro-batches, with or without work in them.
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import time
@@ -20,7 +19,7 @@ import torch.distributed
 
 from shared.config import PipelineConfig, dump_config
 from shared.console import progress
-from shared.files import new_directory, write_text
+from shared.files import new_directory, write_json, write_text
 from student.data.feed import TrainingFeed
 from student.losses.normalization import loss_scale, sum_over_ranks
 from student.losses.terms import summarize
@@ -109,7 +108,7 @@ class TrainingRun:
             with new_directory(self.config.student_final_dir) as directory:
                 save_student(self.engine.module.model, self.tokenizer, directory, state_dict=weights)
                 write_text(directory / "resolved_config.yaml", dump_config(self.config))
-                write_text(directory / "training.json", json.dumps(summary, indent=2))
+                write_json(directory / "training.json", summary)
             shutil.rmtree(self.config.checkpoints_dir, ignore_errors=True)
             logger.info("trained model: %s", self.config.student_final_dir)
         torch.distributed.barrier()

@@ -40,11 +40,11 @@ def train(config: PipelineConfig, *, fresh: bool = False) -> None:
         train_rank(config)
         return
     world_size = launch.ranks_here(config.train)
-    check(config, world_size)
+    feed = check(config, world_size)
     if fresh:
         shutil.rmtree(config.checkpoints_dir, ignore_errors=True)
         shutil.rmtree(config.student_final_dir, ignore_errors=True)
-    if is_finished(config, world_size):
+    if is_finished(config, feed):
         logger.info("already trained: %s (--fresh trains anew)", config.student_final_dir)
     elif world_size > 1:
         launch.replace_with_ranks(world_size, [argument for argument in sys.argv[1:] if argument != "--fresh"])
@@ -52,8 +52,11 @@ def train(config: PipelineConfig, *, fresh: bool = False) -> None:
         train_rank(config)
 
 
-def check(config: PipelineConfig, world_size: int) -> None:
-    """Everything that can fail on the user's account, before a rank starts; logs which loss is trained and why."""
+def check(config: PipelineConfig, world_size: int) -> TrainingFeed:
+    """Everything that can fail on the user's account, before a rank starts; logs which loss is trained and why.
+
+    Returns: the feed that passed.
+    """
     if not (config.student_init_dir / "config.json").exists():
         raise CheckpointError(f"{config.student_init_dir} holds no model; run `student init` with this config first")
     feed = TrainingFeed.open(config, world_size)
@@ -69,6 +72,7 @@ def check(config: PipelineConfig, world_size: int) -> None:
         check_temperature(targets, config.train.temperature, vocabulary_size, config.train.max_unknown_share)
     logger.info("loss: %s", reason)
     logger.info("sanity: the stored rows give the realised tokens a mean probability of %.3f", probability)
+    return feed
 
 
 def settle_loss(config: PipelineConfig, feed: TrainingFeed) -> LossChoice:
@@ -77,7 +81,7 @@ def settle_loss(config: PipelineConfig, feed: TrainingFeed) -> LossChoice:
     return resolve_loss(config.train, has_any, records_without=feed.without_distributions)
 
 
-def is_finished(config: PipelineConfig, world_size: int) -> bool:
+def is_finished(config: PipelineConfig, feed: TrainingFeed) -> bool:
     """Whether this very run has published its model.
 
     Raises:
@@ -87,7 +91,7 @@ def is_finished(config: PipelineConfig, world_size: int) -> bool:
     if not published.exists():
         return False
     found = json.loads(published.read_text(encoding="utf-8"))["identity"]
-    identity = run_identity(config, TrainingFeed.open(config, world_size).prepared.fingerprint, world_size)
+    identity = run_identity(config, feed.prepared.fingerprint, feed.order.world_size)
     require_same_run(found, identity, config.student_final_dir)
     return True
 

@@ -13,7 +13,7 @@ DEMO = Path("configs/demo.yaml")
 
 def test_what_does_not_change_the_result_does_not_change_the_identity() -> None:
     plain = run_identity(load_config(DEMO), "abc", 2)
-    assert run_identity(load_config(DEMO, ["train.checkpoint_steps=7", "train.log_steps=9"]), "abc", 2) == plain
+    assert run_identity(load_config(DEMO, ["train.checkpoint_steps=7", "train.keep_checkpoints=9"]), "abc", 2) == plain
 
 
 @pytest.mark.parametrize(
