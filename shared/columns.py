@@ -1,13 +1,14 @@
 """Records to Arrow tables and back, whole batches at a time.
 
 `records_to_table` refuses what cannot be stored faithfully, naming the record, the row and the value: it is the one
-way into a shard. `table_to_records` decodes a row group in a few passes and hands out slices of it.
+way into a shard. `DecodedRecords` decodes a row group in a few passes and hands out slices of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any, cast, overload
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +25,8 @@ SAMPLED_TOLERANCE = 1e-2
 """The sampled token's own logprob and its entry come from one computation: further apart, they are not of one row."""
 OUTSIDE_TOLERANCE = 1 / STEPS_PER_NAT
 """A row that was stored before has its last candidate rounded by up to half a step."""
+
+_SAMPLING_COLUMNS = tuple(field.name for field in fields(Sampling))
 
 
 def records_to_table(records: Sequence[Record], vocabulary_size: int | None = None, check: bool = True) -> pa.Table:
@@ -114,61 +117,90 @@ def check_record(record: Record, vocabulary_size: int | None) -> None:
     _check_sampled(who, record, d, widths.astype(np.int32))
 
 
-def table_to_records(table: pa.Table, distributions: bool = True) -> Iterator[Record]:
-    """Records of a row group's table; the arrays are read-only views of what the whole row group decoded to."""
-    batch = table.combine_chunks()
-    column = {name: batch[name].to_pylist() for name in batch.schema.names if not _is_flat(batch.schema.field(name))}
-    prompt_ids, prompt_at = flat_list(batch["prompt_ids"])
-    response_ids, response_at = flat_list(batch["response_ids"])
-    if distributions:
-        sampled, _ = flat_list(batch["sampled_logprob"])
-        widths, token_at = flat_list(batch["width"])
-        ids, candidate_at = flat_list(batch["candidate_ids"])
-        gaps, _ = flat_list(batch["candidate_gaps"])
-        tail, _ = flat_list(batch["tail_mass"])
-        logprobs = decode_logprobs(widths, gaps, tail)
-        row_ends = np.concatenate([[0], np.cumsum(widths, dtype=np.int64)])
-        sampled = sampled.copy()
-        has = ~np.asarray(batch["width"].is_null())
-        owners = response_ids[np.repeat(has, np.diff(response_at))]
+class DecodedRecords(Sequence[Record]):
+    """The records of a row group's table: decoded whole, made into objects one by one.
+
+    A record's arrays are read-only views of what the row group decoded to, and keep it in memory.
+
+    Args:
+        table: with the columns of `shared.schema.SCHEMA`, or without its distribution columns.
+        distributions: False leaves `Record.distributions` None.
+    """
+
+    def __init__(self, table: pa.Table, distributions: bool = True) -> None:
+        self._rows = table.num_rows
+        self._plain = {name: table[name].to_pylist() for name in table.schema.names if not _is_flat(table.field(name))}
+        settings = zip(*(self._plain[name] for name in _SAMPLING_COLUMNS), strict=True)
+        known: dict[tuple[Any, ...], Sampling] = {}
+        self._sampling = [known.setdefault(values, Sampling(*values)) for values in settings]
+        self._prompt_ids, prompt_at = flat_list(table["prompt_ids"])
+        self._response_ids, response_at = flat_list(table["response_ids"])
+        self._prompt_at, self._response_at = prompt_at.tolist(), response_at.tolist()
+        self._has = np.zeros(self._rows, np.bool_)
+        if distributions:
+            self._decode(table, response_at)
+        self._has_distributions = self._has.tolist()
+
+    def _decode(self, table: pa.Table, response_at: NDArray[np.int64]) -> None:
+        sampled, _ = flat_list(table["sampled_logprob"])
+        widths, token_at = flat_list(table["width"])
+        self._ids, candidate_at = flat_list(table["candidate_ids"])
+        gaps, _ = flat_list(table["candidate_gaps"])
+        self._tail, _ = flat_list(table["tail_mass"])
+        self._logprobs = decode_logprobs(widths, gaps, self._tail)
+        self._row_ends = np.concatenate([[0], np.cumsum(widths, dtype=np.int64)])
+        self._sampled = sampled.copy()
+        self._has = is_present(table["width"])
+        owners = self._response_ids[np.repeat(self._has, np.diff(response_at))]
         # In the row the entry is the value: the column holds it rounded.
-        tokens, entries = row_matches(widths, ids, owners)
-        sampled[tokens] = logprobs[entries]
-        row_starts = row_ends[token_at].tolist()
-        tokens_at, candidates_at = token_at.tolist(), candidate_at.tolist()
-    prompts_at, responses_at = prompt_at.tolist(), response_at.tolist()
-    for i in range(batch.num_rows):
-        d = None
-        if distributions and has[i]:
-            first, last = tokens_at[i], tokens_at[i + 1]
-            start, stop = candidates_at[i], candidates_at[i + 1]
-            d = Distributions(
-                row_ends[first : last + 1] - row_starts[i],
-                ids[start:stop],
-                logprobs[start:stop],
-                tail[first:last],
-                sampled[first:last],
-            )
-        yield Record(
-            sample_id=column["sample_id"][i],
-            prompt_id=column["prompt_id"][i],
-            split=column["split"][i],
-            skill=column["skill"][i],
-            messages=tuple(Message(m["role"], m["content"]) for m in column["messages"][i]),
-            prompt_text=column["prompt_text"][i],
-            prompt_ids=prompt_ids[prompts_at[i] : prompts_at[i + 1]],
-            response_ids=response_ids[responses_at[i] : responses_at[i + 1]],
-            response_bytes=column["response_bytes"][i],
-            finish_reason=cast(FinishReason, column["finish_reason"][i]),
-            sampling=Sampling(
-                column["temperature"][i],
-                column["top_p"][i],
-                column["top_k"][i],
-                column["max_tokens"][i],
-                column["seed"][i],
-            ),
-            distributions=d,
+        tokens, entries = row_matches(widths, self._ids, owners)
+        self._sampled[tokens] = self._logprobs[entries]
+        self._token_at, self._candidate_at = token_at.tolist(), candidate_at.tolist()
+
+    def __len__(self) -> int:
+        return self._rows
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Record]: ...
+    def __getitem__(self, index: int | slice) -> Record | list[Record]:
+        """Record `index`, 0 ≤ index < len."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(self._rows))]
+        if not 0 <= index < self._rows:
+            raise IndexError(f"record {index} of {self._rows}")
+        plain = self._plain
+        return Record(
+            sample_id=plain["sample_id"][index],
+            prompt_id=plain["prompt_id"][index],
+            split=plain["split"][index],
+            skill=plain["skill"][index],
+            messages=tuple(Message(m["role"], m["content"]) for m in plain["messages"][index]),
+            prompt_text=plain["prompt_text"][index],
+            prompt_ids=self._prompt_ids[self._prompt_at[index] : self._prompt_at[index + 1]],
+            response_ids=self._response_ids[self._response_at[index] : self._response_at[index + 1]],
+            response_bytes=plain["response_bytes"][index],
+            finish_reason=cast(FinishReason, plain["finish_reason"][index]),
+            sampling=self._sampling[index],
+            distributions=self._distributions(index) if self._has_distributions[index] else None,
         )
+
+    def _distributions(self, index: int) -> Distributions:
+        first, last = self._token_at[index], self._token_at[index + 1]
+        start, stop = self._candidate_at[index], self._candidate_at[index + 1]
+        return Distributions(
+            self._row_ends[first : last + 1] - self._row_ends[first],
+            self._ids[start:stop],
+            self._logprobs[start:stop],
+            self._tail[first:last],
+            self._sampled[first:last],
+        )
+
+    def of(self, split: str | None, rule: str | None) -> list[int]:
+        """Numbers of the records of that split and that decoding rule; None is any."""
+        both = zip(self._plain["split"], self._plain["rule"], strict=True)
+        return [i for i, (s, r) in enumerate(both) if split in (None, s) and rule in (None, r)]
 
 
 def same_content(left: pa.Table, right: pa.Table) -> bool:
@@ -272,9 +304,23 @@ def _is_flat(field: pa.Field) -> bool:
 
 def flat_list(column: pa.ChunkedArray) -> tuple[NDArray[Any], NDArray[np.int64]]:
     """A list column's values and int64 [rows + 1] offsets into them."""
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    if isinstance(array, pa.ChunkedArray):  # no rows: no chunk
-        return np.zeros(0, array.type.value_type.to_pandas_dtype()), np.zeros(1, np.int64)
-    offsets = array.offsets.to_numpy().astype(np.int64)
-    values = array.values.to_numpy(zero_copy_only=False)
+    array = _one_chunk(column)
+    offsets, values = _numpy(array.offsets).astype(np.int64), _numpy(array.values)
     return values[offsets[0] : offsets[-1]], offsets - offsets[0]
+
+
+def is_present(column: pa.ChunkedArray) -> NDArray[np.bool_]:
+    """bool [rows], where a column is not null."""
+    return _numpy(_one_chunk(column).is_valid().cast(pa.uint8())).astype(np.bool_)
+
+
+def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
+    """The column as one array; `combine_chunks` would copy even a single chunk."""
+    if column.num_chunks == 0:
+        return pa.array([], column.type)
+    return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
+
+
+def _numpy(array: pa.Array) -> NDArray[Any]:
+    """A view of an array of numbers without nulls. Arrow's own `to_numpy` imports pandas, which takes a second."""
+    return np.from_dlpack(array) if len(array) else np.zeros(0, array.type.to_pandas_dtype())

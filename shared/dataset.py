@@ -10,18 +10,20 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from bisect import bisect_right
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
-from shared.columns import table_to_records
+from shared.columns import DecodedRecords
 from shared.errors import DatasetError
 from shared.manifest import (
     MANIFEST,
@@ -41,7 +43,11 @@ from shared.writer import DatasetWriter
 
 __all__ = ["Dataset", "DatasetWriter", "Manifest", "Provenance"]
 
+_Item = TypeVar("_Item")
+
 _CACHED_GROUPS = 8
+_GROUPS_AHEAD = 4
+"""Row groups that are read before they are needed, so that neither side waits while the other has a long step."""
 _VERIFIED: set[tuple[str, str, int, int, int]] = set()
 """Shards of this process that had their checksum: path, sha256, inode, size, time of change."""
 _FETCHED: list[tempfile.TemporaryDirectory[str]] = []
@@ -55,7 +61,7 @@ class Dataset:
         self.storage = storage
         self.manifest = manifest
         self._ends = np.cumsum([unit.rows for unit in manifest.units], dtype=np.int64).tolist()
-        self._groups: OrderedDict[tuple[int, int], list[Record]] = OrderedDict()
+        self._groups: OrderedDict[tuple[int, int], DecodedRecords] = OrderedDict()
 
     @classmethod
     def open(cls, path: str | Path) -> Dataset:
@@ -84,7 +90,7 @@ class Dataset:
             group += 1
         key = (unit, group)
         if key not in self._groups:
-            self._groups[key] = list(table_to_records(self._read_group(self.manifest.units[unit], file, group, None)))
+            self._groups[key] = DecodedRecords(self._read_group(self.manifest.units[unit], file, group, None))
             if len(self._groups) > _CACHED_GROUPS:
                 self._groups.popitem(last=False)
         self._groups.move_to_end(key)
@@ -142,13 +148,15 @@ class Dataset:
         Raises:
             DatasetError: if a shard is missing or damaged.
         """
-        yield from self._records_of(
-            [u for u in self.manifest.units if _has(u, split, rule)], split, rule, distributions
-        )
+        units = [u for u in self.manifest.units if _has(u, split, rule)]
+        for _, records in self._decoded(units, distributions):
+            for index in records.of(split, rule):
+                yield records[index]
 
     def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """Row groups as Arrow tables with only the columns named, checked like everything else."""
-        yield from self._tables_of(self.manifest.units, columns)
+        for _, table in self._tables_of(self.manifest.units, columns):
+            yield table
 
     def shuffled(
         self,
@@ -161,46 +169,38 @@ class Dataset:
     ) -> Iterator[Record]:
         """Records in a random order that depends on (seed, epoch, dataset) alone.
 
-        Units are taken in random order into a window of about `window_candidates` candidates (67 MB), and the window's
+        Units are taken in random order into windows of about `window_candidates` candidates (67 MB), and a window's
         records in random order: every record comes once, each unit is read once, memory has a bound.
         """
         random = np.random.Generator(np.random.PCG64([seed, epoch]))
-        window: list[UnitEntry] = []
-        held = 0
-        order = random.permutation(len(self.manifest.units))
-        for position, index in enumerate(order):
-            unit = self.manifest.units[index]
-            if _has(unit, split, rule):
-                window.append(unit)
-                held += unit.candidates + unit.tokens
-            if window and (held >= window_candidates or position + 1 == len(order)):
-                records = list(self._records_of(window, split, rule, distributions))
-                for i in random.permutation(len(records)):
-                    yield records[i]
-                window, held = [], 0
+        order = [self.manifest.units[i] for i in random.permutation(len(self.manifest.units))]
+        units = [unit for unit in order if _has(unit, split, rule)]
+        ends = np.cumsum([unit.candidates + unit.tokens for unit in units], dtype=np.int64)
+        window_of = {unit.unit: w for unit, w in zip(units, _windows(ends, window_candidates), strict=True)}
+        # One reader goes through all windows, so that the next one is read while this one's records are used.
+        for _, window in groupby(self._decoded(units, distributions), key=lambda read: window_of[read[0].unit]):
+            places = [(records, index) for _, records in window for index in records.of(split, rule)]
+            for i in random.permutation(len(places)):
+                records, index = places[i]
+                yield records[index]
 
-    def _records_of(
-        self, units: Sequence[UnitEntry], split: str | None, rule: str | None, distributions: bool
-    ) -> Iterator[Record]:
-        for table in self._tables_of(units, None if distributions else RECORD_COLUMNS):
-            for record in table_to_records(table, distributions):
-                if split in (None, record.split) and rule in (None, record.sampling.rule):
-                    yield record
+    def _decoded(self, units: Sequence[UnitEntry], distributions: bool) -> Iterator[tuple[UnitEntry, DecodedRecords]]:
+        tables = self._tables_of(units, None if distributions else RECORD_COLUMNS)
+        return _ahead((unit, DecodedRecords(table, distributions)) for unit, table in tables)
 
-    def _tables_of(self, units: Sequence[UnitEntry], columns: Sequence[str] | None) -> Iterator[pa.Table]:
-        """Row groups of `units`; a thread checks and decompresses the next one while this one is used."""
-        groups = self._groups_of(units, columns)
-        with ThreadPoolExecutor(1, thread_name_prefix="shards") as pool:
-            ahead = pool.submit(next, groups, None)
-            while (table := ahead.result()) is not None:
-                ahead = pool.submit(next, groups, None)
-                yield table
+    def _tables_of(
+        self, units: Sequence[UnitEntry], columns: Sequence[str] | None
+    ) -> Iterator[tuple[UnitEntry, pa.Table]]:
+        """Row groups of `units`, checked and decompressed before they are asked for."""
+        return _ahead(self._groups_of(units, columns))
 
-    def _groups_of(self, units: Sequence[UnitEntry], columns: Sequence[str] | None) -> Iterator[pa.Table]:
+    def _groups_of(
+        self, units: Sequence[UnitEntry], columns: Sequence[str] | None
+    ) -> Iterator[tuple[UnitEntry, pa.Table]]:
         for unit in units:
             file = self._shard(unit)
             for group in range(file.metadata.num_row_groups):
-                yield self._read_group(unit, file, group, columns)
+                yield unit, self._read_group(unit, file, group, columns)
 
     def _read_group(self, unit: UnitEntry, file: pq.ParquetFile, group: int, columns: Sequence[str] | None) -> pa.Table:
         try:
@@ -291,6 +291,27 @@ def open_shard(storage: Storage, unit: UnitEntry, again: bool = False) -> pq.Par
 
 def _has(unit: UnitEntry, split: str | None, rule: str | None) -> bool:
     return any(split in (None, key.partition("/")[0]) and rule in (None, key.partition("/")[2]) for key in unit.counts)
+
+
+def _ahead(items: Iterator[_Item]) -> Iterator[_Item]:
+    """The same items, a few of them made beforehand, in order and in one thread."""
+    with ThreadPoolExecutor(1, thread_name_prefix="shards") as pool:
+        waiting = deque(pool.submit(next, items, None) for _ in range(_GROUPS_AHEAD))
+        try:
+            while (item := waiting.popleft().result()) is not None:
+                waiting.append(pool.submit(next, items, None))
+                yield item
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _windows(ends: NDArray[np.int64], size: int) -> Iterator[int]:
+    """The window of each unit, given the running total of what they hold: one is full once it holds `size`."""
+    window, start = 0, 0
+    for end in ends.tolist():
+        yield window
+        if end - start >= size:
+            window, start = window + 1, end
 
 
 def _compare(seen: str, expected: str, storage: Storage, name: str) -> None:

@@ -1,17 +1,20 @@
 """Between the teacher's logprobs and the whole numbers that are stored (`shared.schema` has the formula).
 
-Legend: T response tokens, N candidates of all of them, G steps below the first candidate of the row. Both
-directions are a few passes of numpy over the N candidates. What was decoded encodes to itself, bit by bit.
+Legend: T response tokens, N candidates of all of them, K of each, R rows of a block. Both directions are a few passes
+of numpy over the N candidates. What was decoded encodes to itself, bit by bit.
 """
 
 from __future__ import annotations
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from shared.schema import MAX_STEPS, SAMPLED_STEPS_PER_NAT, STEPS_PER_NAT
 
 _TAIL_BITS = 11
+_BLOCK_ROWS = 1024
+"""Rows that are decoded at a time: at k = 64 their numbers stay in a core's cache through every pass."""
 
 
 def encode_gaps(offsets: NDArray[np.int64], logprobs: NDArray[np.float32]) -> NDArray[np.uint16]:
@@ -57,12 +60,13 @@ def decode_logprobs(
         log_mass = np.log1p(-known)
     width = int(widths[0])
     if width and (widths == width).all():
-        # Whole numbers add up four times faster than floats; from there one array serves all passes.
-        rows_TxK = np.cumsum(gaps.reshape(-1, width), axis=1, dtype=np.int32).astype(np.float32)
-        rows_TxK *= np.float32(-1.0 / STEPS_PER_NAT)
-        weights = np.exp(rows_TxK).sum(axis=1)
-        rows_TxK += (log_mass - np.log(weights.astype(np.float64))).astype(np.float32)[:, None]
-        return rows_TxK.reshape(-1)
+        # Arrow keeps what is freed for the next row group; numpy would give it back and fault it in again.
+        result = np.frombuffer(pa.allocate_buffer(gaps.size * 4), np.float32)
+        gaps_TxK, result_TxK = gaps.reshape(-1, width), result.reshape(-1, width)
+        for start in range(0, len(widths), _BLOCK_ROWS):
+            rows = slice(start, start + _BLOCK_ROWS)
+            _decode_block(gaps_TxK[rows], log_mass[rows], result_TxK[rows])
+        return result
     ends = np.cumsum(widths, dtype=np.int64)
     filled = widths > 0
     starts = (ends - widths)[filled]
@@ -76,6 +80,15 @@ def decode_logprobs(
     return result
 
 
+def _decode_block(gaps_RxK: NDArray[np.uint16], log_mass: NDArray[np.float64], out_RxK: NDArray[np.float32]) -> None:
+    # One running sum over the whole block, in whole numbers, takes a tenth of the time of one per row.
+    running_RxK = np.cumsum(gaps_RxK, dtype=np.int32).reshape(gaps_RxK.shape)
+    np.subtract(running_RxK, (running_RxK[:, 0] - gaps_RxK[:, 0])[:, None], out=out_RxK, casting="unsafe")
+    out_RxK *= np.float32(-1.0 / STEPS_PER_NAT)
+    weights = np.einsum("rk->r", np.exp(out_RxK))
+    out_RxK += (log_mass - np.log(weights.astype(np.float64))).astype(np.float32)[:, None]
+
+
 def row_matches(
     widths: NDArray[np.int32], candidate_ids: NDArray[np.int32], response_ids: NDArray[np.int32]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -85,9 +98,14 @@ def row_matches(
         Tokens that do, int64 [M] ascending, and the indices of their entries in the candidates, int64 [M].
     """
     if len(widths) and widths[0] and (widths == widths[0]).all():
-        hits = candidate_ids.reshape(len(widths), -1) == response_ids[:, None]
-        entries = np.flatnonzero(hits)
-        return entries // int(widths[0]), entries
+        # Most tokens are their row's first candidate.
+        ids_TxK = candidate_ids.reshape(len(widths), -1)
+        columns = np.where(ids_TxK[:, 0] == response_ids, 0, -1)
+        others = np.flatnonzero(columns)
+        rows, found = np.nonzero(ids_TxK[others] == response_ids[others, None])
+        columns[others[rows]] = found
+        tokens = np.flatnonzero(columns >= 0)
+        return tokens, tokens * ids_TxK.shape[1] + columns[tokens]
     tokens = np.repeat(np.arange(len(widths)), widths)
     entries = np.flatnonzero(candidate_ids == response_ids[tokens])
     return tokens[entries], entries

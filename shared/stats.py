@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from rich.console import Group
 from rich.table import Table
 
-from shared.columns import flat_list
+from shared.columns import flat_list, is_present
 from shared.console import progress
 from shared.dataset import Dataset
 from shared.encoding import decode_logprobs, row_matches
@@ -79,7 +79,7 @@ def measure(path: str | Path) -> Statistics:
             reasons.update(table["finish_reason"].to_pylist())
             size = np.asarray(pc.list_value_length(table["response_ids"]))
             lengths.update(np.searchsorted(_LENGTH_BINS, size).tolist())
-            has = ~np.asarray(table["width"].combine_chunks().is_null())
+            has = is_present(table["width"])
             response, _ = flat_list(table["response_ids"])
             owners = response[np.repeat(has, size)]
             widths, ids, gaps, tail, sampled = (

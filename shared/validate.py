@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from shared.columns import flat_list
+from shared.columns import flat_list, is_present
 from shared.dataset import Dataset, open_shard, read_checked, read_manifest
 from shared.encoding import decode_logprobs, row_matches
 from shared.errors import DatasetError, UserError, VocabularyError
@@ -182,7 +182,7 @@ def table_problems(table: pa.Table, vocabulary: Vocabulary | None) -> Iterator[s
                     f"record {names[row]!r}: response_bytes differ from the tokens' bytes at byte {byte}: "
                     f"{stored[byte : byte + 12]!r} against {spelled[byte : byte + 12]!r}"
                 )
-    has = {name: ~np.asarray(table[name].combine_chunks().is_null()) for name in DISTRIBUTION_COLUMNS}
+    has = {name: is_present(table[name]) for name in DISTRIBUTION_COLUMNS}
     present = has["width"]
     for name, mask in has.items():
         for row in np.flatnonzero(mask != present):
