@@ -211,26 +211,29 @@ class Encoder:
 
     def encode_batch(self, texts: Sequence[str | bytes]) -> list[NDArray[np.int32]]:
         """`encode` of each, the whole characters of all in one call of the tokenizer."""
-        return self._encode_parts(
-            [list(_runs(text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text)) for text in texts]
-        )
+        data = [text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text for text in texts]
+        return self._encode_parts([list(_runs(text)) for text in data], data)
 
-    def _encode_parts(self, pieces: list[list[str | bytes]], *, partial: bool = False) -> list[NDArray[np.int32]]:
+    def _encode_parts(
+        self, pieces: list[list[str | bytes]], texts: Sequence[bytes], *, partial: bool = False
+    ) -> list[NDArray[np.int32]]:
+        """Ids of each of `texts`; `pieces` are the same, each in runs of whole characters and of other bytes."""
         valid = [piece for parts in pieces for piece in parts if isinstance(piece, str)]
         encodings = iter(self._backend.encode_batch_fast(valid, add_special_tokens=False))
-        results = []
-        for parts in pieces:
-            ids = [
+        spelled: list[list[int]] = [
+            [
                 index
                 for piece in parts
                 for index in (next(encodings).ids if isinstance(piece, str) else self._encode_raw(piece))
             ]
-            if not self._spells(ids, parts):
+            for parts in pieces
+        ]
+        for at, (ids, text) in enumerate(zip(spelled, texts, strict=True)):
+            if self._bytes_of(ids) != text:
                 if not partial:
-                    raise VocabularyError(self._missing(ids, parts))
-                ids = []
-            results.append(np.array(ids, dtype=np.int32))
-        return results
+                    raise VocabularyError(self._missing(ids, text))
+                spelled[at] = []
+        return [np.array(ids, dtype=np.int32) for ids in spelled]
 
     def encode_fragments(self, texts: Sequence[bytes], *, partial: bool = False) -> list[NDArray[np.int32]]:
         """`encode` of pieces of words: those that are not whole characters go through the merges undivided.
@@ -251,7 +254,7 @@ class Encoder:
                 parts.append([text.decode()])
             except UnicodeDecodeError:
                 parts.append([text])
-        return self._encode_parts(parts, partial=partial)
+        return self._encode_parts(parts, texts, partial=partial)
 
     def changed_by_normalizer(self, text: str | bytes) -> bool:
         """Whether the tokenizer's own normalizer (NFC, lower-casing, …) would change the text."""
@@ -260,15 +263,14 @@ class Encoder:
         characters = text.decode("utf-8", "ignore") if isinstance(text, bytes) else text
         return bool(self._normalizer.normalize_str(characters) != characters)
 
-    def _spells(self, ids: list[int], parts: list[str | bytes]) -> bool:
-        return self._bytes_of(ids) == _joined(parts)
-
     def _bytes_of(self, ids: list[int]) -> bytes:
-        tokens = self.vocabulary.tokens
-        return b"".join([tokens[index] for index in ids]) if max(ids, default=0) < len(tokens) else b""
+        try:
+            return b"".join(map(self.vocabulary.tokens.__getitem__, ids))
+        except IndexError:  # an id that the vocabulary does not have
+            return b""
 
-    def _missing(self, ids: list[int], parts: list[str | bytes]) -> str:
-        actual, expected = self._bytes_of(ids), _joined(parts)
+    def _missing(self, ids: list[int], expected: bytes) -> str:
+        actual = self._bytes_of(ids)
         at = next(
             (i for i, (a, b) in enumerate(zip(actual, expected, strict=False)) if a != b),
             min(len(actual), len(expected)),
@@ -323,10 +325,6 @@ def _without_prefix_space(part: dict[str, Any] | None) -> dict[str, Any] | None:
     if part["type"] == "Metaspace":
         return {**{key: value for key, value in part.items() if key != "add_prefix_space"}, "prepend_scheme": "never"}
     return part
-
-
-def _joined(parts: list[str | bytes]) -> bytes:
-    return b"".join(part.encode() if isinstance(part, str) else part for part in parts)
 
 
 def _runs(data: bytes) -> Iterable[str | bytes]:

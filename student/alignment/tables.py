@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -130,11 +130,8 @@ class PairTables:
 
     def _starting_with(self, prefix: bytes) -> list[int]:
         tokens, ids = self._sorted_student
-        start = bisect_left(tokens, prefix)
-        stop = start
-        while stop < len(tokens) and tokens[stop].startswith(prefix):
-            stop += 1
-        return ids[start:stop]
+        first, stop = _range_of(tokens, prefix)
+        return ids[first:stop]
 
     @cached_property
     def _sorted_student(self) -> tuple[list[bytes], list[int]]:
@@ -149,11 +146,7 @@ class PairTables:
 
     def teacher_range(self, prefix: bytes) -> tuple[int, int]:
         """(first, stop) within `sorted_teacher` of the tokens that start with `prefix`."""
-        tokens, _ = self.sorted_teacher
-        start = bisect_left(tokens, prefix)
-        # No UTF-8 and no token is longer than the longest: this sorts after everything that starts with `prefix`.
-        stop = bisect_left(tokens, prefix + b"\xff" * (1 + int(self.teacher.byte_lengths.max(initial=0))))
-        return start, stop
+        return _range_of(self.sorted_teacher[0], prefix)
 
     @cached_property
     def teacher_offsets(self) -> NDArray[np.int64]:
@@ -265,6 +258,12 @@ def _first_tokens(vocabulary: Vocabulary, encoder: Encoder | None, texts: Sequen
         ],
         dtype=np.int32,
     )
+
+
+def _range_of(tokens: list[bytes], prefix: bytes) -> tuple[int, int]:
+    """(first, stop) of those that start with `prefix`; `tokens` are sorted."""
+    first = bisect_left(tokens, prefix)
+    return first, bisect_right(tokens, prefix, lo=first, key=lambda token: token[: len(prefix)])
 
 
 def _offsets(rows: Sequence[NDArray[np.int32]]) -> NDArray[np.int64]:
