@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from shared.encoding import decode_logprobs, encode_gaps, round_sampled, round_tail, row_matches
 from shared.errors import DatasetError
 from shared.records import Distributions, FinishReason, Message, Record, Sampling
-from shared.schema import DISTRIBUTION_COLUMNS, SCHEMA, STEPS_PER_NAT
+from shared.schema import CONVERSATION_COLUMNS, DISTRIBUTION_COLUMNS, SCHEMA, STEPS_PER_NAT
 
 MASS_TOLERANCE = 1e-3
 """Teachers compute in float32: a row's mass and tail may miss 1 by this much before it is an error."""
@@ -123,13 +123,16 @@ class DecodedRecords(Sequence[Record]):
     A record's arrays are read-only views of what the row group decoded to, and keep it in memory.
 
     Args:
-        table: with the columns of `shared.schema.SCHEMA`, or without its distribution columns.
-        distributions: False leaves `Record.distributions` None.
+        table: with the columns of `shared.schema.SCHEMA`. Without its distribution columns `Record.distributions` is
+            None, without its conversation columns a record has no messages and no prompt text.
     """
 
-    def __init__(self, table: pa.Table, distributions: bool = True) -> None:
+    def __init__(self, table: pa.Table) -> None:
         self._rows = table.num_rows
+        nothing: tuple[list[dict[str, str]], str] = ([], "")
+        missing = zip(CONVERSATION_COLUMNS, nothing, strict=True)
         self._plain = {name: table[name].to_pylist() for name in table.schema.names if not _is_flat(table.field(name))}
+        self._plain |= {name: [value] * self._rows for name, value in missing if name not in self._plain}
         settings = zip(*(self._plain[name] for name in _SAMPLING_COLUMNS), strict=True)
         known: dict[tuple[Any, ...], Sampling] = {}
         self._sampling = [known.setdefault(values, Sampling(*values)) for values in settings]
@@ -137,7 +140,7 @@ class DecodedRecords(Sequence[Record]):
         self._response_ids, response_at = flat_list(table["response_ids"])
         self._prompt_at, self._response_at = prompt_at.tolist(), response_at.tolist()
         self._has = np.zeros(self._rows, np.bool_)
-        if distributions:
+        if set(DISTRIBUTION_COLUMNS).issubset(table.schema.names):
             self._decode(table, response_at)
         self._has_distributions = self._has.tolist()
 

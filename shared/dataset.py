@@ -36,7 +36,7 @@ from shared.manifest import (
     load,
 )
 from shared.records import Record
-from shared.schema import RECORD_COLUMNS, SCHEMA, check_metadata
+from shared.schema import CONVERSATION_COLUMNS, DISTRIBUTION_COLUMNS, SCHEMA, check_metadata
 from shared.storage import LocalStorage, Storage, file_sha256, open_storage
 from shared.vocabulary import Vocabulary
 from shared.writer import DatasetWriter
@@ -137,19 +137,24 @@ class Dataset:
         return Path(fetched.name) / TOKENIZER
 
     def records(
-        self, split: str | None = None, rule: str | None = None, distributions: bool = True
+        self,
+        split: str | None = None,
+        rule: str | None = None,
+        distributions: bool = True,
+        conversation: bool = True,
     ) -> Iterator[Record]:
         """Records in order, one row group in memory.
 
         Args:
             split: `train` or `held_out` only. rule: that decoding rule only.
             distributions: False leaves the distribution columns unread; `Record.distributions` is None then.
+            conversation: False leaves `messages` and `prompt_text` unread, and empty; training needs neither.
 
         Raises:
             DatasetError: if a shard is missing or damaged.
         """
         units = [u for u in self.manifest.units if _has(u, split, rule)]
-        for _, records in self._decoded(units, distributions):
+        for _, records in self._decoded(units, distributions, conversation):
             for index in records.of(split, rule):
                 yield records[index]
 
@@ -165,12 +170,14 @@ class Dataset:
         split: str | None = None,
         rule: str | None = None,
         distributions: bool = True,
+        conversation: bool = True,
         window_candidates: int = 1 << 23,
     ) -> Iterator[Record]:
         """Records in a random order that depends on (seed, epoch, dataset) alone.
 
         Units are taken in random order into windows of about `window_candidates` candidates (67 MB), and a window's
-        records in random order: every record comes once, each unit is read once, memory has a bound.
+        records in random order: every record comes once, each unit is read once, memory has a bound. What may be left
+        unread is as in `records`.
         """
         random = np.random.Generator(np.random.PCG64([seed, epoch]))
         order = [self.manifest.units[i] for i in random.permutation(len(self.manifest.units))]
@@ -178,15 +185,20 @@ class Dataset:
         ends = np.cumsum([unit.candidates + unit.tokens for unit in units], dtype=np.int64)
         window_of = {unit.unit: w for unit, w in zip(units, _windows(ends, window_candidates), strict=True)}
         # One reader goes through all windows, so that the next one is read while this one's records are used.
-        for _, window in groupby(self._decoded(units, distributions), key=lambda read: window_of[read[0].unit]):
+        for _, window in groupby(
+            self._decoded(units, distributions, conversation), key=lambda read: window_of[read[0].unit]
+        ):
             places = [(records, index) for _, records in window for index in records.of(split, rule)]
             for i in random.permutation(len(places)):
                 records, index = places[i]
                 yield records[index]
 
-    def _decoded(self, units: Sequence[UnitEntry], distributions: bool) -> Iterator[tuple[UnitEntry, DecodedRecords]]:
-        tables = self._tables_of(units, None if distributions else RECORD_COLUMNS)
-        return _ahead((unit, DecodedRecords(table, distributions)) for unit, table in tables)
+    def _decoded(
+        self, units: Sequence[UnitEntry], distributions: bool, conversation: bool
+    ) -> Iterator[tuple[UnitEntry, DecodedRecords]]:
+        left_out = {*(() if distributions else DISTRIBUTION_COLUMNS), *(() if conversation else CONVERSATION_COLUMNS)}
+        columns = [name for name in SCHEMA.names if name not in left_out] if left_out else None
+        return _ahead((unit, DecodedRecords(table)) for unit, table in self._tables_of(units, columns))
 
     def _tables_of(
         self, units: Sequence[UnitEntry], columns: Sequence[str] | None

@@ -115,7 +115,8 @@ COLUMNS: tuple[Column, ...] = (
 )
 
 DISTRIBUTION_COLUMNS = ("sampled_logprob", "width", "candidate_ids", "candidate_gaps", "tail_mass")
-RECORD_COLUMNS = tuple(column.name for column in COLUMNS if column.name not in DISTRIBUTION_COLUMNS)
+CONVERSATION_COLUMNS = ("messages", "prompt_text")
+"""The prompt as people read it; `prompt_ids` is what models do."""
 
 SCHEMA = pa.schema(
     [pa.field(column.name, column.type, column.nullable) for column in COLUMNS],

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from shared.columns import DecodedRecords, records_to_table
 from shared.errors import DatasetError
 from shared.records import Distributions, Record
-from shared.schema import RECORD_COLUMNS, SCHEMA
+from shared.schema import DISTRIBUTION_COLUMNS, SCHEMA
 from tests.shared.samples import VOCABULARY_SIZE, make_record, make_records, shifted
 from tests.shared.test_dataset import assert_same
 
@@ -93,7 +93,7 @@ def test_mixed_records_come_back_in_order() -> None:
     # Any slice of the table decodes to the same records.
     for read, record in zip(DecodedRecords(table.slice(2, 3)), records[2:5], strict=True):
         assert_same(read, record, exact=False)
-    few = list(DecodedRecords(table.select(RECORD_COLUMNS), distributions=False))
+    few = list(DecodedRecords(table.drop(DISTRIBUTION_COLUMNS)))
     assert all(record.distributions is None for record in few)
     assert list(DecodedRecords(table.slice(0, 0))) == []
 

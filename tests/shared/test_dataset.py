@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,18 @@ def test_records_are_chosen_by_split_and_rule(tmp_path: Path) -> None:
     assert [r.sample_id for r in held_out] == [records[3].sample_id for records in units.values()]
     assert all(r.distributions is None for r in held_out)
     assert list(dataset.records(split="held_out", rule="greedy")) == []
+
+
+def test_records_can_be_read_without_their_conversation(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "d", small_units())
+    dataset = Dataset.open(tmp_path / "d")
+    whole = list(dataset.records())
+    assert all(record.messages and record.prompt_text for record in whole)
+    for read, record in zip(dataset.records(conversation=False), whole, strict=True):
+        assert_same(read, replace(record, messages=(), prompt_text=""))
+    read_shuffled = list(dataset.shuffled(1, conversation=False))
+    assert [r.sample_id for r in read_shuffled] == [r.sample_id for r in dataset.shuffled(1)]
+    assert not any(record.messages or record.prompt_text for record in read_shuffled)
 
 
 def test_the_shuffled_order_is_stable_and_complete(tmp_path: Path) -> None:
