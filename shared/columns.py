@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from shared.encoding import decode_logprobs, encode_gaps, round_sampled, round_tail, row_matches
 from shared.errors import DatasetError
 from shared.records import Distributions, FinishReason, Message, Record, Sampling
-from shared.schema import CONVERSATION_COLUMNS, DISTRIBUTION_COLUMNS, SCHEMA, STEPS_PER_NAT
+from shared.schema import DISTRIBUTION_COLUMNS, SCHEMA, STEPS_PER_NAT
 
 MASS_TOLERANCE = 1e-3
 """Teachers compute in float32: a row's mass and tail may miss 1 by this much before it is an error."""
@@ -129,10 +129,10 @@ class DecodedRecords(Sequence[Record]):
 
     def __init__(self, table: pa.Table) -> None:
         self._rows = table.num_rows
-        nothing: tuple[list[dict[str, str]], str] = ([], "")
-        missing = zip(CONVERSATION_COLUMNS, nothing, strict=True)
-        self._plain = {name: table[name].to_pylist() for name in table.schema.names if not _is_flat(table.field(name))}
-        self._plain |= {name: [value] * self._rows for name, value in missing if name not in self._plain}
+        self._plain: dict[str, list[Any]] = {"messages": [()] * self._rows, "prompt_text": [""] * self._rows}
+        for name in table.schema.names:
+            if not _is_flat(table.field(name)):
+                self._plain[name] = table[name].to_pylist()
         settings = zip(*(self._plain[name] for name in _SAMPLING_COLUMNS), strict=True)
         known: dict[tuple[Any, ...], Sampling] = {}
         self._sampling = [known.setdefault(values, Sampling(*values)) for values in settings]
