@@ -212,28 +212,10 @@ class Encoder:
     def encode_batch(self, texts: Sequence[str | bytes]) -> list[NDArray[np.int32]]:
         """`encode` of each, the whole characters of all in one call of the tokenizer."""
         data = [text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text for text in texts]
-        return self._encode_parts([list(_runs(text)) for text in data], data)
-
-    def _encode_parts(
-        self, pieces: list[list[str | bytes]], texts: Sequence[bytes], *, partial: bool = False
-    ) -> list[NDArray[np.int32]]:
-        """Ids of each of `texts`; `pieces` are the same, each in runs of whole characters and of other bytes."""
-        valid = [piece for parts in pieces for piece in parts if isinstance(piece, str)]
-        encodings = iter(self._backend.encode_batch_fast(valid, add_special_tokens=False))
-        spelled: list[list[int]] = [
-            [
-                index
-                for piece in parts
-                for index in (next(encodings).ids if isinstance(piece, str) else self._encode_raw(piece))
-            ]
-            for parts in pieces
-        ]
-        for at, (ids, text) in enumerate(zip(spelled, texts, strict=True)):
-            if self._bytes_of(ids) != text:
-                if not partial:
-                    raise VocabularyError(self._missing(ids, text))
-                spelled[at] = []
-        return [np.array(ids, dtype=np.int32) for ids in spelled]
+        runs = [list(_runs(text)) for text in data]
+        spelled = iter(self._spell([run for parts in runs for run in parts]))
+        ids = [[index for _ in parts for index in next(spelled)] for parts in runs]
+        return [np.array(row, dtype=np.int32) for row in self._verified(ids, data, partial=False)]
 
     def encode_fragments(self, texts: Sequence[bytes], *, partial: bool = False) -> list[NDArray[np.int32]]:
         """`encode` of pieces of words: those that are not whole characters go through the merges undivided.
@@ -248,13 +230,36 @@ class Encoder:
         Raises:
             VocabularyError: if the vocabulary has no tokens for some of the bytes.
         """
-        parts: list[list[str | bytes]] = []
-        for text in texts:
-            try:
-                parts.append([text.decode()])
-            except UnicodeDecodeError:
-                parts.append([text])
-        return self._encode_parts(parts, texts, partial=partial)
+        spelled = self._verified(self._spell([_whole(text) for text in texts]), texts, partial)
+        return [np.array(ids, dtype=np.int32) for ids in spelled]
+
+    def first_of_fragments(self, texts: Sequence[bytes]) -> NDArray[np.int32]:
+        """int32 [texts], the first id of each as `encode_fragments` gives it; -1 where the vocabulary cannot spell
+        the bytes. Tables over whole vocabularies ask for this alone, and an array per text would cost them a fifth."""
+        spelled = self._verified(self._spell([_whole(text) for text in texts]), texts, partial=True)
+        return np.fromiter((ids[0] if ids else -1 for ids in spelled), dtype=np.int32, count=len(texts))
+
+    def _spell(self, pieces: Sequence[str | bytes]) -> list[list[int]]:
+        """Ids of every piece: of text by the tokenizer, all in one call, of other bytes by its merges alone."""
+        encodings = iter(
+            self._backend.encode_batch_fast([p for p in pieces if isinstance(p, str)], add_special_tokens=False)
+        )
+        return [next(encodings).ids if isinstance(piece, str) else self._encode_raw(piece) for piece in pieces]
+
+    def _verified(self, spelled: list[list[int]], texts: Sequence[bytes], partial: bool) -> list[list[int]]:
+        """`spelled`, which must have exactly the bytes of `texts`; where one has not, no ids or an error."""
+        token = self.vocabulary.tokens.__getitem__
+        try:
+            if [b"".join(map(token, ids)) for ids in spelled] == list(texts):
+                return spelled
+        except IndexError:
+            pass  # an id that the vocabulary does not have: found again below, with its text
+        for at, (ids, text) in enumerate(zip(spelled, texts, strict=True)):
+            if self._bytes_of(ids) != text:
+                if not partial:
+                    raise VocabularyError(self._missing(ids, text))
+                spelled[at] = []
+        return spelled
 
     def changed_by_normalizer(self, text: str | bytes) -> bool:
         """Whether the tokenizer's own normalizer (NFC, lower-casing, …) would change the text."""
@@ -325,6 +330,14 @@ def _without_prefix_space(part: dict[str, Any] | None) -> dict[str, Any] | None:
     if part["type"] == "Metaspace":
         return {**{key: value for key, value in part.items() if key != "add_prefix_space"}, "prepend_scheme": "never"}
     return part
+
+
+def _whole(text: bytes) -> str | bytes:
+    """`text` as characters, if that is what all of it is."""
+    try:
+        return text.decode()
+    except UnicodeDecodeError:
+        return text
 
 
 def _runs(data: bytes) -> Iterable[str | bytes]:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.records import Distributions
-from student.alignment import kernels
+from student.alignment.kernels import events, paths, rows
 from student.alignment.reference import LOGPROB_TOLERANCE, TAIL_TOLERANCE, Targets, path_of
 from student.alignment.spans import Spans, base_tokens
 from student.alignment.tables import PairTables
@@ -25,7 +25,7 @@ class FastAlignment:
 
     def __init__(self, tables: PairTables, min_known_mass: float) -> None:
         self.tables, self.min_known_mass = tables, min_known_mass
-        self._seen = np.zeros(len(tables.student), np.int64)
+        self._seen, self._met = np.zeros(len(tables.student), np.int64), np.zeros(len(tables.teacher), np.int64)
         self._round = 1
         self._special = tables.teacher.is_special.astype(np.uint8)
         self._sorted_teacher = np.array(tables.sorted_teacher[1], dtype=np.int64)
@@ -37,7 +37,7 @@ class FastAlignment:
         """Targets of all S positions of one response."""
         tables = self.tables
         blob, blob_offsets = tables.teacher_blob, tables.teacher_offsets
-        offsets, ids, mass, tails, usable, contradicts, realized, place, least = kernels.read_rows(
+        offsets, ids, mass, tails, usable, contradicts, realized, place, least = rows.read_rows(
             distributions.offsets,
             distributions.ids,
             distributions.logprobs.astype(np.float64),
@@ -47,7 +47,7 @@ class FastAlignment:
             TAIL_TOLERANCE,
             LOGPROB_TOLERANCE,
         )
-        rows = (offsets, ids, mass, tails, usable, place)
+        read = (offsets, ids, mass, tails, usable, place)
         student = (
             spans.ids,
             spans.starts,
@@ -58,25 +58,25 @@ class FastAlignment:
             spans.teacher_starts,
         )
         base = base_tokens(spans)
-        matches, reach = kernels.match_lengths(
+        matches, reach = rows.match_lengths(
             spans.text, offsets, ids, spans.teacher_starts, spans.run_stop, spans.teacher_ends, blob, blob_offsets
         )
-        requests = kernels.context_requests(spans.starts, spans.ends, base, spans.teacher_starts, offsets, ids, matches)
+        requests = rows.context_requests(spans.starts, spans.ends, base, spans.teacher_starts, offsets, ids, matches)
         context_of, context = self._spell_in_context(spans, base, offsets, ids, requests)
-        inside = kernels.survivors(
-            student, rows, base, matches, context_of, context, self._spelling, self._sorted_teacher,
+        inside = paths.survivors(
+            student, read, base, matches, context_of, context, self._spelling, self._sorted_teacher,
             blob, blob_offsets, least, self.min_known_mass,
         )  # fmt: skip
-        chained, anchored = kernels.realized_logprobs(
-            student, rows, base, spans.run_start, spans.run_stop, spans.teacher_ends, realized,
+        chained, anchored = paths.realized_logprobs(
+            student, read, base, spans.run_start, spans.run_stop, spans.teacher_ends, realized,
             matches, reach, context_of, context, self._spelling, blob_offsets, self._longest, inside[3],
         )  # fmt: skip
-        events = kernels.build_events(
-            student, rows, self._special, self._spelling, self._extensions, inside,
+        built = events.build_events(
+            student, read, self._special, tables.first_teacher, self._spelling, self._extensions, inside,
             self._extend_inside(spans, ids, inside[0], inside[1]), self._continue_longer(spans), anchored,
-            spans.teacher_ends, self._seen, self._round,
+            spans.teacher_ends, self._seen, self._met, self._round,
         )  # fmt: skip
-        event_counts, event_mass, member_counts, members, tail, known, disagreements, self._round = events
+        event_counts, event_mass, member_counts, members, tail, known, disagreements, self._round = built
         sparse = SparseTargets(
             event_offsets=_offsets(event_counts),
             event_mass=event_mass.astype(np.float32),

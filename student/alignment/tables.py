@@ -247,8 +247,7 @@ def _first_tokens(vocabulary: Vocabulary, encoder: Encoder | None, texts: Sequen
         return np.empty(0, np.int32)
     if encoder is not None:
         # A student token with bytes that the teacher cannot spell follows nothing: no text of the teacher has it.
-        encoded = encoder.encode_fragments(texts, partial=True)
-        return np.array([ids[0] if len(ids) else -1 for ids in encoded], dtype=np.int32)
+        return encoder.first_of_fragments(texts)
     longest = int(vocabulary.byte_lengths.max())
     known = vocabulary.ids
     return np.array(
