@@ -1,14 +1,15 @@
 """Records to Arrow tables and back, whole batches at a time.
 
 `records_to_table` refuses what cannot be stored faithfully, naming the record, the row and the value: it is the one
-way into a shard. `DecodedRecords` decodes a row group in a few passes and hands out slices of it.
+way into a shard. `table_to_records` decodes a row group in a few passes; its records are slices of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
-from typing import Any, cast, overload
+from itertools import pairwise, repeat
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from shared.encoding import decode_logprobs, encode_gaps, round_sampled, round_tail, row_matches
 from shared.errors import DatasetError
-from shared.records import Distributions, FinishReason, Message, Record, Sampling
+from shared.records import Distributions, Message, Record, Sampling
 from shared.schema import DISTRIBUTION_COLUMNS, SCHEMA, STEPS_PER_NAT
 
 MASS_TOLERANCE = 1e-3
@@ -26,6 +27,10 @@ SAMPLED_TOLERANCE = 1e-2
 OUTSIDE_TOLERANCE = 1 / STEPS_PER_NAT
 """A row that was stored before has its last candidate rounded by up to half a step."""
 
+_FLAT_COLUMNS = frozenset(
+    field.name for field in SCHEMA if pa.types.is_list(field.type) and pa.types.is_primitive(field.type.value_type)
+)
+"""Lists of numbers, which numpy sees without a copy."""
 _SAMPLING_COLUMNS = tuple(field.name for field in fields(Sampling))
 
 
@@ -117,8 +122,8 @@ def check_record(record: Record, vocabulary_size: int | None) -> None:
     _check_sampled(who, record, d, widths.astype(np.int32))
 
 
-class DecodedRecords(Sequence[Record]):
-    """The records of a row group's table: decoded whole, made into objects one by one.
+def table_to_records(table: pa.Table) -> list[Record]:
+    """The records of a row group, decoded and made into objects whole: cheaper than one by one.
 
     A record's arrays are read-only views of what the row group decoded to, and keep it in memory.
 
@@ -126,84 +131,72 @@ class DecodedRecords(Sequence[Record]):
         table: with the columns of `shared.schema.SCHEMA`. Without its distribution columns `Record.distributions` is
             None, without its conversation columns a record has no messages and no prompt text.
     """
-
-    def __init__(self, table: pa.Table) -> None:
-        self._rows = table.num_rows
-        self._plain: dict[str, list[Any]] = {"messages": [()] * self._rows, "prompt_text": [""] * self._rows}
-        for name in table.schema.names:
-            if not _is_flat(table.field(name)):
-                self._plain[name] = table[name].to_pylist()
-        settings = zip(*(self._plain[name] for name in _SAMPLING_COLUMNS), strict=True)
-        known: dict[tuple[Any, ...], Sampling] = {}
-        self._sampling = [known.setdefault(values, Sampling(*values)) for values in settings]
-        self._prompt_ids, prompt_at = flat_list(table["prompt_ids"])
-        self._response_ids, response_at = flat_list(table["response_ids"])
-        self._prompt_at, self._response_at = prompt_at.tolist(), response_at.tolist()
-        self._has = np.zeros(self._rows, np.bool_)
-        if set(DISTRIBUTION_COLUMNS).issubset(table.schema.names):
-            self._decode(table, response_at)
-        self._has_distributions = self._has.tolist()
-
-    def _decode(self, table: pa.Table, response_at: NDArray[np.int64]) -> None:
-        sampled, _ = flat_list(table["sampled_logprob"])
-        widths, token_at = flat_list(table["width"])
-        self._ids, candidate_at = flat_list(table["candidate_ids"])
-        gaps, _ = flat_list(table["candidate_gaps"])
-        self._tail, _ = flat_list(table["tail_mass"])
-        self._logprobs = decode_logprobs(widths, gaps, self._tail)
-        self._row_ends = np.concatenate([[0], np.cumsum(widths, dtype=np.int64)])
-        self._sampled = sampled.copy()
-        self._has = is_present(table["width"])
-        owners = self._response_ids[np.repeat(self._has, np.diff(response_at))]
-        # In the row the entry is the value: the column holds it rounded.
-        tokens, entries = row_matches(widths, self._ids, owners)
-        self._sampled[tokens] = self._logprobs[entries]
-        self._token_at, self._candidate_at = token_at.tolist(), candidate_at.tolist()
-
-    def __len__(self) -> int:
-        return self._rows
-
-    @overload
-    def __getitem__(self, index: int) -> Record: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Record]: ...
-    def __getitem__(self, index: int | slice) -> Record | list[Record]:
-        """Record `index`, 0 ≤ index < len."""
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(self._rows))]
-        if not 0 <= index < self._rows:
-            raise IndexError(f"record {index} of {self._rows}")
-        plain = self._plain
-        return Record(
-            sample_id=plain["sample_id"][index],
-            prompt_id=plain["prompt_id"][index],
-            split=plain["split"][index],
-            skill=plain["skill"][index],
-            messages=tuple(Message(m["role"], m["content"]) for m in plain["messages"][index]),
-            prompt_text=plain["prompt_text"][index],
-            prompt_ids=self._prompt_ids[self._prompt_at[index] : self._prompt_at[index + 1]],
-            response_ids=self._response_ids[self._response_at[index] : self._response_at[index + 1]],
-            response_bytes=plain["response_bytes"][index],
-            finish_reason=cast(FinishReason, plain["finish_reason"][index]),
-            sampling=self._sampling[index],
-            distributions=self._distributions(index) if self._has_distributions[index] else None,
+    plain = {name: table[name].to_pylist() for name in table.schema.names if name not in _FLAT_COLUMNS}
+    settings = list(zip(*(plain[name] for name in _SAMPLING_COLUMNS), strict=True))
+    samplings = {values: Sampling(*values) for values in set(settings)}
+    messages = [tuple(Message(m["role"], m["content"]) for m in turns) for turns in plain.get("messages", ())]
+    response_ids, response_at = flat_list(table["response_ids"])
+    distributions: Iterable[Distributions | None] = repeat(None)
+    if set(DISTRIBUTION_COLUMNS).issubset(table.schema.names):
+        distributions = _distributions(table, response_ids, response_at)
+    return list(
+        map(
+            Record,
+            plain["sample_id"],
+            plain["prompt_id"],
+            plain["split"],
+            plain["skill"],
+            messages or repeat(()),
+            plain.get("prompt_text", repeat("")),
+            _slices(*flat_list(table["prompt_ids"])),
+            _slices(response_ids, response_at),
+            plain["response_bytes"],
+            plain["finish_reason"],
+            map(samplings.__getitem__, settings),
+            distributions,
         )
+    )
 
-    def _distributions(self, index: int) -> Distributions:
-        first, last = self._token_at[index], self._token_at[index + 1]
-        start, stop = self._candidate_at[index], self._candidate_at[index + 1]
-        return Distributions(
-            self._row_ends[first : last + 1] - self._row_ends[first],
-            self._ids[start:stop],
-            self._logprobs[start:stop],
-            self._tail[first:last],
-            self._sampled[first:last],
+
+def _distributions(
+    table: pa.Table, response_ids: NDArray[np.int32], response_at: NDArray[np.int64]
+) -> Iterator[Distributions | None]:
+    """Of each record; None where the columns are null."""
+    widths, token_at = flat_list(table["width"])
+    ids, candidate_at = flat_list(table["candidate_ids"])
+    gaps, _ = flat_list(table["candidate_gaps"])
+    tail, _ = flat_list(table["tail_mass"])
+    stored, _ = flat_list(table["sampled_logprob"])
+    logprobs = decode_logprobs(widths, gaps, tail)
+    present = is_present(table["width"])
+    # In the row the entry is the value: the column holds it rounded.
+    sampled = stored.copy()
+    tokens, entries = row_matches(widths, ids, response_ids[np.repeat(present, np.diff(response_at))])
+    sampled[tokens] = logprobs[entries]
+    # Each record's offsets begin at 0: the running total of all widths, less what the records before it have.
+    row_ends = np.zeros(len(widths) + 1, np.int64)
+    np.cumsum(widths, out=row_ends[1:])
+    offsets = (
+        row_ends[first : last + 1] - start
+        for (first, last), start in zip(pairwise(token_at.tolist()), candidate_at[:-1].tolist(), strict=True)
+    )
+    return (
+        Distributions(*arrays) if has else None
+        for has, *arrays in zip(
+            present.tolist(),
+            offsets,
+            _slices(ids, candidate_at),
+            _slices(logprobs, candidate_at),
+            _slices(tail, token_at),
+            _slices(sampled, token_at),
+            strict=True,
         )
+    )
 
-    def of(self, split: str | None, rule: str | None) -> list[int]:
-        """Numbers of the records of that split and that decoding rule; None is any."""
-        both = zip(self._plain["split"], self._plain["rule"], strict=True)
-        return [i for i, (s, r) in enumerate(both) if split in (None, s) and rule in (None, r)]
+
+def _slices(values: NDArray[Any], at: NDArray[np.int64]) -> Iterator[NDArray[Any]]:
+    """Each record's part of a flat list, a view."""
+    return (values[start:stop] for start, stop in pairwise(at.tolist()))
 
 
 def same_content(left: pa.Table, right: pa.Table) -> bool:
@@ -299,10 +292,6 @@ def _list_array(name: str, values: Sequence[NDArray[Any] | None]) -> pa.Array:
     return pa.ListArray.from_arrays(
         pa.array(offsets), pa.array(flat.astype(kind.value_type.to_pandas_dtype())), type=kind, mask=mask
     )
-
-
-def _is_flat(field: pa.Field) -> bool:
-    return pa.types.is_list(field.type) and pa.types.is_primitive(field.type.value_type)
 
 
 def flat_list(column: pa.ChunkedArray) -> tuple[NDArray[Any], NDArray[np.int64]]:

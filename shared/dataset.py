@@ -11,10 +11,10 @@ import hashlib
 import tempfile
 from bisect import bisect_right
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
-from itertools import groupby
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from functools import cached_property, partial
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from shared.columns import DecodedRecords
+from shared.columns import table_to_records
 from shared.errors import DatasetError
 from shared.manifest import (
     MANIFEST,
@@ -46,8 +46,11 @@ __all__ = ["Dataset", "DatasetWriter", "Manifest", "Provenance"]
 _Item = TypeVar("_Item")
 
 _CACHED_GROUPS = 8
-_GROUPS_AHEAD = 4
-"""Row groups that are read before they are needed, so that neither side waits while the other has a long step."""
+_READERS = 2
+"""Threads that read and decode, each a row group of its own. Within a row group two columns of candidates have nearly
+all of the work, so that a thread per column, Arrow's way, keeps fewer cores busy and hands more memory around."""
+_AHEAD = 4
+"""Row groups, and shards, that are begun before they are asked for; with the window they bound the memory."""
 _VERIFIED: set[tuple[str, str, int, int, int]] = set()
 """Shards of this process that had their checksum: path, sha256, inode, size, time of change."""
 _FETCHED: list[tempfile.TemporaryDirectory[str]] = []
@@ -61,7 +64,7 @@ class Dataset:
         self.storage = storage
         self.manifest = manifest
         self._ends = np.cumsum([unit.rows for unit in manifest.units], dtype=np.int64).tolist()
-        self._groups: OrderedDict[tuple[int, int], DecodedRecords] = OrderedDict()
+        self._groups: OrderedDict[tuple[int, int], list[Record]] = OrderedDict()
 
     @classmethod
     def open(cls, path: str | Path) -> Dataset:
@@ -90,7 +93,7 @@ class Dataset:
             group += 1
         key = (unit, group)
         if key not in self._groups:
-            self._groups[key] = DecodedRecords(self._read_group(self.manifest.units[unit], file, group, None))
+            self._groups[key] = table_to_records(self._read_group(self.manifest.units[unit], file, group, None))
             if len(self._groups) > _CACHED_GROUPS:
                 self._groups.popitem(last=False)
         self._groups.move_to_end(key)
@@ -154,13 +157,12 @@ class Dataset:
             DatasetError: if a shard is missing or damaged.
         """
         units = [u for u in self.manifest.units if _has(u, split, rule)]
-        for _, records in self._decoded(units, distributions, conversation):
-            for index in records.of(split, rule):
-                yield records[index]
+        for _, records in self._decoded(units, split, rule, distributions, conversation):
+            yield from records
 
     def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """Row groups as Arrow tables with only the columns named, checked like everything else."""
-        for _, table in self._tables_of(self.manifest.units, columns):
+        for _, table in self._groups_of(self.manifest.units, columns, lambda table: table):
             yield table
 
     def shuffled(
@@ -186,37 +188,54 @@ class Dataset:
         window_of = {unit.unit: w for unit, w in zip(units, _windows(ends, window_candidates), strict=True)}
         # One reader goes through all windows, so that the next one is read while this one's records are used.
         for _, window in groupby(
-            self._decoded(units, distributions, conversation), key=lambda read: window_of[read[0].unit]
+            self._decoded(units, split, rule, distributions, conversation), key=lambda read: window_of[read[0].unit]
         ):
-            places = [(records, index) for _, records in window for index in records.of(split, rule)]
-            for i in random.permutation(len(places)):
-                records, index = places[i]
-                yield records[index]
+            yield from _in_random_order([record for _, records in window for record in records], random)
 
     def _decoded(
-        self, units: Sequence[UnitEntry], distributions: bool, conversation: bool
-    ) -> Iterator[tuple[UnitEntry, DecodedRecords]]:
+        self, units: Sequence[UnitEntry], split: str | None, rule: str | None, distributions: bool, conversation: bool
+    ) -> Iterator[tuple[UnitEntry, list[Record]]]:
         left_out = {*(() if distributions else DISTRIBUTION_COLUMNS), *(() if conversation else CONVERSATION_COLUMNS)}
         columns = [name for name in SCHEMA.names if name not in left_out] if left_out else None
-        return _ahead((unit, DecodedRecords(table)) for unit, table in self._tables_of(units, columns))
 
-    def _tables_of(
-        self, units: Sequence[UnitEntry], columns: Sequence[str] | None
-    ) -> Iterator[tuple[UnitEntry, pa.Table]]:
-        """Row groups of `units`, checked and decompressed before they are asked for."""
-        return _ahead(self._groups_of(units, columns))
+        def decode(table: pa.Table) -> list[Record]:
+            # Made beforehand and not when each is asked for: a consumer that holds the interpreter's lock for a
+            # window's records would keep the readers waiting for it.
+            records = table_to_records(table)
+            if split is None and rule is None:
+                return records
+            return [r for r in records if split in (None, r.split) and rule in (None, r.sampling.rule)]
+
+        return self._groups_of(units, columns, decode)
 
     def _groups_of(
-        self, units: Sequence[UnitEntry], columns: Sequence[str] | None
-    ) -> Iterator[tuple[UnitEntry, pa.Table]]:
-        for unit in units:
-            file = self._shard(unit)
-            for group in range(file.metadata.num_row_groups):
-                yield unit, self._read_group(unit, file, group, columns)
+        self, units: Sequence[UnitEntry], columns: Sequence[str] | None, decode: Callable[[pa.Table], _Item]
+    ) -> Iterator[tuple[UnitEntry, _Item]]:
+        """Row groups of `units` in order: checked, read and decoded before they are asked for, each in one thread."""
+
+        def open_unit(unit: UnitEntry) -> tuple[UnitEntry, pq.ParquetFile]:
+            return unit, self._shard(unit)
+
+        def read(unit: UnitEntry, file: pq.ParquetFile, group: int) -> tuple[UnitEntry, _Item]:
+            return unit, decode(self._read_group(unit, file, group, columns))
+
+        pool = ThreadPoolExecutor(_READERS, thread_name_prefix="shards")
+        try:
+            shards = _ahead(pool, (partial(open_unit, unit) for unit in units))
+            yield from _ahead(
+                pool,
+                (
+                    partial(read, unit, file, group)
+                    for unit, file in shards
+                    for group in range(file.metadata.num_row_groups)
+                ),
+            )
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def _read_group(self, unit: UnitEntry, file: pq.ParquetFile, group: int, columns: Sequence[str] | None) -> pa.Table:
         try:
-            return file.read_row_group(group, columns=None if columns is None else list(columns))
+            return file.read_row_group(group, columns=None if columns is None else list(columns), use_threads=False)
         except (pa.ArrowException, OSError) as error:
             raise DatasetError(f"{self.storage.join(unit.file)} cannot be read: {error}") from error
 
@@ -288,7 +307,8 @@ def open_shard(storage: Storage, unit: UnitEntry, again: bool = False) -> pq.Par
     else:
         source = pa.BufferReader(read_checked(storage, unit.file, unit.sha256))
     try:
-        file = pq.ParquetFile(source)
+        # Buffered ahead, a file's ranges belong to the one row group that was asked for last; readers share the file.
+        file = pq.ParquetFile(source, pre_buffer=False)
     except (pa.ArrowException, OSError) as error:
         raise DatasetError(f"{storage.join(unit.file)} is not a Parquet file: {error}") from error
     schema = file.schema_arrow
@@ -305,16 +325,19 @@ def _has(unit: UnitEntry, split: str | None, rule: str | None) -> bool:
     return any(split in (None, key.partition("/")[0]) and rule in (None, key.partition("/")[2]) for key in unit.counts)
 
 
-def _ahead(items: Iterator[_Item]) -> Iterator[_Item]:
-    """The same items, a few of them made beforehand, in order and in one thread."""
-    with ThreadPoolExecutor(1, thread_name_prefix="shards") as pool:
-        waiting = deque(pool.submit(next, items, None) for _ in range(_GROUPS_AHEAD))
-        try:
-            while (item := waiting.popleft().result()) is not None:
-                waiting.append(pool.submit(next, items, None))
-                yield item
-        finally:
-            pool.shutdown(cancel_futures=True)
+def _in_random_order(window: list[Record], random: np.random.Generator) -> Iterator[Record]:
+    # A function of its own: its window is gone before the next one is collected.
+    for i in random.permutation(len(window)).tolist():
+        yield window[i]
+
+
+def _ahead(pool: Executor, tasks: Iterator[Callable[[], _Item]]) -> Iterator[_Item]:
+    """What the tasks return, in their order; a few of them run in the pool before they are asked for."""
+    waiting = deque(pool.submit(task) for task in islice(tasks, _AHEAD))
+    while waiting:
+        item = waiting.popleft().result()
+        waiting.extend(pool.submit(task) for task in islice(tasks, 1))
+        yield item
 
 
 def _windows(ends: NDArray[np.int64], size: int) -> Iterator[int]:

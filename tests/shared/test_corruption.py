@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from shared.dataset import Dataset
@@ -84,3 +86,28 @@ def test_a_shard_that_changes_under_an_open_dataset_is_refused(tmp_path: Path) -
     damage(shard, bytes(data))
     with pytest.raises(DatasetError, match=r"unit-002.parquet is damaged"):
         list(dataset.records())
+
+
+@pytest.mark.parametrize("passes_before", [0, 1])
+def test_the_shuffled_order_decodes_nothing_of_a_damaged_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, passes_before: int
+) -> None:
+    write_dataset(tmp_path / "d", small_units())
+    dataset = Dataset.open(tmp_path / "d")
+    for epoch in range(passes_before):
+        assert len(list(dataset.shuffled(0, epoch))) == 12
+    shard = tmp_path / "d/data/unit-002.parquet"
+    data = bytearray(shard.read_bytes())
+    data[100] ^= 1
+    damage(shard, bytes(data))
+    opened: list[str] = []
+
+    def record_and_open(source: Path, **options: Any) -> pq.ParquetFile:
+        opened.append(source.name)
+        return parquet_file(source, **options)
+
+    parquet_file = pq.ParquetFile
+    monkeypatch.setattr(pq, "ParquetFile", record_and_open)
+    with pytest.raises(DatasetError, match=r"unit-002.parquet is damaged"):
+        list(dataset.shuffled(0, passes_before))
+    assert set(opened) <= {"unit-000.parquet", "unit-001.parquet"}

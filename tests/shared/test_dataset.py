@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,32 @@ def test_the_shuffled_order_is_stable_and_complete(tmp_path: Path) -> None:
     assert sorted(windowed) == sorted(stored)
     # A window of one unit keeps units together.
     assert all(len({s.split("-")[1] for s in windowed[i : i + 5]}) == 1 for i in range(0, 30, 5))
+
+
+def test_row_groups_that_are_read_side_by_side_come_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shared.writer.ROW_GROUP_CANDIDATES", 1)  # a row group a record
+    units = {f"u{i}": make_records(40, seed=i) for i in range(5)}
+    write_dataset(tmp_path / "d", units)
+    dataset = Dataset.open(tmp_path / "d")
+    assert dataset._shard(dataset.manifest.units[0]).metadata.num_row_groups == 40
+    written = [record for records in units.values() for record in records]
+    for read, record in zip(dataset.records(), written, strict=True):
+        assert_same(read, record, exact=False)
+    by_id = {record.sample_id: record for record in written}
+    read_shuffled = list(dataset.shuffled(1, window_candidates=100))
+    assert {record.sample_id for record in read_shuffled} == by_id.keys()
+    for read in read_shuffled:
+        assert_same(read, by_id[read.sample_id], exact=False)
+    assert sum(table.num_rows for table in dataset.tables(["sample_id"])) == len(written)
+
+
+def test_reading_may_stop_anywhere(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "d", {f"u{i}": make_records(3, seed=i) for i in range(20)})
+    before = threading.active_count()
+    records = Dataset.open(tmp_path / "d").shuffled(1)
+    next(records)
+    records.close()
+    assert threading.active_count() == before
 
 
 def test_an_index_outside_the_dataset_is_an_index_error(tmp_path: Path) -> None:

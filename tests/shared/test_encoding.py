@@ -95,6 +95,19 @@ def test_a_candidate_beyond_the_largest_distance_keeps_probability_zero() -> Non
     np.testing.assert_allclose(stored[:2], logprobs[:2], atol=1 / STEPS_PER_NAT)
 
 
+def test_the_largest_gaps_decode_alike_in_rows_of_one_width_and_of_several() -> None:
+    # Their running total over 3,000 rows of 64 passes 2^32; a row's own never does.
+    rows = np.full((3_000, 64), 65_535, np.uint16)
+    rows[:, 0] = 0
+    tail = np.zeros(len(rows) + 1, np.float32)
+    widths = np.full(len(rows) + 1, 64, np.int32)
+    widths[-1] = 1
+    one_width = decode_logprobs(widths[:-1], rows.reshape(-1), tail[:-1])
+    several = decode_logprobs(widths, np.append(rows.reshape(-1), np.uint16(0)), tail)
+    assert np.array_equal(one_width, several[:-1])
+    assert np.array_equal(one_width.reshape(rows.shape), np.tile(-4_095.9375 * np.arange(64), (len(rows), 1)))
+
+
 def test_sampled_logprobs_are_rounded_to_a_1024th() -> None:
     values = np.array([-0.3333333, -12.0001, np.nan], np.float32)
     rounded = round_sampled(values)
