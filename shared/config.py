@@ -170,6 +170,16 @@ class PrepareConfig(Section):
         "encode",
         description="Text that the student's normalizer would change: drop the response, or encode its exact bytes.",
     )
+    events: Literal["spelled", "exact"] = Field(
+        "spelled",
+        description="Student tokens of a candidate: those that spell it if nothing follows, or all that some text "
+        "gives it. `exact` masses are certain whatever follows; its first answers take the tokenizers longer.",
+    )
+    search_width: PositiveInt = Field(
+        1000,
+        description="Most tokens that an `exact` search asks about at one place; beyond, a relation is taken for true, "
+        "which makes events coarser and the search shorter.",
+    )
     workers: PositiveInt | None = Field(None, description="Parallel processes; null uses the machine's cores.")
     store: bool = Field(True, description="Store the targets; false keeps an index and aligns while training.")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,8 +12,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from shared.config import PrepareConfig
-from shared.records import Record
+from shared.errors import VocabularyError
+from shared.records import Distributions, Record
 from shared.vocabulary import Encoder, Vocabulary
+from student.alignment.exact import ExactEvents
+from student.alignment.joint import JointSearch
 from student.alignment.reference import ReferenceAlignment, Targets
 from student.alignment.spans import Spans, lay_spans, transliterate
 from student.alignment.tables import PairTables, pair_tables
@@ -30,11 +34,12 @@ class Aligner:
         encoder: the student's.
         prepare: settings; None takes the defaults.
         teacher_encoder: the teacher's. Without it the teacher's tokenization of student tokens is taken as greedy.
-        reference: compute with the readable reference instead of the fast path.
+        reference: compute with the readable reference instead of the fast path, which gives the same numbers.
         cache: directory of the pair tables; None takes the user's cache.
 
     Raises:
-        VocabularyError: if one tokenizer has no tokens for bytes of the other.
+        VocabularyError: if one tokenizer has no tokens for bytes of the other, or `prepare.events` is `exact` and the
+            teacher's tokenizer is not known.
     """
 
     def __init__(
@@ -51,6 +56,15 @@ class Aligner:
         self.prepare = prepare or PrepareConfig()
         self.tables: PairTables = pair_tables(teacher, student, encoder, teacher_encoder, cache)
         self.reference = reference
+        # Equal tokenizers give a text the same tokens, so there is nothing to search.
+        self._search: JointSearch | None = None
+        if self.prepare.events == "exact" and not self.tables.identity:
+            if teacher_encoder is None:
+                raise VocabularyError(
+                    "prepare.events is exact, which searches the texts of both tokenizers, but the dataset holds no "
+                    "tokenizer of the teacher; import it again with --tokenizer, or set prepare.events=spelled"
+                )
+            self._search = JointSearch(self.tables, self.prepare.search_width)
 
     def align(self, record: Record) -> AlignedSample | None:
         """The aligned sample, or None for a record that has nothing to learn from or must not be used.
@@ -65,8 +79,8 @@ class Aligner:
         Counts of records: `records`, and, where they are refused, `empty`, `bytes_mismatch`, `outside_vocabulary`,
         `dropped_changed_text`; `changed_text` and `cut_character` for those that are kept.
         Counts of positions: `positions`, `soft`, `conditional` (inside a teacher token), `disagreements`,
-        `below_known_mass`, `unusable_rows`, `unknown_realized`; of tokens: `teacher_tokens`, `dropped_specials`,
-        `inner_specials`; sums: `mapped_mass` over soft positions.
+        `below_known_mass`, `unsettled`, `unusable_rows`, `unknown_realized`; of tokens: `teacher_tokens`,
+        `dropped_specials`, `inner_specials`; sums: `mapped_mass` over soft positions.
         """
         counts: Counter[str] = Counter(records=1)
         refusal = self._refusal(record, counts)
@@ -74,7 +88,7 @@ class Aligner:
             counts[refusal] += 1
             return None, counts
         spans = lay_spans(self.tables, record.response_ids)
-        targets = self._targets(record, spans)
+        targets = self._targets(record.distributions, spans)
         counts += targets.counts
         prompt_ids = transliterate(self.tables, record.prompt_ids, counts)
         soft = ~np.isnan(targets.sparse.tail)
@@ -141,12 +155,17 @@ class Aligner:
             counts["cut_character"] += 1
         return None
 
-    def _targets(self, record: Record, spans: Spans) -> Targets:
-        if record.distributions is None:
+    def _targets(self, distributions: Distributions | None, spans: Spans) -> Targets:
+        if distributions is None:
             return _no_targets(len(spans.ids))
-        if self.reference:
-            return ReferenceAlignment(self.tables, spans, record.distributions, self.prepare.min_known_mass).compute()
-        return self._fast.compute(spans, record.distributions)
+        if self._search is None and not self.reference:
+            return self._fast.compute(spans, distributions)
+        alignment = ReferenceAlignment(self.tables, spans, distributions, self.prepare.min_known_mass)
+        targets = alignment.compute() if self.reference else self._fast.compute(spans, distributions)
+        if self._search is None:
+            return targets
+        exact = ExactEvents(alignment, self._search)
+        return replace(targets, sparse=exact.sparse_targets(), counts=exact.counts)
 
     @cached_property
     def _fast(self) -> FastAlignment:

@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,6 +48,11 @@ from student.alignment.targets import SparseTargets
 TAIL_TOLERANCE = 0.02
 # The same for the realised token's logprob against its own in the row, in nats.
 LOGPROB_TOLERANCE = 0.1
+
+Event = tuple[float, list[int]]
+"""Mass and members."""
+PositionEvents = tuple[list[Event], float, float]
+"""Events, tail mass and known mass of one position."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,22 +120,10 @@ class ReferenceAlignment:
     def compute(self) -> Targets:
         """Targets of all S positions."""
         count = len(self.spans.ids)
-        events: list[list[tuple[float, list[int]]]] = []
-        tail, known = np.full(count, np.nan, np.float32), np.full(count, np.nan, np.float32)
         realized, anchor = np.full(count, np.nan, np.float32), np.full(count, np.nan, np.float32)
         for i in range(count):
             realized[i], anchor[i] = self.realized_logprobs(i)
-            position_events, tail[i], known[i] = self.events(i, float(anchor[i]))
-            events.append(position_events)
-        lengths = [len(members) for position in events for _, members in position]
-        sparse = SparseTargets(
-            event_offsets=np.concatenate([[0], np.cumsum([len(e) for e in events])]).astype(np.int64),
-            event_mass=np.array([mass for position in events for mass, _ in position], dtype=np.float32),
-            member_offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-            members=np.array([s for position in events for _, members in position for s in members], dtype=np.int32),
-            tail=tail,
-            known=known,
-        )
+        sparse = pack([self.events(i, float(logprob)) for i, logprob in enumerate(anchor)])
         return Targets(sparse, realized, anchor, self.counts)
 
     def spelling(self, row: int, candidate: int) -> list[int]:
@@ -161,7 +155,7 @@ class ReferenceAlignment:
 
     # --- events ----------------------------------------------------------------------------------------------
 
-    def events(self, i: int, anchor_logprob: float) -> tuple[list[tuple[float, list[int]]], float, float]:
+    def events(self, i: int, anchor_logprob: float) -> PositionEvents:
         """[(mass, members)], tail mass and known mass m at student position i; no events and NaN without a target."""
         j = int(self.spans.teacher_index[i])
         row, realized = self.rows[j], int(self.spans.teacher_ids[j])
@@ -183,32 +177,14 @@ class ReferenceAlignment:
                 self.counts["below_known_mass"] += 1
                 return [], math.nan, known
 
-        # Connected components; a component is represented by its first candidate.
-        group_of_token: dict[int, int] = {}
-        parent = list(range(len(survivors)))
-
-        def find(n: int) -> int:
-            while parent[n] != n:
-                n = parent[n]
-            return n
-
-        members: list[list[int]] = []
-        for n, (v, _) in enumerate(survivors):
+        parts: list[tuple[float, list[int]]] = []
+        for v, mass in survivors:
             related = self.related(j, v, i, fixed)
             if v == realized and int(self.spans.ids[i]) not in related:
                 self.counts["disagreements"] += 1
                 related = [*related, int(self.spans.ids[i])]
-            members.append(related)
-            for s in related:
-                a, b = find(n), find(group_of_token.setdefault(s, n))
-                parent[max(a, b)] = min(a, b)
-        masses: dict[int, float] = {}
-        tokens: dict[int, set[int]] = {}
-        for n, (_, mass) in enumerate(survivors):
-            root = find(n)
-            masses[root] = masses.get(root, 0.0) + mass * scale
-            tokens.setdefault(root, set()).update(members[n])
-        events = [(masses[root], sorted(tokens[root])) for root in sorted(masses) if tokens[root]]
+            parts.append((mass * scale, related))
+        events = join_events(parts)
         events = self.split_realized(i, j, events, math.exp(anchor_logprob) * kept * scale)
         return events, max(0.0, 1 - sum(mass for mass, _ in events)), known
 
@@ -230,9 +206,7 @@ class ReferenceAlignment:
             related.add(spelling[skip])
         return sorted(related)
 
-    def split_realized(
-        self, i: int, j: int, events: list[tuple[float, list[int]]], probability: float
-    ) -> list[tuple[float, list[int]]]:
+    def split_realized(self, i: int, j: int, events: list[Event], probability: float) -> list[Event]:
         """METHOD 2.3: a realised student token that reaches past y_j has its own probability and its own event.
 
         The probability is that of the text's bytes up to the end of x_i. Where x_i ends with a teacher token, longer
@@ -327,6 +301,47 @@ class ReferenceAlignment:
             if end > c:
                 return total + math.exp(path)
         return total + math.exp(path)
+
+
+def pack(found: Sequence[PositionEvents]) -> SparseTargets:
+    """The events of every position as arrays."""
+    events = [event for position, _, _ in found for event in position]
+    return SparseTargets(
+        event_offsets=np.concatenate([[0], np.cumsum([len(e) for e, _, _ in found])]).astype(np.int64),
+        event_mass=np.array([mass for mass, _ in events], dtype=np.float32),
+        member_offsets=np.concatenate([[0], np.cumsum([len(members) for _, members in events])]).astype(np.int64),
+        members=np.array([s for _, members in events for s in members], dtype=np.int32),
+        tail=np.array([tail for _, tail, _ in found], dtype=np.float32),
+        known=np.array([known for _, _, known in found], dtype=np.float32),
+    )
+
+
+def join_events(parts: Iterable[tuple[float, Iterable[int]]]) -> list[Event]:
+    """[(mass, members)] of the connected components of (mass, student tokens), in order of their first part; parts
+    without student tokens are in no event."""
+    masses: list[float] = []
+    first_with: dict[int, int] = {}
+    parent: list[int] = []
+
+    def find(n: int) -> int:
+        while parent[n] != n:
+            parent[n] = parent[parent[n]]
+            n = parent[n]
+        return n
+
+    for n, (mass, tokens) in enumerate(parts):
+        masses.append(mass)
+        parent.append(n)
+        for s in tokens:
+            a, b = find(n), find(first_with.setdefault(s, n))
+            parent[max(a, b)] = min(a, b)
+    joined: dict[int, float] = {}
+    for n, mass in enumerate(masses):
+        joined[find(n)] = joined.get(find(n), 0.0) + mass
+    members: dict[int, list[int]] = {}
+    for s, n in first_with.items():
+        members.setdefault(find(n), []).append(s)
+    return [(joined[root], sorted(members[root])) for root in sorted(members)]
 
 
 def log(value: float) -> float:

@@ -129,12 +129,13 @@ class PairTables:
         return np.sort(np.array(ids, dtype=np.int32)[first == teacher_id])
 
     def _starting_with(self, prefix: bytes) -> list[int]:
-        tokens, ids = self._sorted_student
-        first, stop = _range_of(tokens, prefix)
+        tokens, ids = self.sorted_student
+        first, stop = range_of(tokens, prefix)
         return ids[first:stop]
 
     @cached_property
-    def _sorted_student(self) -> tuple[list[bytes], list[int]]:
+    def sorted_student(self) -> tuple[list[bytes], list[int]]:
+        """Bytes and ids of the student's text tokens in order of bytes."""
         order = sorted((token, index) for index, token in enumerate(self.student.tokens) if token)
         return [token for token, _ in order], [index for _, index in order]
 
@@ -146,7 +147,7 @@ class PairTables:
 
     def teacher_range(self, prefix: bytes) -> tuple[int, int]:
         """(first, stop) within `sorted_teacher` of the tokens that start with `prefix`."""
-        return _range_of(self.sorted_teacher[0], prefix)
+        return range_of(self.sorted_teacher[0], prefix)
 
     @cached_property
     def teacher_offsets(self) -> NDArray[np.int64]:
@@ -259,7 +260,7 @@ def _first_tokens(vocabulary: Vocabulary, encoder: Encoder | None, texts: Sequen
     )
 
 
-def _range_of(tokens: list[bytes], prefix: bytes) -> tuple[int, int]:
+def range_of(tokens: list[bytes], prefix: bytes) -> tuple[int, int]:
     """(first, stop) of those that start with `prefix`; `tokens` are sorted."""
     first = bisect_left(tokens, prefix)
     return first, bisect_right(tokens, prefix, lo=first, key=lambda token: token[: len(prefix)])

@@ -7,6 +7,7 @@ import re
 import shutil
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -181,10 +182,18 @@ def test_damage_is_found_by_readers_and_mended_by_prepare(config: PipelineConfig
         PreparedDataset.open(config.prepared_dir)
 
 
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_aligning_while_training_gives_identical_samples(config: PipelineConfig, workers: int) -> None:
+@pytest.mark.parametrize(
+    ("workers", "events"),
+    [(1, "spelled"), (1, "exact"), *(pytest.param(2, kind, marks=pytest.mark.slow) for kind in ("spelled", "exact"))],
+)
+def test_aligning_while_training_gives_identical_samples(
+    config: PipelineConfig, workers: int, events: Literal["spelled", "exact"]
+) -> None:
+    settings = PrepareConfig(workers=1, events=events, search_width=30)
+    config = config.model_copy(update={"prepare": settings})
     prepare(config)
-    live = config.model_copy(update={"name": "live", "prepare": PrepareConfig(workers=workers, store=False)})
+    settings = settings.model_copy(update={"workers": workers, "store": False})
+    live = config.model_copy(update={"name": "live", "prepare": settings})
     shutil.copytree(config.shards_dir, live.shards_dir)
     shutil.copytree(config.student_init_dir, live.student_init_dir)
     prepare(live)
