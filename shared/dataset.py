@@ -2,7 +2,8 @@
 
 Nothing is trusted but the manifest and what its checksums vouch for. A shard's sha256 is computed before its first
 byte is decoded, once per process and version of the file; a shard in an object store is fetched whole, checked and
-read from memory. One row group is decoded at a time (16k tokens at k = 64: 8 MB); the shuffled order holds a window.
+read from memory. A few row groups (of 16k tokens at k = 64: 8 MB) are decoded ahead, whatever the dataset's size; the
+shuffled order holds a window beside them.
 """
 
 from __future__ import annotations
