@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -90,13 +90,16 @@ def audit(
     limit: Annotated[int, typer.Option("--limit", min=1, help="Records to look at.")] = 200,
     split: Annotated[str | None, typer.Option("--split", help="train or held_out; default both.")] = None,
     rule: Annotated[str | None, typer.Option("--rule", help="greedy, sample or filtered; default all.")] = None,
+    events: Annotated[
+        Literal["spelled", "exact"], typer.Option("--events", help="As `prepare.events`; exact takes minutes.")
+    ] = "spelled",
     log_level: LogLevelOption = "info",
 ) -> None:
     """How a dataset's distributions carry over to a tokenizer: overlap, targets, information, side by side."""
     configure_logging(log_level)
     from student.alignment.audit import audit as audit_dataset
 
-    audit_dataset(dataset, tokenizer, stdout, limit, split, rule)
+    audit_dataset(dataset, tokenizer, stdout, limit, split, rule, events)
 
 
 @app.command()

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from rich.console import Console, Group, RenderableType
@@ -37,7 +38,7 @@ class Audit:
             other. mass_in_student: the same for the teacher's tokens, weighted by stored probability.
         chunk_bytes, chunk_teacher, chunk_student: mean size of the stretch between common boundaries.
         full, partial, without: shares of positions whose target is a whole row, a row inside a teacher token, none.
-        mapped_mass: mean mass in events. merged: mean number of candidates in an event.
+        mapped_mass: mean mass in events. events: their mean number at positions with a target.
         teacher_information: of the sampled tokens' own logprobs. target_information: of the realised student tokens
             under their targets. Events that hold several tokens tell less than the tokens would, so it may be lower.
         realized: mean probability of the realised tokens.
@@ -57,6 +58,7 @@ class Audit:
     partial: float
     without: float
     mapped_mass: float
+    events: float
     teacher_information: float
     target_information: float
     unmatched: list[tuple[bytes, int, list[bytes]]]
@@ -70,14 +72,17 @@ def audit(
     limit: int = 200,
     split: str | None = None,
     rule: str | None = None,
+    events: Literal["spelled", "exact"] = "spelled",
 ) -> Audit:
     """Align `limit` records (of a split, of a decoding rule) for `tokenizer` and print what a person wants to know.
+
+    `events` is `prepare.events`.
 
     Raises:
         DatasetError, VocabularyError: if one of them is missing, damaged, or not what the other expects.
         AlignmentError: if rows and text do not belong together; the figures are printed first.
     """
-    source = open_source(dataset, tokenizer, PrepareConfig())
+    source = open_source(dataset, tokenizer, PrepareConfig(events=events))
     records = list(islice(source.dataset.records(split, rule), limit))
     report, samples = measure(source.aligner, records)
     console.print(render(report, source.aligner.tables.teacher, source.aligner.tables.student))
@@ -128,6 +133,7 @@ def measure(aligner: Aligner, records: list[Record]) -> tuple[Audit, list[Aligne
         partial=inside_soft / positions,
         without=1 - soft / positions,
         mapped_mass=counts["mapped_mass"] / soft if soft else float("nan"),
+        events=sum(len(s.targets.event_mass) for s in samples) / soft if soft else float("nan"),
         teacher_information=teacher_information / max(1, size),
         target_information=sum(_information(s) for s in samples) / max(1, size),
         unmatched=[
@@ -172,6 +178,7 @@ def render(report: Audit, teacher: Vocabulary, student: Vocabulary) -> Renderabl
         ("positions with a partial target", f"{report.partial:.1%}"),
         ("positions without", f"{report.without:.1%}"),
         ("mass mapped to events", f"{report.mapped_mass:.4f}"),
+        ("events at a position with a target", f"{report.events:.1f}"),
         ("digits in a token, teacher / student", f"up to {report.digits[0]} / {report.digits[1]}"),
         ("nats per byte, teacher / targets", f"{report.teacher_information:.4f} / {report.target_information:.4f}"),
     ]

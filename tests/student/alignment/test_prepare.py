@@ -323,6 +323,9 @@ def test_the_audit_tells_what_a_person_wants_to_know(
     assert all(b"".join(spelling) == token for token, _, spelling in report.unmatched)
     # Events may tell less than tokens, never more than a rounding.
     assert report.target_information == pytest.approx(report.teacher_information, abs=0.05)
+    certain = audit(config.shards_dir, tokenizers[1], console, limit=1, events="exact")
+    assert certain.counts["disagreements"] == 0
+    assert certain.events != audit(config.shards_dir, tokenizers[1], console, limit=1).events
     same = audit(config.shards_dir, tokenizers[0], console)
     assert (same.student_in_teacher, same.full, same.partial, same.unmatched) == (1, 1, 0, [])
     assert same.target_information == pytest.approx(same.teacher_information, rel=1e-4)
