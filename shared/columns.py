@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
-from itertools import pairwise, repeat
+from itertools import pairwise, repeat, starmap
 from typing import Any
 
 import numpy as np
@@ -135,6 +135,7 @@ def table_to_records(table: pa.Table) -> list[Record]:
     settings = list(zip(*(plain[name] for name in _SAMPLING_COLUMNS), strict=True))
     samplings = {values: Sampling(*values) for values in set(settings)}
     messages = [tuple(Message(m["role"], m["content"]) for m in turns) for turns in plain.get("messages", ())]
+    prompt_ids, prompt_at = flat_list(table["prompt_ids"])
     response_ids, response_at = flat_list(table["response_ids"])
     distributions: Iterable[Distributions | None] = repeat(None)
     if set(DISTRIBUTION_COLUMNS).issubset(table.schema.names):
@@ -148,8 +149,8 @@ def table_to_records(table: pa.Table) -> list[Record]:
             plain["skill"],
             messages or repeat(()),
             plain.get("prompt_text", repeat("")),
-            _slices(*flat_list(table["prompt_ids"])),
-            _slices(response_ids, response_at),
+            map(prompt_ids.__getitem__, _places(prompt_at)),
+            map(response_ids.__getitem__, _places(response_at)),
             plain["response_bytes"],
             plain["finish_reason"],
             map(samplings.__getitem__, settings),
@@ -173,30 +174,41 @@ def _distributions(
     sampled = stored.copy()
     tokens, entries = row_matches(widths, ids, response_ids[np.repeat(present, np.diff(response_at))])
     sampled[tokens] = logprobs[entries]
-    # Each record's offsets begin at 0: the running total of all widths, less what the records before it have.
+    of_tokens, of_candidates = _places(token_at), _places(candidate_at)
+    arrays = zip(
+        _row_offsets(widths, token_at, candidate_at),
+        map(ids.__getitem__, of_candidates),
+        map(logprobs.__getitem__, of_candidates),
+        map(tail.__getitem__, of_tokens),
+        map(sampled.__getitem__, of_tokens),
+        strict=True,
+    )
+    if present.all():
+        return starmap(Distributions, arrays)
+    return (Distributions(*own) if has else None for has, own in zip(present.tolist(), arrays, strict=True))
+
+
+def _row_offsets(
+    widths: NDArray[np.int32], token_at: NDArray[np.int64], candidate_at: NDArray[np.int64]
+) -> Iterator[NDArray[np.int64]]:
+    """Of each record, beginning at 0. Where all rows are of one width they are the beginning of one array."""
+    if len(widths) and (widths == widths[0]).all():
+        lengths = np.diff(token_at) + 1
+        shared = np.arange(lengths.max(), dtype=np.int64) * widths[0]
+        shared.flags.writeable = False
+        return map(shared.__getitem__, map(slice, lengths.tolist()))
     row_ends = np.zeros(len(widths) + 1, np.int64)
     np.cumsum(widths, out=row_ends[1:])
-    offsets = (
+    return (
         row_ends[first : last + 1] - start
         for (first, last), start in zip(pairwise(token_at.tolist()), candidate_at[:-1].tolist(), strict=True)
     )
-    return (
-        Distributions(*arrays) if has else None
-        for has, *arrays in zip(
-            present.tolist(),
-            offsets,
-            _slices(ids, candidate_at),
-            _slices(logprobs, candidate_at),
-            _slices(tail, token_at),
-            _slices(sampled, token_at),
-            strict=True,
-        )
-    )
 
 
-def _slices(values: NDArray[Any], at: NDArray[np.int64]) -> Iterator[NDArray[Any]]:
-    """Each record's part of a flat list, a view."""
-    return (values[start:stop] for start, stop in pairwise(at.tolist()))
+def _places(at: NDArray[np.int64]) -> list[slice]:
+    """Where each record's part of a flat list is."""
+    bounds = at.tolist()
+    return list(map(slice, bounds, bounds[1:]))
 
 
 def same_content(left: pa.Table, right: pa.Table) -> bool:

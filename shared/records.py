@@ -3,6 +3,9 @@
 Arrays of a response are indexed by response token: T tokens, their candidates flattened row after row
 (CSR): row j is `ids[offsets[j]:offsets[j + 1]]`. Logprobs are natural logs at temperature 1, before any
 sampling filter.
+
+Records are not to be changed: readers hand out views of shared arrays. `Record` and `Distributions` are not frozen all
+the same, because making a frozen instance takes five times as long, and readers make tens of thousands a second.
 """
 
 from __future__ import annotations
@@ -47,7 +50,7 @@ class Sampling:
         return decoding_rule(self.temperature, self.top_p, self.top_k)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Distributions:
     """The teacher's truncated distribution at each of T response tokens.
 
@@ -74,7 +77,7 @@ class Distributions:
         return len(self.tail)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Record:
     """One response of the teacher to one prompt.
 

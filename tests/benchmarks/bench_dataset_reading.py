@@ -4,9 +4,9 @@
 
 The dataset is grown by copying its records under new names, so that sizes differ and content does not. Reading has
 a cost per response beside the one per token, so it is measured at the demo's short responses and at longer ones.
-Every measure is a process of its own; plain scan and shuffled read take turns, and the table gives the median and the
-ratio. The first read of a shard includes its checksum; `again` is a second pass of the same process, as later epochs
-are.
+Every measure is a process of its own; plain scan and shuffled read take turns. The table gives medians, and the median
+of each turn's ratio, because what else the machine does changes within seconds. The first read of a shard includes its
+checksum; `again` is a second pass of the same process, as later epochs are.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", type=Path, default=Path("runs/demo/shards"))
     parser.add_argument("--copies", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--measure", nargs=2, default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -145,13 +145,19 @@ def main() -> None:
                 for way, runs in rounds.items():
                     command = [sys.executable, "-m", __spec__.name, "--measure", way, str(directory)]
                     runs.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+            shares = {
+                f"ratio{suffix}": statistics.median(
+                    ours[key] / plain[key] for plain, ours in zip(rounds["scan"], rounds["shuffled"], strict=True)
+                )
+                for suffix, key in (("", "first"), ("_again", "again"))
+            }
             for way, runs in rounds.items():
                 middle = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
                 results.append({"copies": copies, "tokens_per_response": length, "way": way, **middle})
+            results[-1].update(shares)
     title = f"tokens/s, the training columns, window of {WINDOW:,} candidates"
     table = Table("tokens", "a response", "way", "first", "again", "ratio", "again", "MiB", title=title)
     for plain, ours in zip(results[::2], results[1::2], strict=True):
-        ours["ratio"], ours["ratio_again"] = ours["first"] / plain["first"], ours["again"] / plain["again"]
         for row in (plain, ours):
             length = row["tokens_per_response"]
             ratios = (f"{row['ratio']:.2f}", f"{row['ratio_again']:.2f}") if "ratio" in row else ("", "")
