@@ -37,7 +37,7 @@ from shared.manifest import (
     load,
 )
 from shared.records import Record
-from shared.schema import CONVERSATION_COLUMNS, DISTRIBUTION_COLUMNS, SCHEMA, check_metadata
+from shared.schema import CANDIDATE_COLUMNS, CONVERSATION_COLUMNS, DISTRIBUTION_COLUMNS, SCHEMA, check_metadata
 from shared.storage import LocalStorage, Storage, file_sha256, open_storage
 from shared.vocabulary import Vocabulary
 from shared.writer import DatasetWriter
@@ -235,10 +235,19 @@ class Dataset:
             pool.shutdown(cancel_futures=True)
 
     def _read_group(self, unit: UnitEntry, file: pq.ParquetFile, group: int, columns: Sequence[str] | None) -> pa.Table:
+        wanted = list(SCHEMA.names if columns is None else columns)
+        # Arrow takes several times a list column's size to read it. The candidates' are nearly all there is; one after
+        # the other they use the same memory, and touching memory for the first time is what a first pass pays for.
+        ahead = [name for name in wanted if name not in CANDIDATE_COLUMNS] or wanted[:1]
         try:
-            return file.read_row_group(group, columns=None if columns is None else list(columns), use_threads=False)
+            table = file.read_row_group(group, columns=ahead, use_threads=False)
+            for name in wanted:
+                if name not in ahead:
+                    column = file.read_row_group(group, columns=[name], use_threads=False)
+                    table = table.append_column(column.field(0), column.column(0))
         except (pa.ArrowException, OSError) as error:
             raise DatasetError(f"{self.storage.join(unit.file)} cannot be read: {error}") from error
+        return table.select(wanted)
 
     def _shard(self, unit: UnitEntry) -> pq.ParquetFile:
         return open_shard(self.storage, unit)
