@@ -147,7 +147,7 @@ class Dataset:
         distributions: bool = True,
         conversation: bool = True,
     ) -> Iterator[Record]:
-        """Records in order, one row group in memory.
+        """Records in order, a few row groups in memory.
 
         Args:
             split: `train` or `held_out` only. rule: that decoding rule only.

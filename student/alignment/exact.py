@@ -31,7 +31,7 @@ from student.alignment.targets import SparseTargets
 
 _ROUNDING = 1e-9
 _ROWS_BEYOND = 3
-"""How many rows after the end of x_i may be read to settle how the text before it is spelt."""
+"""How many rows after row j may be read once x_i is covered, to settle which student tokens are possible."""
 
 Part = tuple[float, tuple[int, ...]]
 """A probability, and the student tokens that its texts can have at the position."""
