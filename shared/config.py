@@ -28,6 +28,7 @@ from shared.records import decoding_rule
 
 Split = Literal["train", "held_out"]
 LossName = Literal["auto", "ce", "kl", "hybrid"]
+EventsName = Literal["spelled", "exact"]
 
 
 class Section(BaseModel):
@@ -170,7 +171,7 @@ class PrepareConfig(Section):
         "encode",
         description="Text that the student's normalizer would change: drop the response, or encode its exact bytes.",
     )
-    events: Literal["spelled", "exact"] = Field(
+    events: EventsName = Field(
         "spelled",
         description="Student tokens of a candidate: those that spell it if nothing follows, or all that some text "
         "gives it. `exact` masses are certain whatever follows; its first answers take the tokenizers longer.",

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from shared.config import load_config
+from shared.config import EventsName, load_config
 from shared.console import ConfigArgument, LogLevelOption, SetOption, application, configure_logging, run, stdout
 
 app = application("Fine-tune LLaDA into a draft model from a teacher's shards, measure it and decode with it.")
@@ -91,7 +91,7 @@ def audit(
     split: Annotated[str | None, typer.Option("--split", help="train or held_out; default both.")] = None,
     rule: Annotated[str | None, typer.Option("--rule", help="greedy, sample or filtered; default all.")] = None,
     events: Annotated[
-        Literal["spelled", "exact"], typer.Option("--events", help="As `prepare.events`; exact takes minutes.")
+        EventsName, typer.Option("--events", help="As `prepare.events`; exact takes minutes.")
     ] = "spelled",
     log_level: LogLevelOption = "info",
 ) -> None:

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from rich.console import Console, Group, RenderableType
@@ -18,7 +17,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from shared.config import PrepareConfig
+from shared.config import EventsName, PrepareConfig
 from shared.records import Record
 from shared.vocabulary import Vocabulary
 from student.alignment.align import Aligner
@@ -72,7 +71,7 @@ def audit(
     limit: int = 200,
     split: str | None = None,
     rule: str | None = None,
-    events: Literal["spelled", "exact"] = "spelled",
+    events: EventsName = "spelled",
 ) -> Audit:
     """Align `limit` records (of a split, of a decoding rule) for `tokenizer` and print what a person wants to know.
 

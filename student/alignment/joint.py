@@ -105,9 +105,8 @@ class Chain:
         ]
 
     def _other_contexts(self, previous: int, following: list[int]) -> Iterator[tuple[bytes, bytes, list[int]]]:
-        """Contexts in which patterns that split text before merging may cut where they did not without: they look
-        what a space is followed by, and take punctuation together with what follows
-        unless more punctuation is before it."""
+        """Contexts in which patterns that split text before merging may cut where they did not without: they look at
+        what a space is followed by, and take punctuation together with what follows unless more stands before it."""
         ends = [t for t in following if _characters(self.vocabulary.tokens[t])[-1:].isspace()]
         for right in (b"x", b"0", _SYMBOL):
             yield b"", right, ends

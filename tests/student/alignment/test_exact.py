@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shared.config import PrepareConfig
+from shared.config import EventsName, PrepareConfig
 from shared.errors import VocabularyError
 from student.alignment.align import Aligner
 from student.alignment.exact import ExactEvents
@@ -96,7 +96,7 @@ def pulled(tmp_path: Path) -> Aligner:
     return toy_aligner(teacher, student, tmp_path)
 
 
-def masses_at_start(toys: Aligner, events: str, text: str) -> dict[frozenset[bytes], float]:
+def masses_at_start(toys: Aligner, events: EventsName, text: str) -> dict[frozenset[bytes], float]:
     """Events of the first position; the teacher says ab 0.6, a 0.3, b 0.1 there, and c 0.25 after ab."""
     teacher, student = toys.tables.teacher, toys.tables.student
     a, b, c, ab, end = *(teacher.ids[t] for t in (b"a", b"b", b"c", b"ab")), teacher.roles["end_of_turn"]
@@ -106,7 +106,7 @@ def masses_at_start(toys: Aligner, events: str, text: str) -> dict[frozenset[byt
     else:
         sequence, rows, realized = (a, end), [first, last], [0.3, 1.0]
     record = toy_record(teacher, sequence, [r[0] for r in rows], [r[1] for r in rows], realized)
-    settings = PrepareConfig(events=events)  # type: ignore[arg-type]
+    settings = PrepareConfig(events=events)
     tables = toys.tables
     sample = Aligner(teacher, student, tables.student_encoder, settings, teacher_encoder=tables.teacher_encoder).align(
         record

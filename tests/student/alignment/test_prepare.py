@@ -7,14 +7,13 @@ import re
 import shutil
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pytest
 import yaml
 from rich.console import Console
 
-from shared.config import PipelineConfig, PrepareConfig
+from shared.config import EventsName, PipelineConfig, PrepareConfig
 from shared.dataset import DatasetWriter, Provenance
 from shared.errors import AlignmentError, CheckpointError, DatasetError, VocabularyError
 from shared.records import Distributions, Record
@@ -187,7 +186,7 @@ def test_damage_is_found_by_readers_and_mended_by_prepare(config: PipelineConfig
     [(1, "spelled"), (1, "exact"), *(pytest.param(2, kind, marks=pytest.mark.slow) for kind in ("spelled", "exact"))],
 )
 def test_aligning_while_training_gives_identical_samples(
-    config: PipelineConfig, workers: int, events: Literal["spelled", "exact"]
+    config: PipelineConfig, workers: int, events: EventsName
 ) -> None:
     settings = PrepareConfig(workers=1, events=events, search_width=30)
     config = config.model_copy(update={"prepare": settings})
