@@ -20,6 +20,7 @@ import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 
 from shared.errors import VocabularyError
+from shared.pretokens import Cuts
 from shared.roles import PRECEDENCE, find_roles
 from shared.tokenizer_files import (
     SPACE_SYMBOL,
@@ -30,6 +31,8 @@ from shared.tokenizer_files import (
     with_merges,
 )
 
+_BYTES_OF_TEXT = frozenset(range(0x100)) - {0xC0, 0xC1, *range(0xF5, 0x100)}
+"""The bytes that UTF-8 text has."""
 _SCHEMA = pa.schema([("bytes", pa.binary()), ("text", pa.string()), ("is_special", pa.bool_())])
 
 
@@ -188,6 +191,9 @@ class Encoder:
             part["type"] == "ByteLevel" for key in ("pre_tokenizer", "decoder") for part in components(tree.get(key))
         )
         self._byte_ids = self._single_bytes()
+        # Merges drop bytes that have no token, which only the whole of a text's ids shows.
+        self._cuts = Cuts.of(tree) if self._byte_ids.keys() >= _BYTES_OF_TEXT else Cuts(None)
+        self._merge = self._backend.model.tokenize
 
     @classmethod
     def from_tokenizer(cls, path: str | Path, vocabulary: Vocabulary | None = None, **reading: Any) -> Encoder:
@@ -230,20 +236,31 @@ class Encoder:
         Raises:
             VocabularyError: if the vocabulary has no tokens for some of the bytes.
         """
-        spelled = self._verified(self._spell([_whole(text) for text in texts]), texts, partial)
-        return [np.array(ids, dtype=np.int32) for ids in spelled]
+        spelled = [
+            [token.id for piece in pieces or () for token in self._merge(piece)]
+            for pieces in map(self._cuts.pieces, texts)
+        ]
+        uncut = [n for n, ids in enumerate(spelled) if not ids]
+        for n, ids in zip(uncut, self._spell([_whole(texts[n]) for n in uncut]), strict=True):
+            spelled[n] = ids
+        return [np.array(ids, dtype=np.int32) for ids in self._verified(spelled, texts, partial)]
 
     def first_of_fragments(self, texts: Sequence[bytes]) -> NDArray[np.int32]:
         """int32 [texts], the first id of each as `encode_fragments` gives it; -1 where the vocabulary cannot spell
-        the bytes. Tables over whole vocabularies ask for this alone, and an array per text would cost them a fifth."""
-        spelled = self._verified(self._spell([_whole(text) for text in texts]), texts, partial=True)
-        return np.fromiter((ids[0] if ids else -1 for ids in spelled), dtype=np.int32, count=len(texts))
+        the bytes. Tables over whole vocabularies ask for this alone, and the first piece of a text tells it."""
+        pieces = list(map(self._cuts.first, texts))
+        first_of = {piece: -1 if piece is None else self._merge(piece)[0].id for piece in set(pieces)}
+        first = list(map(first_of.__getitem__, pieces))
+        uncut = [n for n, index in enumerate(first) if index < 0]
+        whole = self._spell([_whole(texts[n]) for n in uncut])
+        for n, ids in zip(uncut, self._verified(whole, [texts[n] for n in uncut], partial=True), strict=True):
+            first[n] = ids[0] if ids else -1
+        return np.array(first, dtype=np.int32)
 
     def _spell(self, pieces: Sequence[str | bytes]) -> list[list[int]]:
         """Ids of every piece: of text by the tokenizer, all in one call, of other bytes by its merges alone."""
-        encodings = iter(
-            self._backend.encode_batch_fast([p for p in pieces if isinstance(p, str)], add_special_tokens=False)
-        )
+        texts = [piece for piece in pieces if isinstance(piece, str)]
+        encodings = iter(self._backend.encode_batch_fast(texts, add_special_tokens=False) if texts else ())
         return [next(encodings).ids if isinstance(piece, str) else self._encode_raw(piece) for piece in pieces]
 
     def _verified(self, spelled: list[list[int]], texts: Sequence[bytes], partial: bool) -> list[list[int]]:

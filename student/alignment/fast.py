@@ -28,7 +28,7 @@ class FastAlignment:
         self._seen, self._met = np.zeros(len(tables.student), np.int64), np.zeros(len(tables.teacher), np.int64)
         self._round = 1
         self._special = tables.teacher.is_special.astype(np.uint8)
-        self._sorted_teacher = np.array(tables.sorted_teacher[1], dtype=np.int64)
+        self._sorted_teacher = tables.sorted_teacher[1].astype(np.int64)
         self._longest = int(tables.teacher.byte_lengths.max(initial=1))
         self._spelling = (tables.spelling_offsets, tables.spelling_ids)
         self._extensions = (tables.extension_offsets, tables.extension_ids)

@@ -45,9 +45,9 @@ class Chain:
         order: bytes and ids of its text tokens, in order of bytes.
     """
 
-    def __init__(self, vocabulary: Vocabulary, encoder: Encoder, order: tuple[list[bytes], list[int]]) -> None:
+    def __init__(self, vocabulary: Vocabulary, encoder: Encoder, order: tuple[list[bytes], NDArray[np.int32]]) -> None:
         self.vocabulary, self.encoder = vocabulary, encoder
-        self._tokens, self._ids = order[0], np.array(order[1], dtype=np.int32)
+        self._tokens, self._ids = order
         # 0 unknown, 1 a pair, 2 none; for the tokens that were asked about last, a byte per token of the vocabulary.
         self._pairs: OrderedDict[int, NDArray[np.uint8]] = OrderedDict()
         self._symbol_tokens = len(encoder.encode_fragments([_SYMBOL], partial=True)[0])

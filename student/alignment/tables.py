@@ -104,15 +104,15 @@ class PairTables:
     def _find_continuations(self, fixed: int, student_id: int, path: tuple[int, ...]) -> NDArray[np.int32]:
         if not path:
             return np.empty(0, np.int32)
-        ids = self._starting_with(self.student.tokens[student_id])
+        tokens, ids = self._starting_with(self.student.tokens[student_id])
         h = self.teacher.tokens[path[0]][:fixed]
-        texts = [h + self.student.tokens[s] for s in ids]
+        texts = [h + token for token in tokens]
         if self.teacher_encoder is None:
-            chosen = [s for s, text in zip(ids, texts, strict=True) if self._greedy_starts_with(text, path)]
+            starts = [self._greedy_starts_with(text, path) for text in texts]
         else:
             encoded = self.teacher_encoder.encode_fragments(texts, partial=True)
-            chosen = [s for s, t in zip(ids, encoded, strict=True) if tuple(t[: len(path)].tolist()) == path]
-        return np.sort(np.array(chosen, dtype=np.int32))
+            starts = [tuple(t[: len(path)].tolist()) == path for t in encoded]
+        return np.sort(ids[np.array(starts, dtype=np.bool_)])
 
     def _greedy_starts_with(self, text: bytes, path: tuple[int, ...]) -> bool:
         for v in path:
@@ -123,27 +123,26 @@ class PairTables:
 
     def _find_extensions(self, fixed: int, teacher_id: int) -> NDArray[np.int32]:
         token = self.teacher.tokens[teacher_id]
-        ids = self._starting_with(token[fixed:])
-        texts = [token[:fixed] + self.student.tokens[index] for index in ids]
-        first = _first_tokens(self.teacher, self.teacher_encoder, texts)
-        return np.sort(np.array(ids, dtype=np.int32)[first == teacher_id])
+        h = token[:fixed]
+        tokens, ids = self._starting_with(token[fixed:])
+        first = _first_tokens(self.teacher, self.teacher_encoder, [h + token for token in tokens])
+        return np.sort(ids[first == teacher_id])
 
-    def _starting_with(self, prefix: bytes) -> list[int]:
+    def _starting_with(self, prefix: bytes) -> tuple[list[bytes], NDArray[np.int32]]:
+        """Bytes and ids of the student's tokens that start with `prefix`."""
         tokens, ids = self.sorted_student
         first, stop = range_of(tokens, prefix)
-        return ids[first:stop]
+        return tokens[first:stop], ids[first:stop]
 
     @cached_property
-    def sorted_student(self) -> tuple[list[bytes], list[int]]:
+    def sorted_student(self) -> tuple[list[bytes], NDArray[np.int32]]:
         """Bytes and ids of the student's text tokens in order of bytes."""
-        order = sorted((token, index) for index, token in enumerate(self.student.tokens) if token)
-        return [token for token, _ in order], [index for _, index in order]
+        return _in_order(self.student)
 
     @cached_property
-    def sorted_teacher(self) -> tuple[list[bytes], list[int]]:
+    def sorted_teacher(self) -> tuple[list[bytes], NDArray[np.int32]]:
         """Bytes and ids of the teacher's text tokens in order of bytes."""
-        order = sorted((token, index) for index, token in enumerate(self.teacher.tokens) if token)
-        return [token for token, _ in order], [index for _, index in order]
+        return _in_order(self.teacher)
 
     def teacher_range(self, prefix: bytes) -> tuple[int, int]:
         """(first, stop) within `sorted_teacher` of the tokens that start with `prefix`."""
@@ -258,6 +257,11 @@ def _first_tokens(vocabulary: Vocabulary, encoder: Encoder | None, texts: Sequen
         ],
         dtype=np.int32,
     )
+
+
+def _in_order(vocabulary: Vocabulary) -> tuple[list[bytes], NDArray[np.int32]]:
+    order = sorted((token, index) for index, token in enumerate(vocabulary.tokens) if token)
+    return [token for token, _ in order], np.array([index for _, index in order], dtype=np.int32)
 
 
 def range_of(tokens: list[bytes], prefix: bytes) -> tuple[int, int]:
