@@ -18,6 +18,7 @@ from shared.tokenizer_files import byte_alphabet, components
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 """What `ByteLevel` cuts by where it uses a pattern of its own: GPT-2's."""
 _ALPHABET = byte_alphabet()
+_ENDS = dict.fromkeys(map(ord, "\t\n\r"))
 
 
 class Cuts:
@@ -69,7 +70,7 @@ class Cuts:
         """`data` as text, if the tokenizer is known to cut it like this.
 
         The two libraries know the characters of different editions of Unicode, and agree on those that Python knows
-        too; line ends and other control characters are left to the tokenizer as well.
+        too; control characters other than tabs and line ends are left to the tokenizer as well.
         """
         if self._patterns is None:
             return None
@@ -77,7 +78,9 @@ class Cuts:
             text = data.decode()
         except UnicodeDecodeError:
             return None
-        if not text or not text.isprintable() or (self._added and self._added.search(text)):
+        if not text or not (text.isprintable() or text.translate(_ENDS).isprintable()):
+            return None
+        if self._added and self._added.search(text):
             return None
         return text
 
@@ -105,6 +108,6 @@ def _cut(pattern: regex.Pattern[str], text: str) -> Iterator[str]:
 
 
 def _byte_level(piece: str) -> str:
-    if piece.isascii():  # and printable: only the space is spelt otherwise
+    if piece.isascii() and piece.isprintable():  # only the space is spelt otherwise
         return piece.replace(" ", _ALPHABET[0x20])
     return piece.encode().decode("latin-1").translate(_ALPHABET)

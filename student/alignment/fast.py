@@ -27,11 +27,10 @@ class FastAlignment:
         self.tables, self.min_known_mass = tables, min_known_mass
         self._seen, self._met = np.zeros(len(tables.student), np.int64), np.zeros(len(tables.teacher), np.int64)
         self._round = 1
-        self._special = tables.teacher.is_special.astype(np.uint8)
+        self._heads, self._owners = events.table_heads(tables)
         self._sorted_teacher = tables.sorted_teacher[1].astype(np.int64)
         self._longest = int(tables.teacher.byte_lengths.max(initial=1))
         self._spelling = (tables.spelling_offsets, tables.spelling_ids)
-        self._extensions = (tables.extension_offsets, tables.extension_ids)
 
     def compute(self, spans: Spans, distributions: Distributions) -> Targets:
         """Targets of all S positions of one response."""
@@ -72,7 +71,7 @@ class FastAlignment:
             matches, reach, context_of, context, self._spelling, blob_offsets, self._longest, inside[3],
         )  # fmt: skip
         built = events.build_events(
-            student, read, self._special, tables.first_teacher, self._spelling, self._extensions, inside,
+            student, read, self._heads, self._owners, tables.extension_ids, inside,
             self._extend_inside(spans, ids, inside[0], inside[1]), self._continue_longer(spans), anchored,
             spans.teacher_ends, self._seen, self._met, self._round,
         )  # fmt: skip

@@ -44,7 +44,7 @@ def test_characters_are_cut_as_the_tokenizer_cuts_them(name: str) -> None:
     for character in map(chr, [*range(0x3400), *range(0x3400, sys.maxunicode + 1, 11)]):
         if not character.isprintable():
             continue
-        text = f"a{character}b {character}B'{character}1 A{character}c."
+        text = "a?b ?B'?1 A?.\n?\r\n ?\t?  ?".replace("?", character)
         pieces = cuts.pieces(text.encode())
         assert pieces == [piece for piece, _ in own.pre_tokenize_str(text)], text
         covered += 1
@@ -96,7 +96,10 @@ def test_other_cuts_are_left_to_the_tokenizer(why: str, tree: dict[str, Any]) ->
     assert cuts.first(b"some text") is None, why
 
 
-@pytest.mark.parametrize("data", [b"", b"\xe3\x81", b"two\nlines", "\u0378 is not assigned".encode(), b"<added>"])
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"\xe3\x81", b"a bell\x07", b"a line\xe2\x80\xa8separator", "\u0378 is not assigned".encode(), b"<added>"],
+)
 def test_texts_that_it_cannot_vouch_for_are_left_to_the_tokenizer(data: bytes) -> None:
     added = {"id": 0, "content": "<added>", "special": False}
     cuts = Cuts.of(small_tree(BYTE_LEVEL, added_tokens=[added]))

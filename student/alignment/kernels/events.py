@@ -14,30 +14,46 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from student.alignment.tables import PairTables
+
 _PLACE_BITS = 20  # candidates of one row are numbered in this many bits
 Ints = NDArray[np.int64]
 Ids = NDArray[np.int32]
 Floats = NDArray[np.float64]
-Flags = NDArray[np.uint8]
+
+
+def table_heads(tables: PairTables) -> tuple[Ids, Ids]:
+    """What `build_events` needs of the tables at a position where a teacher token starts.
+
+    int32 [V_T, 4], one cache line for each candidate v: the first token of its spelling (-1 without one), the teacher
+    token in whose list of extensions that is (-1 if in none), first and stop of v's own list, which a special has none
+    of. And int32 [V_S], the teacher token in whose list s is, -1 if in none.
+    """
+    special = tables.teacher.is_special
+    first, stop = tables.spelling_offsets[:-1], tables.spelling_offsets[1:]
+    padded = np.append(tables.spelling_ids, np.int32(-1))
+    token = np.where(stop > first, padded[first], -1)
+    owners = np.where((tables.first_teacher >= 0) & ~special[tables.first_teacher], tables.first_teacher, -1)
+    listed = (np.where(special, 0, tables.extension_offsets[at:][: len(special)]) for at in (0, 1))
+    heads = np.stack([token, np.where(token >= 0, owners[token], -1), *listed], axis=1)
+    return heads.astype(np.int32), owners.astype(np.int32)
 
 
 @njit(cache=True)
 def build_events(
-    student: Any, rows: Any, special_token: Flags, first_teacher: Ids, spelling: Any, extensions: Any, inside: Any,
-    inside_extensions: Any, longer: Any, anchored: Floats, teacher_ends: Ints, seen: Ints, met: Ints, round_: int,
+    student: Any, rows: Any, heads: Ids, owners: Ids, extension_ids: Ids, inside: Any, inside_extensions: Any,
+    longer: Any, anchored: Floats, teacher_ends: Ints, seen: Ints, met: Ints, round_: int,
 ) -> Any:  # fmt: skip
     """Events of every position: `reference.events`.
 
-    `seen` [V_S] and `met` [V_T] are scratch, kept between calls: the round in which a student token, or a candidate,
-    was last met, and the place of its candidate, in one number. `round_` is new.
+    `heads` and `owners` are `table_heads`; `seen` [V_S] and `met` [V_T] are scratch, kept between calls: the round in
+    which a student token, or a candidate, was last met, and the place of its candidate, in one number. `round_` is new.
     """
     ids, starts, ends, is_special, index, _, teacher_starts = student
     row_offsets, row_ids, mass, tails, usable, place = rows
     inside_offsets, inside_found, inside_next, kept, scale, known = inside
-    ext_offsets, ext_ids = extensions
     in_offsets, in_ids = inside_extensions
     longer_offsets, longer_ids = longer
-    spelling_offsets, spelling_ids = spelling
     count = len(ids)
     event_counts = np.zeros(count, np.int32)
     event_mass, member_counts, members = np.empty(1024), np.empty(1024, np.int32), np.empty(4096, np.int32)
@@ -67,6 +83,7 @@ def build_events(
             for n in range(first, stop):
                 whole += mass[n]
         x, width = ids[i], stop - first
+        owner_of_x = -1 if fixed > 0 else owners[x]
         # 1. Every (candidate, student token) that belong together; a token met twice joins its candidates.
         for q in range(width):
             parent[q], sums[q], sizes[q], slot[q] = q, 0.0, 0, -1
@@ -76,35 +93,35 @@ def build_events(
         total = 0
         for q in range(width):
             n = inside_found[first + q] if fixed > 0 else first + q
-            v, token, has_x = row_ids[n], -1, False
             runs[q] = total
-            if special_token[v]:
-                if spelling_offsets[v + 1] > spelling_offsets[v]:
-                    token = spelling_ids[spelling_offsets[v]]
-            elif fixed > 0:
-                a, b, token = in_offsets[first + q], in_offsets[first + q + 1], inside_next[first + q]
+            if fixed > 0:
+                a, b, token, owner, has_x = (
+                    in_offsets[first + q],
+                    in_offsets[first + q + 1],
+                    inside_next[first + q],
+                    -1,
+                    False,
+                )
                 if total + b - a + 2 > len(related):
                     related = np.concatenate((related, np.empty(total + b - a + 2, np.int32)))
                 for k in range(a, b):
                     has_x = has_x or in_ids[k] == x
                     total = _relate(in_ids[k], q, seen, round_, parent, related, total)
             else:
-                token = spelling_ids[spelling_offsets[v]]
-                sizes[q] = ext_offsets[v + 1] - ext_offsets[v]
-                has_x = first_teacher[x] == v
+                v = row_ids[n]
+                token, owner = heads[v, 0], heads[v, 1]
+                sizes[q] = heads[v, 3] - heads[v, 2]
+                has_x = owner_of_x == v
             if total + 2 > len(related):
                 related = np.concatenate((related, np.empty(len(related), np.int32)))
             if token >= 0:
                 has_x = has_x or token == x
-                owner = _owner(token, fixed, first_teacher, special_token)
                 total = _meet(token, owner, q, met, seen, round_, parent, related, total)
             if n == place[j] and not has_x:
                 disagreements += 1
-                owner = _owner(x, fixed, first_teacher, special_token)
-                total = _meet(x, owner, q, met, seen, round_, parent, related, total)
+                total = _meet(x, owner_of_x, q, met, seen, round_, parent, related, total)
         runs[width] = total
-        owner = _owner(x, fixed, first_teacher, special_token)
-        met_x = seen[x] >> _PLACE_BITS == round_ or (owner >= 0 and met[owner] >> _PLACE_BITS == round_)
+        met_x = seen[x] >> _PLACE_BITS == round_ or (owner_of_x >= 0 and met[owner_of_x] >> _PLACE_BITS == round_)
         round_ += 1
         # 2. Masses and sizes of the components.
         listed = 0
@@ -133,10 +150,9 @@ def build_events(
             at = slot[root]
             if fixed == 0:
                 v = row_ids[first + q]
-                if not special_token[v]:
-                    for k in range(ext_offsets[v], ext_offsets[v + 1]):
-                        members[at] = ext_ids[k]
-                        at += 1
+                for k in range(heads[v, 2], heads[v, 3]):
+                    members[at] = extension_ids[k]
+                    at += 1
             for r in range(runs[q], runs[q + 1]):
                 members[at] = related[r]
                 at += 1
@@ -160,14 +176,6 @@ def build_events(
         event_counts, event_mass[:events_total], member_counts[:events_total], members[:members_total], tail_out,
         known_out, disagreements, round_,
     )  # fmt: skip
-
-
-@njit(cache=True)
-def _owner(s: int, fixed: int, first_teacher: Ids, special_token: Flags) -> int:
-    """The teacher token in whose list of extensions s is, where lists are copied whole; -1 elsewhere."""
-    if fixed > 0 or first_teacher[s] < 0 or special_token[first_teacher[s]]:
-        return -1
-    return first_teacher[s]
 
 
 @njit(cache=True)
