@@ -52,8 +52,8 @@ _READERS = 2
 all of the work, so that a thread per column, Arrow's way, keeps fewer cores busy and hands more memory around."""
 _AHEAD = 4
 """Row groups, and shards, that are begun before they are asked for; with the window they bound the memory."""
-_VERIFIED: set[tuple[str, str, int, int, int]] = set()
-"""Shards of this process that had their checksum: path, sha256, inode, size, time of change."""
+_VERIFIED: set[tuple[str, int, int, int, int]] = set()
+"""Shards of this process that had their checksum: sha256, device, inode, size, time of change."""
 _FETCHED: list[tempfile.TemporaryDirectory[str]] = []
 """Tokenizers copied from stores: a tokenizer may read its files long after the dataset is gone."""
 
@@ -238,13 +238,13 @@ class Dataset:
         wanted = list(SCHEMA.names if columns is None else columns)
         # Arrow takes several times a list column's size to read it. The candidates' are nearly all there is; one after
         # the other they use the same memory, and touching memory for the first time is what a first pass pays for.
-        ahead = [name for name in wanted if name not in CANDIDATE_COLUMNS] or wanted[:1]
+        apart = [name for name in wanted if name in CANDIDATE_COLUMNS][1:]
+        together = [name for name in wanted if name not in apart]
         try:
-            table = file.read_row_group(group, columns=ahead, use_threads=False)
-            for name in wanted:
-                if name not in ahead:
-                    column = file.read_row_group(group, columns=[name], use_threads=False)
-                    table = table.append_column(column.field(0), column.column(0))
+            table = file.read_row_group(group, columns=together, use_threads=False)
+            for name in apart:
+                column = file.read_row_group(group, columns=[name], use_threads=False)
+                table = table.append_column(column.field(0), column.column(0))
         except (pa.ArrowException, OSError) as error:
             raise DatasetError(f"{self.storage.join(unit.file)} cannot be read: {error}") from error
         return table.select(wanted)
@@ -305,7 +305,7 @@ def open_shard(storage: Storage, unit: UnitEntry, again: bool = False) -> pq.Par
         path = storage.root / unit.file
         try:
             status = path.stat()
-            key = (str(path.resolve()), unit.sha256, status.st_ino, status.st_size, status.st_mtime_ns)
+            key = (unit.sha256, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
             if again or key not in _VERIFIED:
                 _compare(file_sha256(path), unit.sha256, storage, unit.file)
                 _VERIFIED.add(key)

@@ -61,12 +61,14 @@ def decode_logprobs(
         log_mass = np.log1p(-known)
     width = int(widths[0])
     if width and (widths == width).all():
-        # Arrow keeps what is freed for the next row group; numpy would give it back and fault it in again.
+        # Arrow keeps what is freed for the next row group; numpy would give it back and fault it in again, which at
+        # this size takes longer than the sums do.
         result = np.frombuffer(pa.allocate_buffer(gaps.size * 4), np.float32)
+        scratch = np.frombuffer(pa.allocate_buffer(min(gaps.size, _BLOCK_ROWS * width) * 4), np.int32)
         gaps_TxK, result_TxK = gaps.reshape(-1, width), result.reshape(-1, width)
         for start in range(0, len(widths), _BLOCK_ROWS):
             rows = slice(start, start + _BLOCK_ROWS)
-            _decode_block(gaps_TxK[rows], log_mass[rows], result_TxK[rows])
+            _decode_block(gaps_TxK[rows], log_mass[rows], result_TxK[rows], scratch)
         return result
     ends = np.cumsum(widths, dtype=np.int64)
     filled = widths > 0
@@ -81,13 +83,19 @@ def decode_logprobs(
     return result
 
 
-def _decode_block(gaps_RxK: NDArray[np.uint16], log_mass: NDArray[np.float64], out_RxK: NDArray[np.float32]) -> None:
+def _decode_block(
+    gaps_RxK: NDArray[np.uint16],
+    log_mass: NDArray[np.float64],
+    out_RxK: NDArray[np.float32],
+    scratch: NDArray[np.int32],
+) -> None:
     # One running sum over the whole block takes less than one per row. It may wrap around: differences of int32 are
     # right modulo 2^32, and a row's own sum is far below that.
-    running_RxK = np.cumsum(gaps_RxK, dtype=np.int32).reshape(gaps_RxK.shape)
+    running = np.cumsum(gaps_RxK, dtype=np.int32, out=scratch[: gaps_RxK.size])
+    running_RxK = running.reshape(gaps_RxK.shape)
     np.subtract(running_RxK, (running_RxK[:, 0] - gaps_RxK[:, 0])[:, None], out=out_RxK, casting="unsafe")
     out_RxK *= np.float32(-1.0 / STEPS_PER_NAT)
-    weights = np.einsum("rk->r", np.exp(out_RxK))
+    weights = np.einsum("rk->r", np.exp(out_RxK, out=running_RxK.view(np.float32)))
     out_RxK += (log_mass - np.log(weights.astype(np.float64))).astype(np.float32)[:, None]
 
 

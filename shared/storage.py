@@ -260,12 +260,8 @@ def open_storage(path: str | Path) -> Storage:
 
 def file_sha256(path: Path) -> str:
     """sha256 of a local file, in bounded memory."""
-    digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
-        # Large pieces: a reader's thread asks for the interpreter's lock after each.
-        while piece := file.read(8 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _protocols(filesystem: Any) -> tuple[str, ...]:
