@@ -18,6 +18,8 @@ from shared.tokenizer_files import byte_alphabet, components
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 """What `ByteLevel` cuts by where it uses a pattern of its own: GPT-2's."""
 _ALPHABET = byte_alphabet()
+BYTES = frozenset({*b"\t\n\r", *range(0x20, 0x7F), *range(0x80, 0xC0), *range(0xC2, 0xF1), 0xF3})
+"""Those of the texts that are covered: in UTF-8, of tabs, line ends and the characters that Python calls printable."""
 _ENDS = dict.fromkeys(map(ord, "\t\n\r"))
 
 
@@ -63,8 +65,14 @@ class Cuts:
             return None
         pieces = [text]
         for pattern in self._patterns or ():
-            pieces = [part for piece in pieces for part in _cut(pattern, piece)]
-        return [_byte_level(piece) for piece in pieces]
+            whole, pieces = pieces, []
+            for piece in whole:
+                match = pattern.search(piece)
+                if match is None or match.end() - match.start() == len(piece):
+                    pieces.append(piece)
+                else:
+                    pieces.extend(_cut(pattern, piece))
+        return list(map(_byte_level, pieces))
 
     def _covered(self, data: bytes) -> str | None:
         """`data` as text, if the tokenizer is known to cut it like this.

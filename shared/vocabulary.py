@@ -20,7 +20,7 @@ import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 
 from shared.errors import VocabularyError
-from shared.pretokens import Cuts
+from shared.pretokens import BYTES, Cuts
 from shared.roles import PRECEDENCE, find_roles
 from shared.tokenizer_files import (
     SPACE_SYMBOL,
@@ -31,8 +31,6 @@ from shared.tokenizer_files import (
     with_merges,
 )
 
-_BYTES_OF_TEXT = frozenset(range(0x100)) - {0xC0, 0xC1, *range(0xF5, 0x100)}
-"""The bytes that UTF-8 text has."""
 _SCHEMA = pa.schema([("bytes", pa.binary()), ("text", pa.string()), ("is_special", pa.bool_())])
 
 
@@ -192,7 +190,7 @@ class Encoder:
         )
         self._byte_ids = self._single_bytes()
         # Merges drop bytes that have no token, which only the whole of a text's ids shows.
-        self._cuts = Cuts.of(tree) if self._byte_ids.keys() >= _BYTES_OF_TEXT else Cuts(None)
+        self._cuts = Cuts.of(tree) if self._byte_ids.keys() >= BYTES else Cuts(None)
         self._merge = self._backend.model.tokenize
 
     @classmethod
@@ -230,12 +228,16 @@ class Encoder:
         must not be cut where the characters are.
 
         Args:
-            partial: a piece with bytes that the vocabulary has no tokens for gives no ids, instead of an error.
+            partial: a text with bytes that the vocabulary has no tokens for gives no ids, instead of an error.
                 Vocabularies without the bytes that no UTF-8 text has (0xC0, 0xFF, …) are common.
 
         Raises:
             VocabularyError: if the vocabulary has no tokens for some of the bytes.
         """
+        return [np.array(ids, dtype=np.int32) for ids in self.spell_fragments(texts, partial=partial)]
+
+    def spell_fragments(self, texts: Sequence[bytes], *, partial: bool = False) -> list[list[int]]:
+        """`encode_fragments` as lists, for those who ask about a few tokens of very many texts."""
         spelled = [
             [token.id for piece in pieces or () for token in self._merge(piece)]
             for pieces in map(self._cuts.pieces, texts)
@@ -243,7 +245,7 @@ class Encoder:
         uncut = [n for n, ids in enumerate(spelled) if not ids]
         for n, ids in zip(uncut, self._spell([_whole(texts[n]) for n in uncut]), strict=True):
             spelled[n] = ids
-        return [np.array(ids, dtype=np.int32) for ids in self._verified(spelled, texts, partial)]
+        return self._verified(spelled, texts, partial)
 
     def first_of_fragments(self, texts: Sequence[bytes]) -> NDArray[np.int32]:
         """int32 [texts], the first id of each as `encode_fragments` gives it; -1 where the vocabulary cannot spell

@@ -135,7 +135,7 @@ class ExactEvents:
         before = self.alignment.text[spans.starts[start] : spans.teacher_starts[j]] + path
         realized = spans.ids[start:i].tolist()
         if self.tables.teacher.is_special[v]:
-            spelled = self.tables.student_encoder.encode_fragments([before], partial=True)[0].tolist() if before else []
+            spelled = self.tables.student_encoder.spell_fragments([before], partial=True)[0] if before else []
             spelled += self.tables.spelling(v).tolist()
             if spelled[: len(realized)] != realized:
                 return None

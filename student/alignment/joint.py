@@ -98,11 +98,10 @@ class Chain:
         tokens = self.vocabulary.tokens
         pair = [] if previous == START else [previous]
         before = left + b"".join(tokens[t] for t in pair)
-        spelled = self.encoder.encode_fragments([before + tokens[t] + right for t in following], partial=True)
+        spelled = self.encoder.spell_fragments([before + tokens[t] + right for t in following], partial=True)
         at = self._symbol_tokens if left else 0
-        return [
-            t for t, ids in zip(following, spelled, strict=True) if ids[at : at + len(pair) + 1].tolist() == [*pair, t]
-        ]
+        stop = at + len(pair) + 1
+        return [t for t, ids in zip(following, spelled, strict=True) if ids[at:stop] == [*pair, t]]
 
     def _other_contexts(self, previous: int, following: list[int]) -> Iterator[tuple[bytes, bytes, list[int]]]:
         """Contexts in which patterns that split text before merging may cut where they did not without: they look at

@@ -110,8 +110,8 @@ class PairTables:
         if self.teacher_encoder is None:
             starts = [self._greedy_starts_with(text, path) for text in texts]
         else:
-            encoded = self.teacher_encoder.encode_fragments(texts, partial=True)
-            starts = [tuple(t[: len(path)].tolist()) == path for t in encoded]
+            encoded = self.teacher_encoder.spell_fragments(texts, partial=True)
+            starts = [tuple(ids[: len(path)]) == path for ids in encoded]
         return np.sort(ids[np.array(starts, dtype=np.bool_)])
 
     def _greedy_starts_with(self, text: bytes, path: tuple[int, ...]) -> bool:

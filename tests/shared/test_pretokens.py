@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from shared.pretokens import Cuts
+from shared.pretokens import BYTES, Cuts
 from shared.vocabulary import Encoder
 from tests.student.alignment.synthetic import TEXTS, llada_like, llama3, qwen, tekken
 
@@ -106,6 +106,14 @@ def test_texts_that_it_cannot_vouch_for_are_left_to_the_tokenizer(data: bytes) -
     assert cuts.pieces(data) is None
     assert cuts.first(data) is None
     assert cuts.pieces(b"<added >") == ["<addedĠ>"]
+
+
+def test_the_bytes_of_covered_texts() -> None:
+    cuts = Cuts([])
+    covered = (
+        text for text in map(chr, range(sys.maxunicode + 1)) if cuts.pieces(text.encode("utf-8", "surrogatepass"))
+    )
+    assert set("".join(covered).encode()) <= BYTES
 
 
 def test_patterns_cut_one_after_the_other_and_keep_what_lies_between() -> None:
