@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import regex
+from tokenizers.pre_tokenizers import PreTokenizer
 
 from shared.tokenizer_files import byte_alphabet, components
 
@@ -46,7 +47,17 @@ class Cuts:
         patterns = [_pattern(part) for part in cutting] + ([_GPT2] if last.get("use_regex", True) else [])
         known = [pattern for pattern in patterns if pattern is not None]
         added = [entry["content"] for entry in tree["added_tokens"] if not entry["special"]]
-        return cls(known if len(known) == len(patterns) else None, added)
+        try:
+            return cls(known if len(known) == len(patterns) else None, added)
+        except regex.error:
+            return cls(None)
+
+    def agrees(self, own: PreTokenizer, probes: Sequence[bytes]) -> bool:
+        """Whether those of `probes` that are covered are cut as the tokenizer's `own` pre-tokenizer cuts them."""
+        return all(
+            pieces is None or pieces == [piece for piece, _ in own.pre_tokenize_str(probe.decode())]
+            for probe, pieces in zip(probes, map(self.pieces, probes), strict=True)
+        )
 
     def first(self, data: bytes) -> str | None:
         """The first piece of `data`; None if it is not covered."""
@@ -98,7 +109,9 @@ def _pattern(part: dict[str, Any]) -> str | None:
         return r"\p{N}" if part["individual_digits"] else r"\p{N}+"
     if part["type"] == "Split" and part["behavior"] == "Isolated" and not part["invert"]:
         kind, pattern = next(iter(part["pattern"].items()))
-        return str(pattern) if kind == "Regex" else regex.escape(pattern)
+        if kind != "Regex":
+            return regex.escape(pattern)
+        return None if "&&" in pattern else str(pattern)  # an intersection, which `regex` reads as two characters
     return None
 
 

@@ -31,6 +31,8 @@ from shared.tokenizer_files import (
     with_merges,
 )
 
+_PROBES = 1000
+"""Pairs of tokens on which the direct cut of short texts is compared with the tokenizer's."""
 _SCHEMA = pa.schema([("bytes", pa.binary()), ("text", pa.string()), ("is_special", pa.bool_())])
 
 
@@ -189,8 +191,7 @@ class Encoder:
             part["type"] == "ByteLevel" for key in ("pre_tokenizer", "decoder") for part in components(tree.get(key))
         )
         self._byte_ids = self._single_bytes()
-        # Merges drop bytes that have no token, which only the whole of a text's ids shows.
-        self._cuts = Cuts.of(tree) if self._byte_ids.keys() >= BYTES else Cuts(None)
+        self._cuts = self._find_cuts(tree)
         self._merge = self._backend.model.tokenize
 
     @classmethod
@@ -279,6 +280,16 @@ class Encoder:
                     raise VocabularyError(self._missing(ids, text))
                 spelled[at] = []
         return spelled
+
+    def _find_cuts(self, tree: dict[str, Any]) -> Cuts:
+        """The tokenizer's cuts, if they are seen to be its own on pairs of its tokens; else those of no text."""
+        # Merges drop bytes that have no token, which only the whole of a text's ids shows.
+        if not self._byte_ids.keys() >= BYTES:
+            return Cuts(None)
+        cuts, tokens = Cuts.of(tree), self.vocabulary.tokens
+        drawn = np.random.default_rng(0).integers(len(tokens), size=(_PROBES, 2)).tolist()
+        agrees = cuts.agrees(self._backend.pre_tokenizer, [tokens[a] + tokens[b] for a, b in drawn])
+        return cuts if agrees else Cuts(None)
 
     def changed_by_normalizer(self, text: str | bytes) -> bool:
         """Whether the tokenizer's own normalizer (NFC, lower-casing, …) would change the text."""
