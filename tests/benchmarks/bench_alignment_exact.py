@@ -31,7 +31,7 @@ from student.alignment.audit import measure
 from tests.student.alignment.synthetic import RowMaker, corpus, llada_like, llama3, qwen, tekken
 
 Tokenizer = tuple[Vocabulary, Encoder]
-WIDTHS = (30, 200, 1000)
+WIDTHS = (30, 200, 1000, 5000)
 LARGE_WIDTHS = (30, 200)
 """Between two vocabularies of 128k tokens a width of 1,000 takes seconds per position."""
 
