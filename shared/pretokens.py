@@ -9,12 +9,14 @@ library's pipeline (`shared.vocabulary.Encoder`).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import regex
-from tokenizers.pre_tokenizers import PreTokenizer
 
 from shared.tokenizer_files import byte_alphabet, components
+
+if TYPE_CHECKING:  # the library is loaded where text is encoded, not by every command
+    from tokenizers.pre_tokenizers import PreTokenizer
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 """What `ByteLevel` cuts by where it uses a pattern of its own: GPT-2's."""
