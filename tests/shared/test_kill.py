@@ -37,11 +37,12 @@ def collect(path: str) -> None:
 def run_and_kill(target: Callable[[str], None], path: str, after: float | None) -> bool:
     """Run `target(path)` in a process of its own, killed after so many seconds; whether it ended by itself.
 
-    Processes are forked from a server that holds the imports, so that the time is the collection's own.
+    Processes are forked from a server that holds the imports, so that the time is the collection's own. The server
+    keeps the environment that it was started in; its processes get this one.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.shared.warm"])
-    process = context.Process(target=target, args=(path,))
+    process = context.Process(target=_in_environment, args=(dict(os.environ), target, path))
     process.start()
     process.join(after)
     if process.is_alive():
@@ -49,6 +50,11 @@ def run_and_kill(target: Callable[[str], None], path: str, after: float | None) 
         os.kill(process.pid, signal.SIGKILL)
         process.join()
     return process.exitcode == 0
+
+
+def _in_environment(environment: dict[str, str], target: Callable[[str], None], path: str) -> None:
+    os.environ.update(environment)
+    target(path)
 
 
 @pytest.mark.slow
