@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import random
 import shutil
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -45,10 +44,8 @@ def run_and_kill(target: Callable[[str], None], path: str, after: float | None) 
     process = context.Process(target=_in_environment, args=(dict(os.environ), target, path))
     process.start()
     process.join(after)
-    if process.is_alive():
-        assert process.pid is not None
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
+    process.kill()  # SIGKILL, if it still runs
+    process.join()
     return process.exitcode == 0
 
 
