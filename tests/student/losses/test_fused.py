@@ -98,7 +98,6 @@ def test_equals_the_plain_loss(
 def test_bfloat16_parameters_stay_near_float64(seed, positions, vocabulary, width, chunk_rows, loss):
     """The stated tolerance in bfloat16, against exact arithmetic on the same numbers: 1 % in value and gradients.
 
-    A large logit is rounded by up to 2^-9 of itself, and moves the probabilities and their sum by as much.
     The TV and path terms have kinks, where a rounded logit may take the other side; they are left to the next test.
     """
     targets = random_targets(seed, positions, vocabulary, 4, most_events=8)
@@ -110,9 +109,8 @@ def test_bfloat16_parameters_stay_near_float64(seed, positions, vocabulary, widt
     assert ours.terms.total.dtype == torch.float32
     assert ours.head_grad.dtype == ours.hidden_grad.dtype == torch.bfloat16
     assert ours.terms.total.item() == pytest.approx(exact.terms.total.item(), rel=1e-2, abs=1e-2)
-    allowed = max(1e-2, 2**-8 * (hidden.double() @ head.double().T).abs().max().item())
-    assert relative_error(ours.hidden_grad, exact.hidden_grad, sizes.hidden_grad) <= allowed
-    assert relative_error(ours.head_grad, exact.head_grad, sizes.head_grad) <= allowed
+    assert relative_error(ours.hidden_grad, exact.hidden_grad, sizes.hidden_grad) <= 1e-2
+    assert relative_error(ours.head_grad, exact.head_grad, sizes.head_grad) <= 1e-2
 
 
 @pytest.mark.parametrize("loss", ["ce", "kl", "hybrid"])
