@@ -1,15 +1,16 @@
 """Records to Arrow tables and back, whole batches at a time.
 
 `records_to_table` refuses what cannot be stored faithfully, naming the record, the row and the value: it is the one
-way into a shard. `table_to_records` decodes a row group in a few passes; its records are slices of it.
+way into a shard. `RecordGroup` decodes a row group in a few passes; its records are slices of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
-from itertools import pairwise, repeat, starmap
-from typing import Any
+from functools import cached_property
+from itertools import repeat
+from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
@@ -122,93 +123,129 @@ def check_record(record: Record, vocabulary_size: int | None) -> None:
     _check_sampled(who, record, d, widths.astype(np.int32))
 
 
-def table_to_records(table: pa.Table) -> list[Record]:
-    """The records of a row group, decoded and made into objects whole: cheaper than one by one.
+class RecordGroup(Sequence[Record]):
+    """The records of a row group: their numbers decoded at once, each record made when it is asked for.
 
-    A record's arrays are read-only views of what the row group decoded to, and keep it in memory.
+    A record is some fifteen objects. Made in the thread that uses them they cost half of what they cost made beside it,
+    handed over and freed there; so a reader's thread makes the group, and its consumer the records.
 
-    Args:
-        table: with the columns of `shared.schema.SCHEMA`. Without its distribution columns `Record.distributions` is
-            None, without its conversation columns a record has no messages and no prompt text.
+    A record's arrays are read-only views of the group's, and keep them in memory.
     """
-    plain = {name: table[name].to_pylist() for name in table.schema.names if name not in _FLAT_COLUMNS}
-    settings = list(zip(*(plain[name] for name in _SAMPLING_COLUMNS), strict=True))
-    samplings = {values: Sampling(*values) for values in set(settings)}
-    messages = [tuple(Message(m["role"], m["content"]) for m in turns) for turns in plain.get("messages", ())]
-    prompt_ids, prompt_at = flat_list(table["prompt_ids"])
-    response_ids, response_at = flat_list(table["response_ids"])
-    distributions: Iterable[Distributions | None] = repeat(None)
-    if set(DISTRIBUTION_COLUMNS).issubset(table.schema.names):
-        distributions = _distributions(table, response_ids, response_at)
-    return list(
-        map(
-            Record,
-            plain["sample_id"],
-            plain["prompt_id"],
-            plain["split"],
-            plain["skill"],
-            messages or repeat(()),
-            plain.get("prompt_text", repeat("")),
-            map(prompt_ids.__getitem__, _places(prompt_at)),
-            map(response_ids.__getitem__, _places(response_at)),
-            plain["response_bytes"],
-            plain["finish_reason"],
-            map(samplings.__getitem__, settings),
-            distributions,
+
+    def __init__(self, table: pa.Table) -> None:
+        """Decode `table`, which has the columns of `shared.schema.SCHEMA`.
+
+        Without its distribution columns `Record.distributions` is None, without its conversation columns a record has
+        no messages and no prompt text.
+        """
+        self._length: int = table.num_rows
+        self._objects = table.select([name for name in table.schema.names if name not in _FLAT_COLUMNS])
+        self._prompt_ids, prompt_at = flat_list(table["prompt_ids"])
+        self._response_ids, response_at = flat_list(table["response_ids"])
+        self._prompt_at, self._response_at = prompt_at.tolist(), response_at.tolist()
+        self._rows = None
+        if set(DISTRIBUTION_COLUMNS).issubset(table.schema.names):
+            self._rows = _Rows(table, self._response_ids, response_at)
+
+    def __len__(self) -> int:
+        return self._length
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Record]: ...
+
+    def __getitem__(self, index: int | slice) -> Record | list[Record]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(self._length))]
+        if not -self._length <= index < self._length:
+            raise IndexError(f"record {index} of {self._length}")
+        index %= self._length
+        sample_id, prompt_id, split, skill, messages, prompt_text, response_bytes, reason, sampling = self._plain[index]
+        return Record(
+            sample_id,
+            prompt_id,
+            split,
+            skill,
+            messages,
+            prompt_text,
+            self._prompt_ids[self._prompt_at[index] : self._prompt_at[index + 1]],
+            self._response_ids[self._response_at[index] : self._response_at[index + 1]],
+            response_bytes,
+            reason,
+            sampling,
+            self._rows.of(index) if self._rows else None,
         )
-    )
+
+    def where(self, split: str | None, rule: str | None) -> Sequence[int]:
+        """The numbers of the records of that split and that decoding rule; None is any."""
+        if split is None and rule is None:
+            return range(self._length)
+        return [
+            number
+            for number, (_, _, own_split, *_, sampling) in enumerate(self._plain)
+            if split in (None, own_split) and rule in (None, sampling.rule)
+        ]
+
+    @cached_property
+    def _plain(self) -> list[Any]:
+        """What is no array, by record."""
+        columns = {name: self._objects[name].to_pylist() for name in self._objects.schema.names}
+        settings = list(zip(*(columns[name] for name in _SAMPLING_COLUMNS), strict=True))
+        samplings = {values: Sampling(*values) for values in set(settings)}
+        messages = [tuple(Message(m["role"], m["content"]) for m in turns) for turns in columns.get("messages", ())]
+        plain = zip(
+            columns["sample_id"],
+            columns["prompt_id"],
+            columns["split"],
+            columns["skill"],
+            messages or repeat((), self._length),
+            columns.get("prompt_text", repeat("", self._length)),
+            columns["response_bytes"],
+            columns["finish_reason"],
+            map(samplings.__getitem__, settings),
+            strict=True,
+        )
+        return list(plain)
 
 
-def _distributions(
-    table: pa.Table, response_ids: NDArray[np.int32], response_at: NDArray[np.int64]
-) -> Iterator[Distributions | None]:
-    """Of each record; None where the columns are null."""
-    widths, token_at = flat_list(table["width"])
-    ids, candidate_at = flat_list(table["candidate_ids"])
-    gaps, _ = flat_list(table["candidate_gaps"])
-    tail, _ = flat_list(table["tail_mass"])
-    stored, _ = flat_list(table["sampled_logprob"])
-    logprobs = decode_logprobs(widths, gaps, tail)
-    present = is_present(table["width"])
-    # In the row the entry is the value: the column holds it rounded.
-    sampled = stored.copy()
-    tokens, entries = row_matches(widths, ids, response_ids[np.repeat(present, np.diff(response_at))])
-    sampled[tokens] = logprobs[entries]
-    of_tokens, of_candidates = _places(token_at), _places(candidate_at)
-    arrays = zip(
-        _row_offsets(widths, token_at, candidate_at),
-        map(ids.__getitem__, of_candidates),
-        map(logprobs.__getitem__, of_candidates),
-        map(tail.__getitem__, of_tokens),
-        map(sampled.__getitem__, of_tokens),
-        strict=True,
-    )
-    if present.all():
-        return starmap(Distributions, arrays)
-    return (Distributions(*own) if has else None for has, own in zip(present.tolist(), arrays, strict=True))
+class _Rows:
+    """The distributions of a group's records, decoded."""
 
+    def __init__(self, table: pa.Table, response_ids: NDArray[np.int32], response_at: NDArray[np.int64]) -> None:
+        widths, token_at = flat_list(table["width"])
+        self._ids, candidate_at = flat_list(table["candidate_ids"])
+        gaps, _ = flat_list(table["candidate_gaps"])
+        self._tail, _ = flat_list(table["tail_mass"])
+        stored, _ = flat_list(table["sampled_logprob"])
+        self._logprobs = decode_logprobs(widths, gaps, self._tail)
+        present = is_present(table["width"])
+        # In the row the entry is the value: the column holds it rounded.
+        self._sampled = stored.copy()
+        tokens, entries = row_matches(widths, self._ids, response_ids[np.repeat(present, np.diff(response_at))])
+        self._sampled[tokens] = self._logprobs[entries]
+        self._present, self._token_at, self._candidate_at = present.tolist(), token_at.tolist(), candidate_at.tolist()
+        # Offsets begin at 0 in every record: where all rows are of one width they are the beginning of one array.
+        self._is_even = bool(len(widths)) and bool((widths == widths[0]).all())
+        rows = int(np.diff(token_at).max()) if self._is_even else len(widths)
+        self._row_ends = np.zeros(rows + 1, np.int64)
+        np.cumsum(widths[:rows], out=self._row_ends[1:])
+        self._row_ends.flags.writeable = False
 
-def _row_offsets(
-    widths: NDArray[np.int32], token_at: NDArray[np.int64], candidate_at: NDArray[np.int64]
-) -> Iterator[NDArray[np.int64]]:
-    """Of each record, beginning at 0. Where all rows are of one width they are the beginning of one array."""
-    if len(widths) and (widths == widths[0]).all():
-        lengths = np.diff(token_at) + 1
-        shared = np.arange(lengths.max(), dtype=np.int64) * widths[0]
-        shared.flags.writeable = False
-        return map(shared.__getitem__, map(slice, lengths.tolist()))
-    row_ends = np.zeros(len(widths) + 1, np.int64)
-    np.cumsum(widths, out=row_ends[1:])
-    return (
-        row_ends[first : last + 1] - start
-        for (first, last), start in zip(pairwise(token_at.tolist()), candidate_at[:-1].tolist(), strict=True)
-    )
-
-
-def _places(at: NDArray[np.int64]) -> list[slice]:
-    """Where each record's part of a flat list is."""
-    bounds = at.tolist()
-    return list(map(slice, bounds, bounds[1:]))
+    def of(self, index: int) -> Distributions | None:
+        """Those of one record; None where the columns are null."""
+        if not self._present[index]:
+            return None
+        tokens = slice(first := self._token_at[index], last := self._token_at[index + 1])
+        candidates = slice(start := self._candidate_at[index], self._candidate_at[index + 1])
+        return Distributions(
+            self._row_ends[: last - first + 1] if self._is_even else self._row_ends[first : last + 1] - start,
+            self._ids[candidates],
+            self._logprobs[candidates],
+            self._tail[tokens],
+            self._sampled[tokens],
+        )
 
 
 def same_content(left: pa.Table, right: pa.Table) -> bool:

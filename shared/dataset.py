@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from shared.columns import table_to_records
+from shared.columns import RecordGroup
 from shared.errors import DatasetError
 from shared.manifest import (
     MANIFEST,
@@ -65,7 +65,7 @@ class Dataset:
         self.storage = storage
         self.manifest = manifest
         self._ends = np.cumsum([unit.rows for unit in manifest.units], dtype=np.int64).tolist()
-        self._groups: OrderedDict[tuple[int, int], list[Record]] = OrderedDict()
+        self._groups: OrderedDict[tuple[int, int], RecordGroup] = OrderedDict()
 
     @classmethod
     def open(cls, path: str | Path) -> Dataset:
@@ -94,7 +94,7 @@ class Dataset:
             group += 1
         key = (unit, group)
         if key not in self._groups:
-            self._groups[key] = table_to_records(self._read_group(self.manifest.units[unit], file, group, None))
+            self._groups[key] = RecordGroup(self._read_group(self.manifest.units[unit], file, group, None))
             if len(self._groups) > _CACHED_GROUPS:
                 self._groups.popitem(last=False)
         self._groups.move_to_end(key)
@@ -158,8 +158,8 @@ class Dataset:
             DatasetError: if a shard is missing or damaged.
         """
         units = [u for u in self.manifest.units if _has(u, split, rule)]
-        for _, records in self._decoded(units, split, rule, distributions, conversation):
-            yield from records
+        for _, group in self._decoded(units, distributions, conversation):
+            yield from map(group.__getitem__, group.where(split, rule))
 
     def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """Row groups as Arrow tables with only the columns named, checked like everything else."""
@@ -188,26 +188,18 @@ class Dataset:
         ends = np.cumsum([unit.candidates + unit.tokens for unit in units], dtype=np.int64)
         window_of = {unit.unit: w for unit, w in zip(units, _windows(ends, window_candidates), strict=True)}
         # One reader goes through all windows, so that the next one is read while this one's records are used.
-        for _, window in groupby(
-            self._decoded(units, split, rule, distributions, conversation), key=lambda read: window_of[read[0].unit]
-        ):
-            yield from _in_random_order([record for _, records in window for record in records], random)
+        read = self._decoded(units, distributions, conversation)
+        for _, window in groupby(read, key=lambda read: window_of[read[0].unit]):
+            yield from _in_random_order(
+                [(group, number) for _, group in window for number in group.where(split, rule)], random
+            )
 
     def _decoded(
-        self, units: Sequence[UnitEntry], split: str | None, rule: str | None, distributions: bool, conversation: bool
-    ) -> Iterator[tuple[UnitEntry, list[Record]]]:
+        self, units: Sequence[UnitEntry], distributions: bool, conversation: bool
+    ) -> Iterator[tuple[UnitEntry, RecordGroup]]:
         left_out = {*(() if distributions else DISTRIBUTION_COLUMNS), *(() if conversation else CONVERSATION_COLUMNS)}
         columns = [name for name in SCHEMA.names if name not in left_out] if left_out else None
-
-        def decode(table: pa.Table) -> list[Record]:
-            # Made beforehand and not when each is asked for: a consumer that holds the interpreter's lock for a
-            # window's records would keep the readers waiting for it.
-            records = table_to_records(table)
-            if split is None and rule is None:
-                return records
-            return [r for r in records if split in (None, r.split) and rule in (None, r.sampling.rule)]
-
-        return self._groups_of(units, columns, decode)
+        return self._groups_of(units, columns, RecordGroup)
 
     def _groups_of(
         self, units: Sequence[UnitEntry], columns: Sequence[str] | None, decode: Callable[[pa.Table], _Item]
@@ -335,10 +327,11 @@ def _has(unit: UnitEntry, split: str | None, rule: str | None) -> bool:
     return any(split in (None, key.partition("/")[0]) and rule in (None, key.partition("/")[2]) for key in unit.counts)
 
 
-def _in_random_order(window: list[Record], random: np.random.Generator) -> Iterator[Record]:
+def _in_random_order(places: list[tuple[RecordGroup, int]], random: np.random.Generator) -> Iterator[Record]:
     # A function of its own: its window is gone before the next one is collected.
-    for i in random.permutation(len(window)).tolist():
-        yield window[i]
+    for i in random.permutation(len(places)).tolist():
+        group, number = places[i]
+        yield group[number]
 
 
 def _ahead(pool: Executor, tasks: Iterator[Callable[[], _Item]]) -> Iterator[_Item]:

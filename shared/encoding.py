@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from shared.schema import MAX_STEPS, SAMPLED_STEPS_PER_NAT, STEPS_PER_NAT
 
 _TAIL_BITS = 11
-_BLOCK_ROWS = 2048
+_BLOCK_ROWS = 4096
 """Rows that are decoded at a time: at k = 64 half a megabyte a pass, which a core's cache holds; fewer would make numpy
 give the interpreter's lock back and wait for it more often."""
 
@@ -89,13 +89,15 @@ def _decode_block(
     out_RxK: NDArray[np.float32],
     scratch: NDArray[np.int32],
 ) -> None:
-    # One running sum over the whole block takes less than one per row. It may wrap around: differences of int32 are
-    # right modulo 2^32, and a row's own sum is far below that.
-    running = np.cumsum(gaps_RxK, dtype=np.int32, out=scratch[: gaps_RxK.size])
-    running_RxK = running.reshape(gaps_RxK.shape)
-    np.subtract(running_RxK, (running_RxK[:, 0] - gaps_RxK[:, 0])[:, None], out=out_RxK, casting="unsafe")
+    # One running sum over the whole block takes less than one per row; a row begins by taking back the row before.
+    flat = scratch[: gaps_RxK.size]
+    below_RxK = flat.reshape(gaps_RxK.shape)
+    np.copyto(below_RxK, gaps_RxK)
+    below_RxK[1:, 0] -= np.einsum("rk->r", below_RxK)[:-1]
+    np.cumsum(flat, out=flat)
+    np.copyto(out_RxK, below_RxK, casting="unsafe")
     out_RxK *= np.float32(-1.0 / STEPS_PER_NAT)
-    weights = np.einsum("rk->r", np.exp(out_RxK, out=running_RxK.view(np.float32)))
+    weights = np.einsum("rk->r", np.exp(out_RxK, out=below_RxK.view(np.float32)))
     out_RxK += (log_mass - np.log(weights.astype(np.float64))).astype(np.float32)[:, None]
 
 
