@@ -352,6 +352,8 @@ def flat_list(column: pa.ChunkedArray) -> tuple[NDArray[Any], NDArray[np.int64]]
 
 def is_present(column: pa.ChunkedArray) -> NDArray[np.bool_]:
     """bool [rows], where a column is not null."""
+    if not column.null_count:  # Arrow's own functions take 60 ms to load
+        return np.ones(len(column), np.bool_)
     return _numpy(_one_chunk(column).is_valid().cast(pa.uint8())).astype(np.bool_)
 
 
