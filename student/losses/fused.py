@@ -14,9 +14,11 @@ and goes into the gradients of the hidden states and the head at once, as in Lig
 (arXiv:2410.10989). So there are three matrix products in all, the plain computation's number, and backward only
 scales what forward has computed.
 
+Half-precision parameters are multiplied as they are, but logits are float32: a logit of 4 rounded to bfloat16 moves its
+token's gradient by 1.6 %. The head's gradient is summed in float32.
+
 Cost beyond the gradients themselves: one float32 slice of the logits of `chunk_bytes` and a little scratch
-(half-precision parameters add two half-sized slices). The head's gradient is summed in float32. There is no second
-derivative.
+(half-precision parameters add a half-sized slice). There is no second derivative.
 
 Legend: N positions, C positions of a chunk, V vocabulary, D hidden size, E events, M members.
 """
@@ -136,13 +138,14 @@ def _forward(
     hidden_grad_NxD = torch.empty_like(hidden_NxD, memory_format=torch.contiguous_format) if needs_hidden else None
     head_grad_VxD = torch.empty(head_VxD.shape, dtype=accumulate, device=head_VxD.device) if needs_head else None
     chunks = _chunks(targets, max(1, chunk_bytes // (head_VxD.shape[0] * 4)))
-    slice_CxV = head_VxD.new_empty(max(stop - start for start, stop, _ in chunks), head_VxD.shape[0])
+    rows = max(stop - start for start, stop, _ in chunks)
+    slice_CxV = head_VxD.new_empty(rows, head_VxD.shape[0], dtype=accumulate)
     total: Tensor | None = None
     sums: Tensor | None = None
     for start, stop, chunk in chunks:
         hidden_CxD, logits_CxV = hidden_NxD[start:stop], slice_CxV[: stop - start]
-        torch.mm(hidden_CxD, head_VxD.T, out=logits_CxV)
-        terms, slope_CxV = _chunk_terms(logits_CxV, chunk, settings, accumulate, gradient=needs_hidden or needs_head)
+        _multiply(hidden_CxD, head_VxD, logits_CxV)
+        terms, slope_CxV = _chunk_terms(logits_CxV, chunk, settings, gradient=needs_hidden or needs_head)
         total = terms.total if total is None else total + terms.total
         sums = terms.sums() if sums is None else sums + terms.sums()
         if slope_CxV is None:
@@ -160,24 +163,35 @@ def _forward(
     return _Result(total, sums, hidden_grad_NxD, head_grad_VxD)
 
 
+def _multiply(hidden_CxD: Tensor, head_VxD: Tensor, logits_CxV: Tensor) -> None:
+    """`logits_CxV = hidden_CxD @ head_VxD.T`, in the precision of `logits_CxV`."""
+    if head_VxD.dtype == logits_CxV.dtype:
+        torch.mm(hidden_CxD, head_VxD.T, out=logits_CxV)
+    elif head_VxD.is_cuda:
+        torch.mm(hidden_CxD, head_VxD.T, out_dtype=logits_CxV.dtype, out=logits_CxV)
+    else:  # CPUs have no product of this kind: a part of the head at a time is converted
+        hidden_CxD = hidden_CxD.to(logits_CxV.dtype)
+        for part_RxD, logits_CxR in zip(head_VxD.split(_HEAD_ROWS), logits_CxV.split(_HEAD_ROWS, dim=1), strict=True):
+            logits_CxR.copy_(hidden_CxD @ part_RxD.to(logits_CxV.dtype).T)
+
+
 def _chunk_terms(
-    logits_CxV: Tensor, targets: TargetBatch, settings: LossSettings, accumulate: torch.dtype, *, gradient: bool
+    logits_CxV: Tensor, targets: TargetBatch, settings: LossSettings, *, gradient: bool
 ) -> tuple[LossTerms, Tensor | None]:
-    """The chunk's terms, and d total / d logits in `accumulate` if `gradient`. Spoils `logits_CxV`."""
+    """The chunk's terms, and d total / d logits, which lie where the logits lay, if `gradient`."""
     rows_C = torch.arange(len(targets), device=logits_CxV.device)
     rows_E, events_M = targets.event_rows(), targets.member_events()
     rows_M = rows_E[events_M]
-    realized_C = logits_CxV[rows_C, targets.realized_ids].to(accumulate)
-    member_M = logits_CxV[rows_M, targets.members].to(accumulate)
+    realized_C = logits_CxV[rows_C, targets.realized_ids]
+    member_M = logits_CxV[rows_M, targets.members]
 
     # The tokens outside the events. A finite floor instead of -inf keeps a row finite where there are none.
     floor = torch.finfo(logits_CxV.dtype).min
     logits_CxV[rows_M, targets.members] = floor
     peak_C, top1_C = logits_CxV.max(dim=1)
-    rest_CxV = _softmax(logits_CxV, accumulate)
+    rest_CxV = _softmax(logits_CxV)
     # From here all logits are relative to the row's largest: at ±1e4, float32 has but three decimals.
     has_rest_C = peak_C > floor
-    peak_C = peak_C.to(accumulate)
     largest_C = peak_C.scatter_reduce(0, rows_M, member_M, "amax")
     is_top_M = member_M == largest_C[rows_M]
     top1_N = _lowest(torch.where(peak_C == largest_C, top1_C, _NOBODY), rows_M, is_top_M, targets.members)
@@ -210,13 +224,12 @@ def _chunk_terms(
     return terms, slope_CxV
 
 
-def _softmax(logits_CxV: Tensor, dtype: torch.dtype) -> Tensor:
-    """Row-wise softmax in `dtype`, over the logits where that is theirs."""
-    probabilities_CxV = logits_CxV if logits_CxV.dtype == dtype else torch.empty_like(logits_CxV, dtype=dtype)
+def _softmax(logits_CxV: Tensor) -> Tensor:
+    """Row-wise softmax in place."""
     rows = max(1, _by_device(_SCRATCH_BYTES, logits_CxV.device) // (logits_CxV.shape[1] * 4))
-    for source, destination in zip(logits_CxV.split(rows), probabilities_CxV.split(rows), strict=True):
-        destination.copy_(torch.softmax(source, dim=1, dtype=dtype))
-    return probabilities_CxV
+    for part_RxV in logits_CxV.split(rows):
+        part_RxV.copy_(torch.softmax(part_RxV, dim=1))
+    return logits_CxV
 
 
 def _add_product(head_grad_VxD: Tensor, slope_CxV: Tensor, hidden_CxD: Tensor, *, first: bool) -> None:

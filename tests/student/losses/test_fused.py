@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from student.losses import fused, reference
@@ -94,11 +94,12 @@ def test_equals_the_plain_loss(
     chunk_rows=st.integers(1, 50),
     loss=st.sampled_from(["ce", "kl", "hybrid"]),
 )
+@example(seed=2228, positions=1, vocabulary=95, width=1, chunk_rows=1, loss="kl")  # logits of up to 6
 @settings(max_examples=60, deadline=None)
 def test_bfloat16_parameters_stay_near_float64(seed, positions, vocabulary, width, chunk_rows, loss):
-    """The stated tolerance in bfloat16, against exact arithmetic on the same numbers: 1 % in value and gradients.
+    """The stated tolerance in bfloat16, against exact arithmetic on the same numbers: 1e-5 in value, 1 % in gradients.
 
-    The TV and path terms have kinks, where a rounded logit may take the other side; they are left to the next test.
+    Slopes and gradients are rounded to bfloat16, which is 0.2 % each time; logits are not rounded at all.
     """
     targets = random_targets(seed, positions, vocabulary, 4, most_events=8)
     generator = torch.Generator().manual_seed(seed)
@@ -108,14 +109,14 @@ def test_bfloat16_parameters_stay_near_float64(seed, positions, vocabulary, widt
     exact, sizes = plain_outcome(hidden.double(), head.double(), targets, LossSettings(loss, 4))
     assert ours.terms.total.dtype == torch.float32
     assert ours.head_grad.dtype == ours.hidden_grad.dtype == torch.bfloat16
-    assert ours.terms.total.item() == pytest.approx(exact.terms.total.item(), rel=1e-2, abs=1e-2)
+    assert ours.terms.total.item() == pytest.approx(exact.terms.total.item(), rel=1e-5, abs=1e-5)
     assert relative_error(ours.hidden_grad, exact.hidden_grad, sizes.hidden_grad) <= 1e-2
     assert relative_error(ours.head_grad, exact.head_grad, sizes.head_grad) <= 1e-2
 
 
 @pytest.mark.parametrize("loss", ["ce", "kl", "hybrid"])
 def test_bfloat16_of_all_terms_and_an_odd_scale(loss):
-    """All terms at a real width: 0.2 % in value, 1 % of the largest entry of each gradient."""
+    """All terms at a real width: 1e-5 in value, 1 % of the largest entry of each gradient."""
     targets = random_targets(11, 64, 500, block_length=4, most_events=8)
     generator = torch.Generator().manual_seed(11)
     hidden = torch.randn(64, 32, generator=generator).bfloat16()
@@ -128,7 +129,7 @@ def test_bfloat16_of_all_terms_and_an_odd_scale(loss):
     exact_h, exact_w = hidden.double().requires_grad_(), head.double().requires_grad_()
     exact = reference.distillation_loss(exact_h @ exact_w.T, targets, loss_settings)
     exact_gradients = torch.autograd.grad(exact.total * 1.0039, (exact_h, exact_w))
-    assert terms.total.item() == pytest.approx(exact.total.item(), rel=2e-3)
+    assert terms.total.item() == pytest.approx(exact.total.item(), rel=1e-5)
     for ours, theirs in zip(gradients, exact_gradients, strict=True):
         assert relative_error(ours, theirs) <= 1e-2
 
