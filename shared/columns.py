@@ -126,8 +126,8 @@ def check_record(record: Record, vocabulary_size: int | None) -> None:
 class RecordGroup(Sequence[Record]):
     """The records of a row group: their numbers decoded at once, each record made when it is asked for.
 
-    A record is some fifteen objects. Made in the thread that uses them they cost half of what they cost made beside it,
-    handed over and freed there; so a reader's thread makes the group, and its consumer the records.
+    A record is some fifteen objects. Made by the thread that uses them they cost less than half of what they cost made
+    by another, handed over and freed here; so a reader's thread makes the group, and its consumer the records.
 
     A record's arrays are read-only views of the group's, and keep them in memory.
     """

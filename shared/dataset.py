@@ -15,7 +15,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import cached_property, partial
-from itertools import groupby, islice
+from itertools import accumulate, groupby, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -66,6 +66,8 @@ class Dataset:
         self.manifest = manifest
         self._ends = np.cumsum([unit.rows for unit in manifest.units], dtype=np.int64).tolist()
         self._groups: OrderedDict[tuple[int, int], RecordGroup] = OrderedDict()
+        self._group_starts: dict[int, list[int]] = {}
+        self._fetched: tuple[int, pq.ParquetFile] | None = None
 
     @classmethod
     def open(cls, path: str | Path) -> Dataset:
@@ -81,24 +83,35 @@ class Dataset:
         return self.manifest.rows
 
     def __getitem__(self, index: int) -> Record:
-        """Record `index`, negative counting from the end; the last few row groups stay decoded."""
+        """Record `index`, negative counting from the end; the last few row groups stay decoded, a store's last shard
+        in memory."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
         index %= len(self)
         unit = bisect_right(self._ends, index)
         row = index - (self._ends[unit - 1] if unit else 0)
-        file = self._shard(self.manifest.units[unit])
-        group = 0
-        while row >= file.metadata.row_group(group).num_rows:
-            row -= file.metadata.row_group(group).num_rows
-            group += 1
+        if unit not in self._group_starts:
+            metadata = self._shard_of(unit).metadata
+            lengths = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+            self._group_starts[unit] = list(accumulate(lengths, initial=0))
+        starts = self._group_starts[unit]
+        group = bisect_right(starts, row) - 1
         key = (unit, group)
         if key not in self._groups:
-            self._groups[key] = RecordGroup(self._read_group(self.manifest.units[unit], file, group, None))
+            table = self._read_group(self.manifest.units[unit], self._shard_of(unit), group, None)
+            self._groups[key] = RecordGroup(table)
             if len(self._groups) > _CACHED_GROUPS:
                 self._groups.popitem(last=False)
         self._groups.move_to_end(key)
-        return self._groups[key][row]
+        return self._groups[key][row - starts[group]]
+
+    def _shard_of(self, unit: int) -> pq.ParquetFile:
+        if isinstance(self.storage, LocalStorage):
+            return self._shard(self.manifest.units[unit])  # opened anew: a file that changed is checked again
+        # In memory it cannot change, and a store would send all of it for every row group.
+        if self._fetched is None or self._fetched[0] != unit:
+            self._fetched = unit, self._shard(self.manifest.units[unit])
+        return self._fetched[1]
 
     @cached_property
     def provenance(self) -> Provenance:

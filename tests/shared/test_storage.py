@@ -16,7 +16,7 @@ from shared.manifest import MANIFEST
 from shared.storage import LocalStorage, ObjectStorage, open_storage
 from shared.validate import validate_dataset
 from shared.writer import DatasetWriter
-from tests.shared.samples import byte_vocabulary, provenance, small_units, write_dataset
+from tests.shared.samples import byte_vocabulary, make_records, provenance, small_units, write_dataset
 from tests.shared.test_dataset import assert_same
 from tests.shared.test_kill import UNITS, collect, run_and_kill
 from tests.shared.test_writer import contents
@@ -93,6 +93,21 @@ def test_damage_in_the_store_is_found(s3: Any) -> None:
     assert any("unit-001.parquet is damaged" in problem for problem in validate_dataset(url).problems)
     s3.delete_object(Bucket=BUCKET, Key=key)
     assert any("unit-001.parquet is missing" in problem for problem in validate_dataset(url).problems)
+
+
+@pytest.mark.usefixtures("s3")
+def test_records_by_number_fetch_a_shard_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shared.writer.ROW_GROUP_CANDIDATES", 1)  # a row group a record
+    url = f"s3://{BUCKET}/numbers"
+    write_dataset(url, {f"u{i}": make_records(12, seed=i) for i in range(3)})
+    dataset = Dataset.open(url)
+    fetched: list[str] = []
+    read = dataset.storage.read
+    monkeypatch.setattr(dataset.storage, "read", lambda name: fetched.append(name) or read(name))
+    by_number = [dataset[number] for number in range(len(dataset))]
+    assert fetched == [f"data/u{i}.parquet" for i in range(3)]
+    for read_by_number, record in zip(by_number, dataset.records(), strict=True):
+        assert_same(read_by_number, record)
 
 
 @pytest.mark.slow
