@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Protocol
 
 from shared.config import PipelineConfig
-from shared.console import progress
+from shared.console import lasting_interrupts, progress
 from shared.dataset import Dataset, DatasetWriter, Manifest, Provenance
 from shared.errors import ConfigError, PromptError
 from shared.manifest import UnitEntry
@@ -248,23 +248,25 @@ def run(config: PipelineConfig, units: Sequence[Unit], renderer: Renderer, promp
     before = read_summary(config.run_dir)
     tokens, seconds, ratio = 0, 0.0, before.capture_ratio
     if missing:
-        started = time.monotonic()
-        engine = Engine(
-            config.teacher,
-            str(model),
-            config.collect.top_k,
-            score_tokens=config.collect.score_tokens if kind == "score" else None,
-        )
-        log.info(
-            "vLLM %s is up after %.0f s: %s, head in %s, rows captured through %s",
-            engine_version(), time.monotonic() - started, config.teacher.dtype, engine.head_dtype, engine.capture,
-        )  # fmt: skip
-        try:
-            if config.collect.measure_capture and kind == "collect":
-                ratio = measure_capture(engine, [renderer.render(t.prompt).ids for u in units[:4] for t in u.tasks])
-            tokens, seconds = _work(Collector(config, renderer, vocabulary, writer, engine), missing, units, kind)
-        finally:
-            engine.close()
+        with lasting_interrupts() as check_interrupt:
+            started = time.monotonic()
+            engine = Engine(
+                config.teacher,
+                str(model),
+                config.collect.top_k,
+                score_tokens=config.collect.score_tokens if kind == "score" else None,
+            )
+            log.info(
+                "vLLM %s is up after %.0f s: %s, head in %s, rows captured through %s",
+                engine_version(), time.monotonic() - started, config.teacher.dtype, engine.head_dtype, engine.capture,
+            )  # fmt: skip
+            try:
+                if config.collect.measure_capture and kind == "collect":
+                    ratio = measure_capture(engine, [renderer.render(t.prompt).ids for u in units[:4] for t in u.tasks])
+                collector = Collector(config, renderer, vocabulary, writer, engine)
+                tokens, seconds = _work(collector, missing, units, kind, check_interrupt)
+            finally:
+                engine.close()
     manifest: Manifest = writer.finish(names)
     if not missing:
         return (
@@ -275,7 +277,9 @@ def run(config: PipelineConfig, units: Sequence[Unit], renderer: Renderer, promp
     return summarise(config, Dataset.open(config.shards_dir), before)
 
 
-def _work(collector: Collector, missing: Sequence[Unit], units: Sequence[Unit], kind: str) -> tuple[int, float]:
+def _work(
+    collector: Collector, missing: Sequence[Unit], units: Sequence[Unit], kind: str, check_interrupt: Callable[[], None]
+) -> tuple[int, float]:
     """Collect the missing units under a progress bar; tokens and seconds that it took."""
     label = {"collect": "answering", "score": "scoring"}[kind]
     responses = sum(len(unit.tasks) for unit in units)
@@ -285,6 +289,7 @@ def _work(collector: Collector, missing: Sequence[Unit], units: Sequence[Unit], 
         task = bar.add_task(label, total=responses, completed=there, note="")
 
         def show() -> None:
+            check_interrupt()
             bar.update(task, advance=1, note=f"{collector.tokens / (time.monotonic() - started):,.0f} tokens/s")
 
         collector.on_answer = show

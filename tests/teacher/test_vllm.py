@@ -177,7 +177,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             time.sleep(0.02)
         os.kill(process.pid, how)
         output, _ = process.communicate(timeout=60)
-        assert process.returncode != 0, "it was done before it could be killed"
+        assert process.returncode != 0, f"it was done before it could be killed:\n{output}"
         assert "Traceback" not in output
     (folder / "resumed.txt").write_text(_finish(_teacher("collect", cut)))
     score = [_write_config(folder, "scored"), "--set", f"collect.responses={folder / 'runs/whole/shards'}"]
