@@ -231,7 +231,8 @@ class _Rows:
         rows = int(np.diff(token_at).max()) if self._is_even else len(widths)
         self._row_ends = np.zeros(rows + 1, np.int64)
         np.cumsum(widths[:rows], out=self._row_ends[1:])
-        self._row_ends.flags.writeable = False
+        for own in (self._logprobs, self._sampled, self._row_ends):  # the other arrays are Arrow's, and read-only
+            own.flags.writeable = False
 
     def of(self, index: int) -> Distributions | None:
         """Those of one record; None where the columns are null."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from shared.dataset import Dataset
 from shared.errors import DatasetError
@@ -37,6 +38,12 @@ def assert_same(left: Record, right: Record, exact: bool = True) -> None:
         np.testing.assert_allclose(a, b, rtol=0, atol=0 if exact else 1 / STEPS_PER_NAT)
 
 
+def arrays_of(record: Record) -> list[NDArray[Any]]:
+    assert record.distributions is not None
+    own = [getattr(record.distributions, field.name) for field in fields(record.distributions)]
+    return [record.prompt_ids, record.response_ids, *own]
+
+
 def test_a_dataset_gives_back_what_was_written(tmp_path: Path) -> None:
     units = small_units()
     write_dataset(tmp_path / "d", units)
@@ -47,6 +54,7 @@ def test_a_dataset_gives_back_what_was_written(tmp_path: Path) -> None:
         assert_same(read, record, exact=False)
     for index in (0, 5, -1):
         assert_same(dataset[index], list(dataset.records())[index])
+        assert not any(array.flags.writeable for array in arrays_of(dataset[index]))
     assert dataset.vocabulary.fingerprint == byte_vocabulary().fingerprint
     assert dataset.provenance.teacher == "toy"
     assert validate_dataset(tmp_path / "d").problems == []
