@@ -6,11 +6,11 @@ way into a shard. `RecordGroup` decodes a row group in a few passes; its records
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from functools import cached_property
 from itertools import repeat
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -123,7 +123,7 @@ def check_record(record: Record, vocabulary_size: int | None) -> None:
     _check_sampled(who, record, d, widths.astype(np.int32))
 
 
-class RecordGroup(Sequence[Record]):
+class RecordGroup:
     """The records of a row group: their numbers decoded at once, each record made when it is asked for.
 
     A record is some fifteen objects. Made by the thread that uses them they cost less than half of what they cost made
@@ -150,18 +150,11 @@ class RecordGroup(Sequence[Record]):
     def __len__(self) -> int:
         return self._length
 
-    @overload
-    def __getitem__(self, index: int) -> Record: ...
+    def __iter__(self) -> Iterator[Record]:
+        return map(self.__getitem__, range(self._length))
 
-    @overload
-    def __getitem__(self, index: slice) -> list[Record]: ...
-
-    def __getitem__(self, index: int | slice) -> Record | list[Record]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(self._length))]
-        if not -self._length <= index < self._length:
-            raise IndexError(f"record {index} of {self._length}")
-        index %= self._length
+    def __getitem__(self, index: int) -> Record:
+        index = range(self._length)[index]
         sample_id, prompt_id, split, skill, messages, prompt_text, response_bytes, reason, sampling = self._plain[index]
         return Record(
             sample_id,

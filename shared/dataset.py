@@ -91,26 +91,26 @@ class Dataset:
         unit = bisect_right(self._ends, index)
         row = index - (self._ends[unit - 1] if unit else 0)
         if unit not in self._group_starts:
-            metadata = self._shard_of(unit).metadata
+            metadata = self._shard(unit).metadata
             lengths = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
             self._group_starts[unit] = list(accumulate(lengths, initial=0))
         starts = self._group_starts[unit]
         group = bisect_right(starts, row) - 1
         key = (unit, group)
         if key not in self._groups:
-            table = self._read_group(self.manifest.units[unit], self._shard_of(unit), group, None)
+            table = self._read_group(self.manifest.units[unit], self._shard(unit), group, None)
             self._groups[key] = RecordGroup(table)
             if len(self._groups) > _CACHED_GROUPS:
                 self._groups.popitem(last=False)
         self._groups.move_to_end(key)
         return self._groups[key][row - starts[group]]
 
-    def _shard_of(self, unit: int) -> pq.ParquetFile:
-        if isinstance(self.storage, LocalStorage):
-            return self._shard(self.manifest.units[unit])  # opened anew: a file that changed is checked again
+    def _shard(self, unit: int) -> pq.ParquetFile:
+        if isinstance(self.storage, LocalStorage):  # opened anew: a file that changed is checked again
+            return open_shard(self.storage, self.manifest.units[unit])
         # In memory it cannot change, and a store would send all of it for every row group.
         if self._fetched is None or self._fetched[0] != unit:
-            self._fetched = unit, self._shard(self.manifest.units[unit])
+            self._fetched = unit, open_shard(self.storage, self.manifest.units[unit])
         return self._fetched[1]
 
     @cached_property
@@ -220,7 +220,7 @@ class Dataset:
         """Row groups of `units` in order: checked, read and decoded before they are asked for, each in one thread."""
 
         def open_unit(unit: UnitEntry) -> tuple[UnitEntry, pq.ParquetFile]:
-            return unit, self._shard(unit)
+            return unit, open_shard(self.storage, unit)
 
         def read(unit: UnitEntry, file: pq.ParquetFile, group: int) -> tuple[UnitEntry, _Item]:
             return unit, decode(self._read_group(unit, file, group, columns))
@@ -253,9 +253,6 @@ class Dataset:
         except (pa.ArrowException, OSError) as error:
             raise DatasetError(f"{self.storage.join(unit.file)} cannot be read: {error}") from error
         return table.select(wanted)
-
-    def _shard(self, unit: UnitEntry) -> pq.ParquetFile:
-        return open_shard(self.storage, unit)
 
     def _read_file(self, name: str) -> bytes:
         entry = next((entry for entry in self.manifest.files if entry.name == name), None)

@@ -14,7 +14,7 @@ from shared.schema import MAX_STEPS, SAMPLED_STEPS_PER_NAT, STEPS_PER_NAT
 
 _TAIL_BITS = 11
 _BLOCK_ROWS = 4096
-"""Rows that are decoded at a time: at k = 64 half a megabyte a pass, which a core's cache holds; fewer would make numpy
+"""Rows that are decoded at a time: at k = 64 a megabyte a pass, which a core's cache holds; fewer would make numpy
 give the interpreter's lock back and wait for it more often."""
 
 
