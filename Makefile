@@ -10,14 +10,19 @@ UV_VERSION := 0.13.9
 TORCH_VERSION := 2.13.0
 ARGS ?=
 
-# CUDA builds where there is a GPU, CPU builds elsewhere; the same question picks the default config.
+# CUDA builds where there is a GPU, CPU builds elsewhere, each from its own lock; the same question picks the default
+# config. One stage alone: `make setup EXTRAS=teacher`, or export EXTRAS for every target (CPU: teacher-cpu, student).
 GPUS := $(shell nvidia-smi --list-gpus 2>/dev/null | wc -l)
+LOCK_FLAGS := --excludes configs/python/excludes.txt
+CPU_FLAGS := $(LOCK_FLAGS) --excludes configs/python/cpu-excludes.txt --overrides configs/python/cpu-overrides.txt
 ifeq ($(GPUS),0)
-EXTRAS := teacher-cpu,student,serve,dev
+EXTRAS ?= teacher-cpu,student,demo,dev
+INSTALL := --constraints constraints-cpu.txt $(CPU_FLAGS)
 CONFIG ?= configs/demo.yaml
 FOUND := no GPU found
 else
-EXTRAS := teacher,student,serve,dev
+EXTRAS ?= teacher,student,demo,dev
+INSTALL := --constraints constraints-cuda.txt $(LOCK_FLAGS)
 CONFIG ?= configs/llama-3.3-70b.yaml
 FOUND := $(GPUS) GPU(s) found
 endif
@@ -33,23 +38,22 @@ help: ## list the targets
 	@echo "make TARGET [CONFIG=configs/….yaml] [ARGS='--set key.path=value']"
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(VENV)/.ready ## build .venv for this machine; does nothing when it is up to date
+setup: $(VENV)/.ready-$(EXTRAS) ## build .venv for this machine; does nothing when it is up to date
 
-# torch goes first and from pip, which finds a CPU wheel at hand locally; where there is none, uv knows PyTorch's own
-# index of CPU builds. Everything else then respects the torch that is there.
-$(VENV)/.ready: pyproject.toml constraints.txt configs/python/cpu-overrides.txt
-	@echo "setting up $(VENV): $(FOUND), extras $(EXTRAS)"
+$(BIN)/uv:
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check uv==$(UV_VERSION)
+
+# On a CPU, torch goes first and from pip, which finds a CPU wheel at hand locally; where there is none, uv knows
+# PyTorch's own index of CPU builds. Everything after it respects the torch that is there.
+$(VENV)/.ready-$(EXTRAS): pyproject.toml constraints-cpu.txt constraints-cuda.txt configs/python/* | $(BIN)/uv
+	@echo "setting up $(VENV): $(FOUND), extras $(EXTRAS)"
 ifeq ($(GPUS),0)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check torch==$(TORCH_VERSION)+cpu 2>/dev/null \
 	  || $(BIN)/uv pip install --python $(BIN)/python --torch-backend cpu torch==$(TORCH_VERSION)
-	@$(BIN)/uv pip install --quiet --python $(BIN)/python --constraints constraints.txt \
-	  --overrides configs/python/cpu-overrides.txt --editable '.[$(EXTRAS)]'
-else
-	@$(BIN)/uv pip install --quiet --python $(BIN)/python --constraints constraints.txt --editable '.[$(EXTRAS)]'
 endif
-	@touch $@
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python $(INSTALL) --editable '.[$(EXTRAS)]'
+	@rm -f $(VENV)/.ready-* && touch $@
 
 define say
 	@echo "$@: $(CONFIG) ($(WHY))"
@@ -92,8 +96,13 @@ lint: setup ## style and types
 bench: setup ## the benchmarks, as tables and JSON
 	@python -m tests.benchmarks
 
-lock: setup ## write constraints.txt from what is installed
-	@uv pip freeze --quiet --python $(BIN)/python --exclude-editable | grep -v '^uv==' | sed 's/+cpu$$//' > constraints.txt
+# Every extra but the other platform's; what is locked stays as it is (ARGS=--upgrade takes the newest).
+COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-annotate --no-header pyproject.toml
+COMMON_EXTRAS := $(addprefix --extra ,student demo s3 gcs hf dev)
+
+lock: $(BIN)/uv ## resolve constraints-cpu.txt and constraints-cuda.txt anew, on any machine
+	@$(COMPILE) --extra teacher-cpu $(COMMON_EXTRAS) $(CPU_FLAGS) $(ARGS) -o constraints-cpu.txt
+	@$(COMPILE) --extra teacher --extra serve $(COMMON_EXTRAS) $(LOCK_FLAGS) $(ARGS) -o constraints-cuda.txt
 
 clean: ## remove runs and caches, keep .venv
 	@rm -rf runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
