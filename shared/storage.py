@@ -199,7 +199,8 @@ class ObjectStorage(Storage):
                         raise
                     time.sleep(0.1 * 2**attempt)  # such as a conflict with a PUT that is not yet there
             log.warning(
-                "%s has no conditional PUT: let one worker at a time write %s, two could double a unit", name, self.url
+                "%s has no conditional PUT: let one worker at a time write there, two could mix their shards of a unit",
+                self.url,
             )
             self._put(name, data)
             return True
