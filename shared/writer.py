@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -25,6 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from shared.card import CARD, dataset_card
 from shared.columns import RecordGroup, check_record, records_to_table, same_content
 from shared.errors import DatasetError
 from shared.manifest import (
@@ -38,6 +38,7 @@ from shared.manifest import (
     Manifest,
     Provenance,
     UnitEntry,
+    check_unit_name,
     dump,
     load,
 )
@@ -50,7 +51,6 @@ log = logging.getLogger(__name__)
 
 ROW_GROUP_CANDIDATES = 1 << 20
 """A row group ends at the first record past this many candidates: readers decode one at a time."""
-_UNIT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 
 
 class DatasetWriter:
@@ -105,10 +105,7 @@ class DatasetWriter:
         Raises:
             DatasetError: if a record cannot be stored faithfully, a sample id comes twice, or the disk says no.
         """
-        if not _UNIT_NAME.fullmatch(name):
-            raise DatasetError(
-                f"unit name {name!r} cannot be a file's name; use up to 200 letters, digits, dots, dashes, underscores"
-            )
+        check_unit_name(name)
         if name in self._units:
             return self._units[name]
         batch = list(records)
@@ -135,7 +132,7 @@ class DatasetWriter:
         return entry
 
     def finish(self, expected_units: Collection[str]) -> Manifest:
-        """Write the manifest over exactly `expected_units`, and clear what killed workers left.
+        """Write the card and the manifest over exactly `expected_units`, and clear what killed workers left.
 
         Raises:
             DatasetError: if a unit is missing, is not expected, or its shard is not the one that was committed.
@@ -169,6 +166,7 @@ class DatasetWriter:
             units=units,
             files=files,
         )
+        self._storage.create(CARD, dataset_card(manifest, self._provenance).encode())
         self._storage.write(MANIFEST, dump(manifest))
         self._storage.clear_partial()
         return manifest
