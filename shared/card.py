@@ -27,7 +27,8 @@ SPLITS = ("train", "held_out", MIXED)
 def dataset_card(manifest: Manifest, provenance: Provenance) -> str:
     """The card's text: YAML for `datasets` and the Hub, then Markdown."""
     files = _files_by_split(manifest.units)
-    data_files = [{"split": split, "path": _patterns(split, files)} for split in SPLITS if split in files]
+    splits = [split for split in SPLITS if split in files]
+    data_files = [{"split": split, "path": _patterns(split, files)} for split in splits]
     front: dict[str, Any] = {"license": "unknown"}
     if data_files:
         front["configs"] = [{"config_name": "default", "data_files": data_files}]
@@ -64,7 +65,7 @@ and the probability of everything else. Made for distillation.
 ```python
 from datasets import load_dataset
 
-dataset = load_dataset("PATH")  # this directory, or its name on the Hub; splits: {", ".join(split for split in SPLITS if split in files) or "none"}
+dataset = load_dataset("PATH")  # this directory, or its name on the Hub; splits: {", ".join(splits) or "none"}
 ```
 
 Any reader of Parquet opens `data/*.parquet`. `manifest.json` has the checksum of every file, `vocabulary.parquet` the
