@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import secrets
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -158,7 +159,7 @@ def export_json(
         DatasetError: if the dataset is damaged or nothing in it is of that split and rule.
     """
     dataset = Dataset.open(source)
-    partial = destination.with_name(destination.name + ".partial")
+    partial = destination.with_name(f"{destination.name}.{secrets.token_hex(6)}.partial")
     count = 0
     try:
         with progress() as bar, partial.open("w", encoding="utf-8") as file:
