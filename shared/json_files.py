@@ -1,7 +1,7 @@
 """Whole files of the older JSON layout into a dataset and back, an entry at a time.
 
 Files are a JSON list or one entry a line. An import reads the file twice: everything is checked before a directory is
-made, so that a bad entry leaves nothing behind. Memory holds one unit of entries, however large the file is.
+made, so that a bad entry leaves nothing behind. Memory holds one unit of entries a split, however large the file is.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator
+import secrets
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +98,7 @@ def import_json(source: Path, destination: str | Path, tokenizer_dir: Path, sett
     with progress() as bar:
         task = bar.add_task("checking", total=None, note=source.name)
         seen: dict[bytes, str] = {}
+        splits: list[str] = []
         for where, entry in read_entries(source):
             record = reader.record(entry, where, count)
             try:
@@ -106,6 +109,7 @@ def import_json(source: Path, destination: str | Path, tokenizer_dir: Path, sett
             if key in seen:
                 raise DatasetError(f"{where}: id {record.sample_id!r} is also that of {seen[key]}; ids must be unique")
             seen[key] = where
+            splits.append(record.split)
             count += 1
             bar.update(task, completed=count)
         provenance = Provenance(
@@ -120,13 +124,30 @@ def import_json(source: Path, destination: str | Path, tokenizer_dir: Path, sett
         )
         writer = DatasetWriter(destination, provenance, reader.vocabulary, tokenizer_dir)
         task = bar.add_task("importing", total=count, note="")
-        entries = enumerate(read_entries(source))
         units: list[str] = []
-        while batch := list(itertools.islice(entries, UNIT_ENTRIES)):
-            units.append(f"import-{len(units):06d}")
-            writer.write_unit(units[-1], (reader.record(entry, where, number) for number, (where, entry) in batch))
+        for name, batch in _units(read_entries(source), splits):
+            units.append(name)
+            writer.write_unit(name, (reader.record(entry, where, number) for number, where, entry in batch))
             bar.update(task, advance=len(batch))
         return writer.finish(units)
+
+
+def _units(
+    entries: Iterator[tuple[str, Any]], splits: Sequence[str]
+) -> Iterator[tuple[str, list[tuple[int, str, Any]]]]:
+    """Units of one split each, in the file's order within it: a name, and (number, place, entry) of its entries."""
+    waiting: dict[str, list[tuple[int, str, Any]]] = {}
+    numbers = Counter[str]()
+
+    def unit(split: str) -> tuple[str, list[tuple[int, str, Any]]]:
+        numbers[split] += 1
+        return f"{split}-import-{numbers[split] - 1:06d}", waiting.pop(split)
+
+    for number, (split, (where, entry)) in enumerate(zip(splits, entries, strict=True)):
+        waiting.setdefault(split, []).append((number, where, entry))
+        if len(waiting[split]) == UNIT_ENTRIES:
+            yield unit(split)
+    yield from map(unit, list(waiting))
 
 
 def export_json(
@@ -138,7 +159,7 @@ def export_json(
         DatasetError: if the dataset is damaged or nothing in it is of that split and rule.
     """
     dataset = Dataset.open(source)
-    partial = destination.with_name(destination.name + ".partial")
+    partial = destination.with_name(f"{destination.name}.{secrets.token_hex(6)}.partial")
     count = 0
     try:
         with progress() as bar, partial.open("w", encoding="utf-8") as file:

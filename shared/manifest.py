@@ -5,6 +5,7 @@
     DIR/tokenizer/…          the teacher's tokenizer files
     DIR/data/UNIT.parquet    one shard per unit of work
     DIR/commits/UNIT.json    written after the shard: the unit is done
+    DIR/README.md            the dataset card, made of the rest for people and for `datasets`; nothing of ours reads it
     DIR/manifest.json        written last: every file with its sha256; readers trust nothing else
 
 A file's bytes must be exactly what its content serialises to, so a flip of any byte is found, in white space too.
@@ -14,9 +15,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
+import re
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from shared.errors import DatasetError
 from shared.schema import SCHEMA_VERSION, check_version
@@ -31,6 +33,44 @@ COMMITS = "commits"
 _CHECKSUM = "checksum"
 # What may change between two sittings of one collection: it says who ran it, not what was collected.
 _INFORMATIVE = frozenset({"git_commit", "created", "config"})
+
+
+_UNIT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+
+
+def check_file_name(name: str) -> str:
+    """`name` as it is, if it stays inside the directory that it is relative to, on every system.
+
+    What a manifest names is read, and for a store's tokenizer written, under a directory of the user's. A symbolic
+    link inside that directory is the user's own and is followed: caches and `data` on another disk are made of them.
+
+    Raises:
+        DatasetError: if it is absolute, goes up, or has a backslash, a drive or a control character.
+    """
+    parts = name.split("/")
+    if not set(parts).isdisjoint(("", ".", "..")) or re.search(r"[\\\x00-\x1f\x7f]", name) or ":" in parts[0]:
+        raise DatasetError(
+            f"the file name {name!r} leads out of its directory or is no plain path, expected a relative one, "
+            "such as data/UNIT.parquet; it was changed after it was written: copy it again from where it comes from"
+        )
+    return name
+
+
+def check_unit_name(name: str) -> str:
+    """`name` as it is, if it can be part of a file's name.
+
+    Raises:
+        DatasetError: if it cannot.
+    """
+    if not _UNIT_NAME.fullmatch(name):
+        raise DatasetError(
+            f"unit name {name!r} cannot be a file's name; use up to 200 letters, digits, dots, dashes, underscores"
+        )
+    return name
+
+
+FileName = Annotated[str, AfterValidator(check_file_name)]
+UnitName = Annotated[str, AfterValidator(check_unit_name)]
 
 
 class _Document(BaseModel):
@@ -99,7 +139,7 @@ class Provenance(_Document):
 class FileEntry(_Document):
     """A file that the manifest vouches for."""
 
-    name: str
+    name: FileName
     bytes: int
     sha256: str
 
@@ -107,8 +147,8 @@ class FileEntry(_Document):
 class UnitEntry(_Document):
     """A committed unit: its shard's checksum and counts. `counts` is records by `split/rule`."""
 
-    unit: str
-    file: str
+    unit: UnitName
+    file: FileName
     sha256: str
     bytes: int
     rows: int
@@ -151,7 +191,8 @@ def load(kind: type[Any], data: bytes, source: str) -> Any:
     """The inverse of `dump`.
 
     Raises:
-        DatasetError: if the bytes are not exactly what `dump` wrote, or of a later schema version.
+        DatasetError: if the bytes are not exactly what `dump` wrote, of a later schema version, or name a file outside
+            the dataset's directory.
     """
     try:
         tree = json.loads(data)
@@ -170,6 +211,8 @@ def load(kind: type[Any], data: bytes, source: str) -> Any:
         )
     try:
         return kind.model_validate(tree)
+    except DatasetError as error:  # of a validator of ours
+        raise DatasetError(f"{source}: {error}") from error
     except ValidationError as error:
         raise DatasetError(f"{source} is not a {kind.__name__.lower()} of this project: {error}") from error
 

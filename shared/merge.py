@@ -1,4 +1,5 @@
-"""Several datasets of one teacher into one. Shards are copied as they are, checked on the way.
+"""Several datasets of one teacher into one. Shards are copied as they are, checked on the way; one that holds records
+of both splits becomes one shard a split.
 
 The teacher, its tokenizer and template, the engine, k and the numeric type must be equal; prompts, decoding rules and
 seeds may differ, and the result's provenance names all of them. A rerun copies only what is missing.
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -17,7 +19,7 @@ from shared.console import progress
 from shared.dataset import Dataset, Manifest, Provenance, read_checked
 from shared.errors import DatasetError
 from shared.manifest import UnitEntry
-from shared.writer import DatasetWriter
+from shared.writer import DatasetWriter, read_shard, shard_bytes, unit_entry
 
 # What is collected may differ between parts; what distributions mean may not.
 _FREE = ("sampling", "seed", "prompts_fingerprint", "unit_prompts", "details")
@@ -44,7 +46,13 @@ def merge(sources: Sequence[str | Path], destination: str | Path) -> Manifest:
         task = bar.add_task("merging", total=len(units), note="")
         for name, (index, entry, original) in units.items():
             if name not in writer.committed:
-                writer.publish(entry, read_checked(datasets[index].storage, original.file, original.sha256))
+                data = read_checked(datasets[index].storage, original.file, original.sha256)
+                if entry.counts != original.counts:
+                    table = read_shard(data, datasets[index].storage.join(original.file))
+                    table = table.filter(pc.equal(table["split"], _splits(entry)[0]))
+                    data = shard_bytes(table)
+                    entry = unit_entry(name, table, data, provenance.fingerprint)
+                writer.publish(entry, data)
             bar.update(task, advance=1)
     return writer.finish(units)
 
@@ -79,18 +87,29 @@ def _merged_provenance(sources: Sequence[str | Path], datasets: Sequence[Dataset
 
 
 def _merged_units(datasets: Sequence[Dataset], provenance: Provenance) -> dict[str, tuple[int, UnitEntry, UnitEntry]]:
-    """New name → (dataset, the merged entry, the original); units of one name get their dataset's number in front."""
+    """New name → (dataset, the merged entry, the original); units of one name get their dataset's number in front.
+
+    A unit of several splits comes once for each, with that split's name in front of it and that split's counts.
+    """
     names = [unit.unit for dataset in datasets for unit in dataset.manifest.units]
     ambiguous = len(names) != len(set(names))
     units = {}
     for index, dataset in enumerate(datasets):
         for unit in dataset.manifest.units:
             name = f"{index:02d}-{unit.unit}" if ambiguous else unit.unit
-            entry = unit.model_copy(
-                update={"unit": name, "file": f"data/{name}.parquet", "provenance": provenance.fingerprint}
-            )
-            units[name] = (index, entry, unit)
+            splits = _splits(unit)
+            for split in splits if len(splits) > 1 else [None]:
+                own = name if split is None else f"{split}-{name}"
+                update: dict[str, Any] = {"unit": own, "file": f"data/{own}.parquet"}
+                update["provenance"] = provenance.fingerprint
+                if split is not None:
+                    update["counts"] = {k: count for k, count in unit.counts.items() if k.startswith(f"{split}/")}
+                units[own] = (index, unit.model_copy(update=update), unit)
     return units
+
+
+def _splits(unit: UnitEntry) -> list[str]:
+    return sorted({key.partition("/")[0] for key in unit.counts})
 
 
 def _check_disjoint(units: dict[str, tuple[int, UnitEntry, UnitEntry]], datasets: Sequence[Dataset]) -> None:

@@ -1,8 +1,11 @@
 """Where a dataset lies: a local directory, or an object store through fsspec. Files appear whole or not at all.
 
-Locally a file is written under a temporary name in `.partial/`, synced, read back, renamed, and the directory is
-synced. On an object store it is one PUT, and what the store says it received is compared. Datasets never need more:
-no append, no rename on stores, no listing for correctness beyond what the writer itself published.
+Locally a file is written under a temporary name in `.partial/`, synced, read back, given its name by a link or a
+rename, and the directory is synced. On an object store it is one PUT, and what the store says it received is compared.
+
+`create` is what lets any number of workers share a dataset without a lock: one of them makes the file, the others are
+told that it is there. It is link(2) on a disk, which network file systems keep too, and a conditional PUT
+(`If-None-Match: *`) on a store. Datasets never need more: no append, no rename on stores, no deletion.
 """
 
 from __future__ import annotations
@@ -10,19 +13,24 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import logging
 import os
 import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from shared.errors import DatasetError, MissingExtraError
 
+log = logging.getLogger(__name__)
+
 PARTIAL = ".partial"
-_FRESH_SECONDS = 60.0
+_ATTEMPTS = 100
+"""Tries at a temporary file; each ends early only where another worker cleared `.partial` in a gap of microseconds."""
+_STORE_ATTEMPTS = 5
 _EXTRAS = {"s3": "s3", "gs": "gcs", "gcs": "gcs", "hf": "hf"}
 
 
@@ -49,6 +57,16 @@ class Storage(ABC):
         """
 
     @abstractmethod
+    def create(self, name: str, data: bytes) -> bool:
+        """Publish `data` as `name` where nothing has that name; False, and nothing changes, where something has.
+
+        Of several that create one name at once, one is told True.
+
+        Raises:
+            DatasetError: if it cannot be written.
+        """
+
+    @abstractmethod
     def size(self, name: str) -> int | None:
         """Bytes of the file, None if there is none."""
 
@@ -56,17 +74,8 @@ class Storage(ABC):
     def list(self, folder: str = "") -> dict[str, int]:
         """Every file under `folder`, by name, with its size; temporary files are left out."""
 
-    @abstractmethod
-    def delete(self, name: str) -> None:
-        """Remove the file if it exists."""
-
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Held around a short sequence of writes that other writers must not interleave with."""
-        yield
-
-    def clear_partial(self, everything: bool = False) -> None:  # noqa: B027 - stores leave nothing behind
-        """Remove temporary files that killed writers left: those older than a minute, or all."""
+    def clear_partial(self) -> None:  # noqa: B027 - stores leave nothing behind
+        """Remove temporary files whose writers are gone."""
 
     def join(self, name: str) -> str:
         """The file's full name, for messages."""
@@ -85,26 +94,28 @@ class LocalStorage(Storage):
             return (self.root / name).read_bytes()
 
     def write(self, name: str, data: bytes) -> None:
+        self._publish(name, data, _replace)
+
+    def create(self, name: str, data: bytes) -> bool:
+        return self._publish(name, data, _link)
+
+    def _publish(self, name: str, data: bytes, give_name: Callable[[Path, Path], bool]) -> bool:
+        """Write a temporary file and give it its name; what `give_name` says."""
         path = self.root / name
         with self._explained(name, "write"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self.root / PARTIAL / f"{path.name}.{secrets.token_hex(6)}"
-            temporary.parent.mkdir(exist_ok=True)
-            try:
-                with temporary.open("xb") as file:
-                    # Held until the file has its name: a lock that can be had marks what a killed writer left.
-                    with suppress(OSError):
-                        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-                    if temporary.read_bytes() != data:
-                        raise OSError(errno.EIO, "the file reads back other than it was written")
-                    temporary.replace(path)
-                _sync_directory(path.parent)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
+            for attempt in range(_ATTEMPTS):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                temporary = self.root / PARTIAL / f"{path.name}.{secrets.token_hex(6)}"
+                temporary.parent.mkdir(exist_ok=True)
+                try:
+                    done = _fill(temporary, data, lambda temporary: give_name(temporary, path))
+                    _sync_directory(path.parent)
+                    return done
+                except FileNotFoundError:
+                    # Another worker removed the folder when it was empty, or the file before it had its lock.
+                    if attempt + 1 == _ATTEMPTS:
+                        raise
+        raise AssertionError("the last attempt returns or raises")
 
     def size(self, name: str) -> int | None:
         with self._explained(name, "read"):
@@ -115,39 +126,20 @@ class LocalStorage(Storage):
 
     def list(self, folder: str = "") -> dict[str, int]:
         with self._explained(folder or ".", "list"):
-            base = self.root / folder
             found: dict[str, int] = {}
-            if not base.is_dir():
-                return found
-            for path in sorted(base.rglob("*")):
-                name = path.relative_to(self.root)
-                if name.parts[0] != PARTIAL and path.is_file():
-                    found[name.as_posix()] = path.stat().st_size
-            return found
+            for place, folders, files in os.walk(self.root / folder, onerror=_unless_gone):
+                folders[:] = [name for name in folders if name != PARTIAL]
+                for path in (Path(place, name) for name in files):
+                    with suppress(FileNotFoundError):
+                        found[path.relative_to(self.root).as_posix()] = path.stat().st_size
+            return dict(sorted(found.items()))
 
-    def delete(self, name: str) -> None:
-        with self._explained(name, "delete"):
-            (self.root / name).unlink(missing_ok=True)
-
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        descriptor = os.open(self.root, os.O_RDONLY)
-        try:
-            # Network file systems may not lock; a unit written twice at once is then found by `finish`.
-            with suppress(OSError):
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(descriptor)
-
-    def clear_partial(self, everything: bool = False) -> None:
+    def clear_partial(self) -> None:
         folder = self.root / PARTIAL
-        if not folder.is_dir():
-            return
-        for path in folder.iterdir():
-            with suppress(FileNotFoundError):
-                if (everything or time.time() - path.stat().st_mtime > _FRESH_SECONDS) and _is_abandoned(path):
-                    path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            for path in folder.iterdir():
+                with suppress(FileNotFoundError):
+                    _remove_abandoned(path)
         with suppress(OSError):  # another writer's file may be in it
             folder.rmdir()
 
@@ -190,19 +182,42 @@ class ObjectStorage(Storage):
 
     def write(self, name: str, data: bytes) -> None:
         with self._explained(name, "write"):
-            options: dict[str, Any] = {}
-            if "s3" in _protocols(self._fs):
-                options["chunksize"] = max(len(data) + 1, 50 << 20)  # one PUT, never parts
-            self._fs.pipe_file(self._path(name), data, **options)
-            self._fs.invalidate_cache()
-            info = self._fs.info(self._path(name))
-            etag = str(info.get("ETag", "")).strip('"')
-            received = int(info["size"])
-            # A store's ETag is the MD5 of a plain PUT, unless the bucket encrypts; then the bytes are read back.
-            if etag == hashlib.md5(data, usedforsecurity=False).hexdigest() and received == len(data):
-                return
-            if received != len(data) or bytes(self._fs.cat_file(self._path(name))) != data:
-                raise OSError(errno.EIO, f"the store holds {received} bytes that differ from the {len(data)} sent")
+            self._put(name, data)
+
+    def create(self, name: str, data: bytes) -> bool:
+        with self._explained(name, "write"):
+            for attempt in range(_STORE_ATTEMPTS):
+                try:
+                    self._put(name, data, mode="create")
+                    return True
+                except Exception as error:  # each store has its own way to say that the name is taken
+                    if self.size(name) is not None:
+                        return False
+                    if _is_unconditional(error):
+                        break
+                    if attempt + 1 == _STORE_ATTEMPTS:
+                        raise
+                    time.sleep(0.1 * 2**attempt)  # such as a conflict with a PUT that is not yet there
+            log.warning(
+                "%s has no conditional PUT: let one worker at a time write there, two could mix their shards of a unit",
+                self.url,
+            )
+            self._put(name, data)
+            return True
+
+    def _put(self, name: str, data: bytes, **options: Any) -> None:
+        if "s3" in _protocols(self._fs):
+            options["chunksize"] = max(len(data) + 1, 50 << 20)  # one PUT, never parts
+        self._fs.pipe_file(self._path(name), data, **options)
+        self._fs.invalidate_cache()
+        info = self._fs.info(self._path(name))
+        etag = str(info.get("ETag", "")).strip('"')
+        received = int(info["size"])
+        # A store's ETag is the MD5 of a plain PUT, unless the bucket encrypts; then the bytes are read back.
+        if etag == hashlib.md5(data, usedforsecurity=False).hexdigest() and received == len(data):
+            return
+        if received != len(data) or bytes(self._fs.cat_file(self._path(name))) != data:
+            raise OSError(errno.EIO, f"the store holds {received} bytes that differ from the {len(data)} sent")
 
     def size(self, name: str) -> int | None:
         with self._explained(name, "read"):
@@ -220,10 +235,6 @@ class ObjectStorage(Storage):
                 return {}
             prefix = len(self._root.rstrip("/")) + 1
             return {path[prefix:]: int(info["size"]) for path, info in sorted(found.items())}
-
-    def delete(self, name: str) -> None:
-        with self._explained(name, "delete"), suppress(FileNotFoundError):
-            self._fs.rm_file(self._path(name))
 
     def _path(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}"
@@ -269,15 +280,69 @@ def _protocols(filesystem: Any) -> tuple[str, ...]:
     return (protocol,) if isinstance(protocol, str) else tuple(protocol)
 
 
-def _is_abandoned(path: Path) -> bool:
-    with path.open("rb") as file:
+def _is_unconditional(error: Exception) -> bool:
+    """Whether the store, or its file system in Python, says that it has no conditional PUT."""
+    response = getattr(error.__cause__, "response", None) or {}
+    return isinstance(error, NotImplementedError | TypeError) or response.get("Error", {}).get("Code") in (
+        "NotImplemented",
+        "501",
+    )
+
+
+def _fill(temporary: Path, data: bytes, give_name: Callable[[Path], bool]) -> bool:
+    """Write `temporary`, check it, and hold its lock until it has its name."""
+    try:
+        with temporary.open("xb") as file:
+            # A lock that can be had marks what a killed writer left; between the two lines ours can be had, too.
+            with suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            if temporary.read_bytes() != data:
+                raise OSError(errno.EIO, "the file reads back other than it was written")
+            return give_name(temporary)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _replace(temporary: Path, path: Path) -> bool:
+    temporary.replace(path)
+    return True
+
+
+def _link(temporary: Path, path: Path) -> bool:
+    try:
+        path.hardlink_to(temporary)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        # A file system without hard links. Two workers could both find the name free; it has no better way.
+        if path.exists():
+            return False
+        temporary.replace(path)
+    return True
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove a temporary file if nobody holds its lock."""
+    with path.open("r+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            return False
+            return
         except OSError:  # a file system without locks: age alone decides
-            return time.time() - path.stat().st_mtime > 86_400
-        return True
+            if time.time() - path.stat().st_mtime < 86_400:
+                return
+        path.unlink(missing_ok=True)
+
+
+def _unless_gone(error: OSError) -> None:
+    """A folder that is not there has no files; one that cannot be read is an error."""
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error
 
 
 def _sync_directory(path: Path) -> None:

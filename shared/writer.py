@@ -1,8 +1,13 @@
 """Writing a dataset in units of work that are there whole or not at all.
 
-Any number of workers may hold a writer on one directory, each for its own units. A unit's shard is published first,
-its commit file second; a worker that dies between the two leaves a shard that nobody trusts and the next one
-replaces. `finish` writes the manifest when every expected unit is committed; readers trust nothing else.
+Any number of workers may hold a writer on one directory, on one machine or many, and need no lock. What makes it so:
+
+1. A shard is created once (`Storage.create`) and neither replaced nor deleted. The first worker's stays.
+2. A commit is written after its shard, and says what the shard that is there holds: a worker that finds a shard
+   without a commit, of a worker that died or is not yet so far, commits that shard in place of its own. So whoever
+   writes the commit, and however often, it is the same.
+3. Commits are listed before shards: a commit that is listed has its shard in the later listing.
+4. `finish` writes the manifest over what it listed, when every expected unit is committed; readers trust nothing else.
 """
 
 from __future__ import annotations
@@ -10,16 +15,17 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from shared.columns import records_to_table, same_content
+from shared.card import CARD, dataset_card
+from shared.columns import RecordGroup, check_record, records_to_table, same_content
 from shared.errors import DatasetError
 from shared.manifest import (
     COMMITS,
@@ -32,11 +38,12 @@ from shared.manifest import (
     Manifest,
     Provenance,
     UnitEntry,
+    check_unit_name,
     dump,
     load,
 )
 from shared.records import Record
-from shared.schema import SCHEMA_VERSION, parquet_options
+from shared.schema import SCHEMA, SCHEMA_VERSION, check_metadata, parquet_options
 from shared.storage import Storage, open_storage
 from shared.vocabulary import Vocabulary
 
@@ -44,7 +51,6 @@ log = logging.getLogger(__name__)
 
 ROW_GROUP_CANDIDATES = 1 << 20
 """A row group ends at the first record past this many candidates: readers decode one at a time."""
-_UNIT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 
 
 class DatasetWriter:
@@ -99,10 +105,7 @@ class DatasetWriter:
         Raises:
             DatasetError: if a record cannot be stored faithfully, a sample id comes twice, or the disk says no.
         """
-        if not _UNIT_NAME.fullmatch(name):
-            raise DatasetError(
-                f"unit name {name!r} cannot be a file's name; use up to 200 letters, digits, dots, dashes, underscores"
-            )
+        check_unit_name(name)
         if name in self._units:
             return self._units[name]
         batch = list(records)
@@ -117,34 +120,19 @@ class DatasetWriter:
             raise DatasetError(
                 f"unit {name}: the shard does not read back as it was written; check this machine's memory"
             )
-        entry = UnitEntry(
-            unit=name,
-            file=f"{DATA}/{name}.parquet",
-            sha256=hashlib.sha256(data).hexdigest(),
-            bytes=len(data),
-            rows=len(batch),
-            tokens=sum(len(r.response_ids) for r in batch),
-            candidates=sum(len(r.distributions.ids) for r in batch if r.distributions is not None),
-            counts=dict(sorted(Counter(f"{r.split}/{r.sampling.rule}" for r in batch).items())),
-            provenance=self._provenance.fingerprint,
-        )
-        return self.publish(entry, data)
+        return self.publish(self._entry(name, table, data), data)
 
     def publish(self, entry: UnitEntry, data: bytes) -> UnitEntry:
-        """Publish a shard's bytes and its commit; another worker's commit of the same unit wins over ours."""
-        with self._storage.lock():
-            commit = f"{COMMITS}/{entry.unit}.json"
-            if self._storage.size(commit) is not None:
-                log.warning("unit %s was committed by another worker meanwhile; its shard is kept", entry.unit)
-                entry = load(UnitEntry, self._storage.read(commit), self._storage.join(commit))
-            else:
-                self._storage.write(entry.file, data)
-                self._storage.write(commit, dump(entry))
+        """Publish a shard's bytes and its commit; another worker's shard of the same unit wins over ours."""
+        if not self._storage.create(entry.file, data):
+            log.warning("unit %s was published by another worker meanwhile; its shard is kept", entry.unit)
+            entry = self._adopt(entry, data)
+        self._storage.write(commit_file(entry.unit), dump(entry))
         self._units[entry.unit] = entry
         return entry
 
     def finish(self, expected_units: Collection[str]) -> Manifest:
-        """Write the manifest over exactly `expected_units`, and clear what killed workers left.
+        """Write the card and the manifest over exactly `expected_units`, and clear what killed workers left.
 
         Raises:
             DatasetError: if a unit is missing, is not expected, or its shard is not the one that was committed.
@@ -156,17 +144,17 @@ class DatasetWriter:
                 f"{self._storage.url} is not complete: {len(missing)} of {len(set(expected_units))} units are missing, "
                 f"such as {missing[0]}; run the same collection again, it does only what is missing"
             )
-        extra = sorted(self._units.keys() - set(expected_units))
+        shards = {Path(name).stem for name in self._storage.list(DATA) if name.endswith(".parquet")}
+        extra = sorted((self._units.keys() | shards) - set(expected_units))
         if extra:
             raise DatasetError(
                 f"{self._storage.url} holds {len(extra)} units that this collection does not have, such as {extra[0]}; "
                 "the prompts or the units changed: collect into a new directory"
             )
-        self._discard_uncommitted()
         units = [self._units[name] for name in sorted(self._units)]
         files = [
             self._file_entry(name)
-            for name in (PROVENANCE, VOCABULARY, *self._storage.list(TOKENIZER), *self._storage.list(COMMITS))
+            for name in (PROVENANCE, VOCABULARY, *self._storage.list(TOKENIZER), *map(commit_file, sorted(self._units)))
         ]
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
@@ -178,8 +166,9 @@ class DatasetWriter:
             units=units,
             files=files,
         )
+        self._storage.create(CARD, dataset_card(manifest, self._provenance).encode())
         self._storage.write(MANIFEST, dump(manifest))
-        self._storage.clear_partial(everything=True)
+        self._storage.clear_partial()
         return manifest
 
     def _claim(self) -> None:
@@ -187,12 +176,13 @@ class DatasetWriter:
         there = _read_or_none(self._storage, PROVENANCE)
         if there is None:
             others = [name for name in self._storage.list() if not name.startswith(".")]
-            if others:
+            # Another worker's files lie beside its provenance, which it wrote first.
+            if others and self._storage.size(PROVENANCE) is None:
                 raise DatasetError(
                     f"{self._storage.url} holds {others[0]} and other files but no {PROVENANCE}: it is not a dataset; "
                     "choose a new or empty directory"
                 )
-            self._storage.write(PROVENANCE, dump(self._provenance))
+            self._storage.create(PROVENANCE, dump(self._provenance))
             there = self._storage.read(PROVENANCE)
         found = load(Provenance, there, self._storage.join(PROVENANCE))
         differences = self._provenance.differences(found)
@@ -221,16 +211,55 @@ class DatasetWriter:
         if _read_or_none(self._storage, VOCABULARY) != data:
             self._storage.write(VOCABULARY, data)
 
-    def _discard_uncommitted(self) -> None:
-        """Remove shards that were published by workers that died before their commit; every unit has one by now."""
-        wanted = {entry.file for entry in self._units.values()}
-        for name in self._storage.list(DATA):
-            if name not in wanted:
-                self._storage.delete(name)
+    def _entry(self, name: str, table: pa.Table, data: bytes) -> UnitEntry:
+        return unit_entry(name, table, data, self._provenance.fingerprint)
+
+    def _adopt(self, ours: UnitEntry, data: bytes) -> UnitEntry:
+        """The entry of the shard that has our unit's name already; a file that is no shard of it is replaced by ours.
+
+        No worker leaves such a file: something else put or damaged it.
+        """
+        there, name = self._storage.read(ours.file), self._storage.join(ours.file)
+        if there == data:
+            return ours
+        try:
+            table = read_shard(there, name)
+            if self._check:
+                for record in RecordGroup(table):
+                    check_record(record, len(self._vocabulary))
+            if table["sample_id"].equals(read_shard(data, "ours")["sample_id"]):
+                return self._entry(ours.unit, table, there)
+            why = f"it holds other records than unit {ours.unit}"
+        except DatasetError as error:
+            why = str(error)
+        log.warning("%s, which has no commit, is replaced: %s", name, why)
+        self._storage.write(ours.file, data)
+        return ours
 
     def _file_entry(self, name: str) -> FileEntry:
         data = self._storage.read(name)
         return FileEntry(name=name, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+def commit_file(unit: str) -> str:
+    """The name of a unit's commit."""
+    return f"{COMMITS}/{unit}.json"
+
+
+def unit_entry(name: str, table: pa.Table, data: bytes, provenance: str) -> UnitEntry:
+    """What the commit of unit `name` says of its shard: `table`, stored as `data`."""
+    kinds = zip(table["split"].to_pylist(), table["rule"].to_pylist(), strict=True)
+    return UnitEntry(
+        unit=name,
+        file=f"{DATA}/{name}.parquet",
+        sha256=hashlib.sha256(data).hexdigest(),
+        bytes=len(data),
+        rows=table.num_rows,
+        tokens=pc.sum(pc.list_value_length(table["response_ids"])).as_py() or 0,
+        candidates=pc.sum(pc.list_value_length(table["candidate_ids"])).as_py() or 0,
+        counts=dict(sorted(Counter(f"{split}/{rule}" for split, rule in kinds).items())),
+        provenance=provenance,
+    )
 
 
 def committed_units(storage: Storage) -> dict[str, UnitEntry]:
@@ -239,21 +268,38 @@ def committed_units(storage: Storage) -> dict[str, UnitEntry]:
     Raises:
         DatasetError: if a commit file is damaged or its shard has another size.
     """
-    sizes = storage.list(DATA)
+    commits = list(storage.list(COMMITS))
+    sizes = storage.list(DATA)  # after the commits: each of those had its shard before it was there itself
     units: dict[str, UnitEntry] = {}
-    for name in storage.list(COMMITS):
+    for name in commits:
         entry = load(UnitEntry, storage.read(name), storage.join(name))
         if entry.file not in sizes:
             log.warning("%s is committed but gone; unit %s will be collected again", entry.file, entry.unit)
-            storage.delete(name)
         elif sizes[entry.file] != entry.bytes:
             raise DatasetError(
                 f"{storage.join(entry.file)} has {sizes[entry.file]} bytes, its commit says {entry.bytes}; it was "
-                f"damaged or written twice at once: delete it and {name}, then run the same collection again"
+                f"damaged, or deleted and not yet collected again: delete it and {name}, then run the same collection "
+                "again"
             )
         else:
             units[entry.unit] = entry
     return units
+
+
+def read_shard(data: bytes, source: str) -> pa.Table:
+    """The table of a shard's bytes, whose checksum nothing has vouched for yet.
+
+    Raises:
+        DatasetError: if they are no shard of this schema.
+    """
+    try:
+        table = pq.read_table(pa.BufferReader(data))
+    except (pa.ArrowException, OSError) as error:
+        raise DatasetError(f"{source} is not a Parquet file: {error}") from error
+    check_metadata(table.schema.metadata or {}, source)
+    if not table.schema.equals(SCHEMA, check_metadata=False):
+        raise DatasetError(f"{source} has the columns {table.schema.names}, expected {SCHEMA.names}")
+    return table
 
 
 def shard_bytes(table: pa.Table, options: Mapping[str, Any] | None = None) -> bytes:

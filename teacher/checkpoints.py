@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -235,9 +235,13 @@ def _exclusive_sibling(destination: Path) -> Iterator[Path | None]:
         except FileNotFoundError:
             continue
         fcntl.flock(descriptor, fcntl.LOCK_EX)
-        # The holder before us may have renamed or removed the directory that we have just locked.
-        if partial.exists() and os.fstat(descriptor).st_ino == partial.stat().st_ino:
-            break
+        # The holder before us may have renamed or removed the directory that we have just locked, or have ended
+        # between our look at `destination` and our making of `partial`.
+        with suppress(FileNotFoundError):
+            if os.fstat(descriptor).st_ino == partial.stat().st_ino:
+                if not destination.exists():
+                    break
+                shutil.rmtree(partial)
         os.close(descriptor)
     try:
         for left in partial.iterdir():

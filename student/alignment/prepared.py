@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from shared.config import PrepareConfig
 from shared.errors import DatasetError
+from shared.manifest import check_unit_name
 from student.alignment.targets import AlignedSample, SparseTargets
 
 VERSION = 1
@@ -137,6 +138,7 @@ class PreparedDataset:
     def _unit(self, unit: str) -> pa.ipc.RecordBatchFileReader:
         found = self._files.get(unit)
         if found is None:
+            check_unit_name(unit)  # the index names it: no path out of the directory
             path, entry = self.directory / "data" / f"{unit}.arrow", self.manifest["units"][unit]
             check_file(path, entry["sha256"])
             found = pa.ipc.open_file(pa.memory_map(str(path)))

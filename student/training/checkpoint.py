@@ -6,6 +6,7 @@ one before in force. A checkpoint carries the identity of its run, so that it is
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -63,10 +64,16 @@ def resume(engine: Any, directory: Path, identity: dict[str, Any]) -> int:
     """Load the newest checkpoint, if there is one; the number of steps done. A collective.
 
     Raises:
-        CheckpointError: if it belongs to other settings.
+        CheckpointError: if it belongs to other settings, or `latest` names none of this directory.
     """
     if not (directory / "latest").exists():
         return 0
+    tag = (directory / "latest").read_text(errors="replace").strip()
+    if not re.fullmatch(r"step-[0-9]+", tag):
+        raise CheckpointError(
+            f"{directory}/latest names {tag!r}, expected step-NUMBER, a checkpoint in this directory; "
+            f"write the newest one's name into it, or delete {directory} to start over"
+        )
     path, state = engine.load_checkpoint(str(directory))
     if path is None:
         raise CheckpointError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -91,6 +92,24 @@ def test_processes_that_start_together_convert_once(tmp_path: Path) -> None:
     for worker in workers:
         worker.join()
     assert [worker.exitcode for worker in workers] == [0] * 4
+    assert (tmp_path / "log").read_text() == "converted\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "model"]
+
+
+def test_a_conversion_that_ends_between_a_look_and_a_lock_is_not_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, mkdir = [], Path.mkdir
+
+    def mkdir_late(path: Path, *arguments: Any, **options: Any) -> None:
+        if path.name == ".model.partial" and not made:
+            made.append(path)
+            _convert(tmp_path / "model", tmp_path / "log")  # of another process
+        mkdir(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir_late)
+    _convert(tmp_path / "model", tmp_path / "log")
+    assert made
     assert (tmp_path / "log").read_text() == "converted\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "model"]
 

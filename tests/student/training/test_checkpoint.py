@@ -6,7 +6,7 @@ import pytest
 
 from shared.config import load_config
 from shared.errors import CheckpointError
-from student.training.checkpoint import require_same_run, run_identity
+from student.training.checkpoint import require_same_run, resume, run_identity
 
 DEMO = Path("configs/demo.yaml")
 
@@ -30,3 +30,12 @@ def test_other_data_and_another_number_of_ranks_are_other_runs() -> None:
     found = run_identity(load_config(DEMO), "abc", 2)
     with pytest.raises(CheckpointError, match=r"prepared data: 'abc' there, 'xyz' now; ranks: 2 there, 4 now"):
         require_same_run(found, run_identity(load_config(DEMO), "xyz", 4), Path("x"))
+
+
+@pytest.mark.parametrize("tag", ["../step-1", "/tmp/step-1", "step-1/../..", "", "global_step1"])
+def test_a_marker_that_leads_elsewhere_is_refused(tmp_path: Path, tag: str) -> None:
+    (tmp_path / "latest").write_text(tag)
+    with pytest.raises(
+        CheckpointError, match=r"latest names '.*', expected step-NUMBER, a checkpoint in this directory"
+    ):
+        resume(None, tmp_path, {})
