@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 IDENTITY = "identity"
 """The key under which a product's JSON file has its identity."""
+TRAINED_FROM = ("dataset", "tokenizer", "start", "prepared data")
+"""The inputs of a trained model that may lie in its run's directory."""
 
 _logger = logging.getLogger(__name__)
 
@@ -67,17 +69,18 @@ def present(config: PipelineConfig, *names: str) -> dict[str, str]:
     return {name: fingerprint for name, fingerprint in found.items() if fingerprint is not None}
 
 
-def _manifest(config: PipelineConfig) -> Manifest | None:
+def manifest_of(config: PipelineConfig) -> Manifest | None:
+    """The manifest of the run's dataset, where there is one."""
     return Dataset.open(config.shards_dir).manifest if (config.shards_dir / MANIFEST).exists() else None
 
 
 def _dataset(config: PipelineConfig) -> str | None:
-    manifest = _manifest(config)
+    manifest = manifest_of(config)
     return None if manifest is None else dataset_fingerprint(manifest)
 
 
 def _teacher_vocabulary(config: PipelineConfig) -> str | None:
-    manifest = _manifest(config)
+    manifest = manifest_of(config)
     return None if manifest is None else manifest.vocabulary_fingerprint
 
 
@@ -230,7 +233,7 @@ def _require_model(config: PipelineConfig, settings: dict[str, Any], way_out: st
         _logger.warning("%s does not say what it was trained from (no training.json); it is taken as it is", directory)
         return
     made = record.get(IDENTITY) or {}
-    now = present(config, "dataset", "tokenizer", "start", "prepared data") | settings
+    now = present(config, *TRAINED_FROM) | settings
     if unknown := sorted(now.keys() - made.keys()):
         _logger.warning("%s does not record its %s, which is not checked", directory, ", ".join(unknown))
     require_same(directory, made, now, f"run `student train --fresh`, or {way_out}", config)
