@@ -115,11 +115,16 @@ _FINGERPRINTS = {
 
 
 def start_identity(config: PipelineConfig) -> dict[str, Any]:
-    """Of `student init`'s product. A vocabulary that was trained on an older dataset stays usable, so the dataset is
-    no part of it; the teacher's vocabulary is, where it became the student's."""
+    """Of `student init`'s product.
+
+    A vocabulary that was trained on an older dataset stays usable, so the dataset is no part of it. The teacher's
+    vocabulary is, where it became the student's, and so is a checkpoint in a local directory.
+    """
     identity = _settings("student", config.student)
     if config.student.checkpoint is None:
         identity["seed"] = config.seed
+    elif (weights := _weights(Path(config.student.checkpoint))) is not None:
+        identity["checkpoint"] = weights
     if config.student.tokenizer.kind == "teacher":
         identity |= present(config, "teacher vocabulary")
     return identity
@@ -188,7 +193,9 @@ def require_same(
         StaleError: naming all that differs, with both values, and `fix`.
     """
     if found := differences(made, now, config):
-        raise StaleError(f"{where} was made from other inputs than those of now ({'; '.join(found)}); {fix}")
+        raise StaleError(
+            f"{where} was made from other inputs or settings than those of now ({'; '.join(found)}); {fix}"
+        )
 
 
 def require_current_start(config: PipelineConfig) -> None:

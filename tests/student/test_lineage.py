@@ -24,6 +24,7 @@ from student.evaluation.evaluate import evaluate
 from student.evaluation.report import write_report
 from student.lineage import (
     evaluation_identity,
+    require_current_start,
     speculation_identity,
     tokenizer_fingerprint,
     warn_of_another_teacher,
@@ -100,7 +101,7 @@ def test_another_tokenizer_without_preparing_again(config: PipelineConfig, overr
     initialize_student(other)
     assert (len(load_tokenizer(config.student_init_dir)[0]) == before) == ("digits" in override)
     message = (
-        rf"{config.prepared_dir} was made from other inputs than those of now \(tokenizer: {HEXADECIMAL} there, "
+        rf"{config.prepared_dir} was made from other inputs or settings than those of now \(tokenizer: {HEXADECIMAL} there, "
         rf"{HEXADECIMAL} now in {config.student_init_dir}\); run `student prepare` again"
     )
     with pytest.raises(StaleError, match=message):
@@ -176,6 +177,21 @@ def test_a_start_that_other_settings_made(config: PipelineConfig, command: objec
         command(changed(config, "seed=1"))  # type: ignore[operator]
 
 
+def test_a_start_of_a_checkpoint_that_was_replaced(config: PipelineConfig, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(config.student_init_dir, checkpoint)
+    other = changed(config, f"student.checkpoint={checkpoint}", "student.tokenizer.kind=checkpoint")
+    initialize_student(other)
+    require_current_start(other)
+    model, tokenizer = load_student(checkpoint)
+    next(model.parameters()).data += 1
+    save_student(model, tokenizer, checkpoint)
+    with pytest.raises(StaleError, match=rf"checkpoint: {HEXADECIMAL} there, {HEXADECIMAL} now\); run `student init`"):
+        require_current_start(other)
+    shutil.rmtree(checkpoint)
+    require_current_start(other)
+
+
 def test_a_vocabulary_of_an_older_dataset_is_named_and_used(
     config: PipelineConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -222,7 +238,7 @@ def test_a_model_of_another_start(config: PipelineConfig) -> None:
     start = rf"start: {HEXADECIMAL} there, {HEXADECIMAL} now"
     with pytest.raises(CheckpointError, match=rf"trained with other settings or inputs .*{start}.* pass --fresh"):
         is_finished(other, identity_of(other, check(other, 1)))
-    message = rf"final was made from other .*{start} in {config.student_init_dir}\); run `student train --fresh`"
+    message = rf"final was made from other inputs .*{start} in {config.student_init_dir}\); run `student train --fresh`"
     with pytest.raises(StaleError, match=message):
         evaluate(other)
     with pytest.raises(StaleError, match=rf"{start}.* or give {config.student_final_dir} itself"):
