@@ -102,7 +102,8 @@ def test_another_tokenizer_without_preparing_again(config: PipelineConfig, overr
     assert (len(load_tokenizer(config.student_init_dir)[0]) == before) == ("digits" in override)
     message = (
         rf"{config.prepared_dir} was made from other inputs or settings than those of now "
-        rf"\(tokenizer: {HEXADECIMAL} there, {HEXADECIMAL} now in {config.student_init_dir}\); run `student prepare` again"
+        rf"\(tokenizer: {HEXADECIMAL} there, {HEXADECIMAL} now in {config.student_init_dir}\); "
+        "run `student prepare` again"
     )
     with pytest.raises(StaleError, match=message):
         check(other, 1)
