@@ -130,6 +130,11 @@ class Dataset:
             )
         return vocabulary
 
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether the manifest names the teacher's tokenizer files; whether they are whole, `tokenizer_dir` checks."""
+        return any(entry.name.startswith(f"{TOKENIZER}/") for entry in self.manifest.files)
+
     @cached_property
     def tokenizer_dir(self) -> Path:
         """A local directory with the teacher's tokenizer files, checked.

@@ -37,6 +37,10 @@ class AlignmentError(UserError):
     """Stored distributions do not belong to the text that they are stored with."""
 
 
+class StaleError(UserError):
+    """What a command made earlier is of other inputs or settings than those that are there now."""
+
+
 class TrainingError(UserError):
     """Training cannot start or go on with these settings and this data."""
 

@@ -38,7 +38,7 @@ def merge(sources: Sequence[str | Path], destination: str | Path) -> Manifest:
     provenance = _merged_provenance(sources, datasets)
     units = _merged_units(datasets, provenance)
     _check_disjoint(units, datasets)
-    first = next((d for d in datasets if any(f.name.startswith("tokenizer/") for f in d.manifest.files)), None)
+    first = next((dataset for dataset in datasets if dataset.has_tokenizer), None)
     writer = DatasetWriter(
         destination, provenance, datasets[0].vocabulary, None if first is None else first.tokenizer_dir
     )

@@ -168,6 +168,7 @@ def render(report: Audit, teacher: Vocabulary, student: Vocabulary) -> Renderabl
     figures = Table("measure", "value", title=f"{report.records} records", title_justify="left")
     rows = [
         ("vocabulary, teacher / student", f"{len(teacher):,} / {len(student):,}"),
+        ("… fingerprints", f"{teacher.fingerprint[:12]} / {student.fingerprint[:12]}"),
         ("student tokens that the teacher has", f"{report.student_in_teacher:.1%}"),
         ("teacher tokens that the student has", f"{report.teacher_in_student:.1%}"),
         ("… by the teacher's probability", f"{report.mass_in_student:.1%}"),

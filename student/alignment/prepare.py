@@ -41,17 +41,30 @@ from student.alignment.prepared import (
     write_samples,
 )
 from student.alignment.targets import AlignedSample
+from student.lineage import (
+    IDENTITY,
+    dataset_fingerprint,
+    prepared_identity,
+    require_current_start,
+    tokenizer_fingerprint,
+)
 
 _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What samples are made from: the dataset and an aligner for it. `key` is a sha256 over all that decides them."""
+    """What samples are made from: the dataset and an aligner for it.
+
+    Attributes:
+        key: sha256 over the tokenizers and settings, which decide the samples of a shard.
+        identity: names the dataset and the student's tokenizer, beside the settings (`student.lineage`).
+    """
 
     dataset: Dataset
     aligner: Aligner
     key: str
+    identity: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,16 +92,22 @@ class PrepareSummary:
 def open_source(dataset_path: str | Path, tokenizer: Path, settings: PrepareConfig) -> Source:
     """The dataset at `dataset_path` with an aligner for the student's `tokenizer`.
 
+    A dataset that never had the teacher's tokenizer files is aligned all the same, with a warning.
+
     Raises:
         DatasetError, VocabularyError: if one of them is missing, damaged, or not what the other expects.
     """
     dataset = Dataset.open(dataset_path)
     teacher = dataset.vocabulary
-    try:
-        teacher_encoder: Encoder | None = Encoder.from_tokenizer(dataset.tokenizer_dir, teacher)
-    except DatasetError as error:
-        _logger.warning("%s; the teacher's tokenization of student tokens is taken as greedy", error)
-        teacher_encoder = None
+    teacher_encoder: Encoder | None = None
+    if dataset.has_tokenizer:
+        teacher_encoder = Encoder.from_tokenizer(dataset.tokenizer_dir, teacher)
+    else:
+        _logger.warning(
+            "%s was made without the teacher's tokenizer files: how the teacher tokenizes student tokens is taken as "
+            "greedy, and `student evaluate` and `student speculate` will not work; import it again with --tokenizer",
+            dataset_path,
+        )
     student, encoder = load_tokenizer(tokenizer)
     aligner = Aligner(teacher, student, encoder, settings, teacher_encoder=teacher_encoder)
     parts = [
@@ -101,7 +120,13 @@ def open_source(dataset_path: str | Path, tokenizer: Path, settings: PrepareConf
         encoder.fingerprint,
         settings.model_dump_json(exclude={"workers", "store"}),
     ]
-    return Source(dataset, aligner, hashlib.sha256("|".join(parts).encode()).hexdigest())
+    inputs = {
+        "dataset": dataset_fingerprint(dataset.manifest),
+        "teacher vocabulary": teacher.fingerprint,
+        "tokenizer": tokenizer_fingerprint(student, encoder),
+    }
+    key = hashlib.sha256("|".join(parts).encode()).hexdigest()
+    return Source(dataset, aligner, key, prepared_identity(settings, inputs))
 
 
 def prepare(config: PipelineConfig) -> PrepareSummary:
@@ -109,7 +134,7 @@ def prepare(config: PipelineConfig) -> PrepareSummary:
 
     Raises:
         DatasetError: if there is no dataset, or it is damaged.
-        CheckpointError: if the student has no tokenizer yet.
+        CheckpointError: if the student has no tokenizer yet. StaleError: if other settings made it.
         VocabularyError: if a tokenizer is not the one expected or lacks bytes.
         AlignmentError: if no record can be used, with the reasons.
     """
@@ -118,6 +143,7 @@ def prepare(config: PipelineConfig) -> PrepareSummary:
             f"{config.student_init_dir} does not exist, so there is no student's tokenizer to prepare for; "
             "run `student init` with this config first"
         )
+    require_current_start(config)
     started = time.monotonic()
     source = open_source(config.shards_dir, config.student_init_dir, config.prepare)
     target = config.prepared_dir
@@ -126,7 +152,7 @@ def prepare(config: PipelineConfig) -> PrepareSummary:
     (target / "units").mkdir(parents=True, exist_ok=True)
     (target / "data").mkdir(parents=True, exist_ok=True)
     pending = [unit.unit for unit in units if not _is_done(target, unit.unit, keys[unit.unit])]
-    if not pending and (finished := _finished(config, keys)):
+    if not pending and (finished := _finished(config, source, keys)):
         _logger.info("already prepared: %s", target)
         return finished
     if pending:
@@ -146,13 +172,13 @@ def prepare(config: PipelineConfig) -> PrepareSummary:
     return summary
 
 
-def _finished(config: PipelineConfig, keys: dict[str, str]) -> PrepareSummary | None:
+def _finished(config: PipelineConfig, source: Source, keys: dict[str, str]) -> PrepareSummary | None:
     """The summary of an earlier call that published exactly these units."""
     try:
         published = PreparedDataset.open(config.prepared_dir)
     except DatasetError:
         return None
-    if published.fingerprint != _fingerprint(keys):
+    if (published.fingerprint, published.identity) != (_fingerprint(keys), source.identity):
         return None
     return PrepareSummary(**(published.manifest["summary"] | {"units_done": 0}))
 
@@ -315,6 +341,7 @@ def _publish(
                 "tokenizer": str(config.student_init_dir.resolve()),
                 "key": source.key,
             },
+            IDENTITY: source.identity,
             "settings": config.prepare.model_dump(mode="json"),
             "units": {unit: {"sha256": entry["sha256"]} for unit, entry in entries.items()},
             "index_sha256": index_sha256,

@@ -23,13 +23,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from shared.config import PrepareConfig
+from shared.config import PipelineConfig, PrepareConfig
 from shared.errors import DatasetError
 from shared.manifest import check_unit_name
 from student.alignment.targets import AlignedSample, SparseTargets
+from student.lineage import IDENTITY, prepared_identity, present, require_current_start, require_same
 
 VERSION = 1
 MANIFEST, INDEX = "manifest.json", "index.parquet"
+_AGAIN = "run `student prepare` again"
 _OPEN_UNITS = 16
 
 _TEXT = ("sample_id", "prompt_id", "split", "rule", "skill")
@@ -75,6 +77,7 @@ class PreparedDataset:
         lengths: int64 [n], student tokens of each sample, prompt and response.
         soft: int64 [n], positions of each sample that have a soft target.
         fingerprint: sha256 over what the samples were made from and, where stored, their checksums.
+        identity: the dataset, the tokenizer and the settings that they were made from (`student.lineage`).
         has_distributions: some position has a soft target.
     """
 
@@ -83,6 +86,7 @@ class PreparedDataset:
         self.lengths: NDArray[np.int64] = index["length"].to_numpy().astype(np.int64)
         self.soft: NDArray[np.int64] = index["soft"].to_numpy().astype(np.int64)
         self.fingerprint: str = manifest["fingerprint"]
+        self.identity: dict[str, Any] = manifest[IDENTITY]
         self.has_distributions = bool(manifest["summary"]["supervised_fraction"])
         self._index = {name: index[name].to_pylist() for name in ("split", "rule", "unit", "batch", "record")}
         self._files: OrderedDict[str, pa.ipc.RecordBatchFileReader] = OrderedDict()
@@ -111,8 +115,26 @@ class PreparedDataset:
                 "run `student prepare` again"
             )
         if hashlib.sha256(index_bytes).hexdigest() != manifest["index_sha256"]:
-            raise DatasetError(f"{directory / INDEX} is damaged: its checksum differs; run `student prepare` again")
+            raise DatasetError(f"{directory / INDEX} is damaged: its checksum differs; {_AGAIN}")
+        if IDENTITY not in manifest:
+            raise DatasetError(
+                f"{directory} does not record the dataset and tokenizer that it was made from: an earlier version of "
+                f"this program wrote it; {_AGAIN}, which keeps what is aligned"
+            )
         return cls(directory, manifest, pq.read_table(pa.BufferReader(index_bytes)))
+
+    @classmethod
+    def of_run(cls, config: PipelineConfig) -> PreparedDataset:
+        """The run's prepared targets, if they are of the start, dataset and settings that are there now.
+
+        Raises:
+            DatasetError: as `open`. StaleError: if they, or the start, are to be made again.
+        """
+        prepared = cls.open(config.prepared_dir)
+        now = prepared_identity(config.prepare, present(config, "dataset", "teacher vocabulary", "tokenizer"))
+        require_same(prepared.directory, prepared.identity, now, _AGAIN, config)
+        require_current_start(config)
+        return prepared
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -155,11 +177,7 @@ class PreparedDataset:
             settings = PrepareConfig.model_validate(self.manifest["settings"])
             source = self.manifest["source"]
             self._live = open_source(source["dataset"], Path(source["tokenizer"]), settings)
-            if self._live.key != source["key"]:
-                raise DatasetError(
-                    f"{source['dataset']} or {source['tokenizer']} is no longer what {self.directory} was prepared "
-                    "from; run `student prepare` again"
-                )
+            require_same(self.directory, self.identity, self._live.identity, _AGAIN)
         sample: AlignedSample = self._live.aligner.align(self._live.dataset[self._index["record"][number]])
         return sample
 

@@ -42,11 +42,11 @@ class TrainingFeed:
         """The feed of `config` for `world_size` ranks.
 
         Raises:
-            DatasetError: if there is no prepared dataset.
+            DatasetError: if there is no prepared dataset. StaleError: if it is to be made again.
             TrainingError: if it holds no training sample.
             ConfigError: if the batch cannot be shared out.
         """
-        prepared = PreparedDataset.open(config.prepared_dir)
+        prepared = PreparedDataset.of_run(config)
         chosen = np.asarray(prepared.indices(split="train"), dtype=np.int64)
         if not len(chosen):
             raise TrainingError(

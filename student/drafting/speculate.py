@@ -27,6 +27,7 @@ from shared.files import write_json
 from shared.vocabulary import Vocabulary
 from student.drafting.serve import Difference, Job, Result, read_result
 from student.drafting.vllm_proposer import OPTIONS_KEY
+from student.lineage import IDENTITY, require_current_model, speculation_identity
 
 logger = logging.getLogger(__name__)
 
@@ -41,12 +42,14 @@ def speculate(config: PipelineConfig) -> dict[str, Any]:
     Raises:
         DatasetError: if the dataset is missing or holds no held-out prompt.
         CheckpointError: if the trained student or the teacher is missing.
+        StaleError: if the student was trained from another dataset or start than those that are there.
         VocabularyError: if the teacher's tokenizer is not the one that the dataset was collected with.
         MissingExtraError: if vLLM is not installed.
     """
     dataset = Dataset.open(config.shards_dir)
     prompts = held_out_prompts(dataset, config.speculate.max_prompts, config.teacher.max_model_len)
     student = _check_student(config)
+    require_current_model(config)
     _check_teacher(config, dataset)
     if importlib.util.find_spec("vllm") is None:
         raise MissingExtraError(
@@ -54,13 +57,14 @@ def speculate(config: PipelineConfig) -> dict[str, Any]:
             "pip install 'llada-drafter[serve]' with the vLLM of your machine"
         )
     directory = config.run_dir / "speculate"
+    identity = speculation_identity(config)
     engine = engine_arguments(config)
     environment = _environment(config)
     drafting = engine | drafter_arguments(config, dataset, student)
     drafted = run(_job(config, dataset, drafting, prompts), directory / "with_draft", "with the draft", environment)
     alone = _job(config, dataset, engine, prompts, compare_with=directory / "with_draft.json")
     baseline = run(alone, directory / "baseline", "without", environment)
-    result = summarize(drafted, baseline, list(prompts), _dtype(config))
+    result = summarize(drafted, baseline, list(prompts), _dtype(config)) | {IDENTITY: identity}
     write_json(config.run_dir / "speculate.json", result)
     logger.info(
         "acceptance length %.3f over %d drafts, outputs %s, %.1f tokens/s against %.1f without the draft",

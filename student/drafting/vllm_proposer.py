@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from shared.errors import CheckpointError, ConfigError
 from shared.vocabulary import Vocabulary
 from student.drafting.propose import Drafter
+from student.lineage import warn_of_another_teacher
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -114,6 +115,7 @@ class LladaProposer:
         model = model.to(device or torch.device("cpu")).eval()  # type: ignore[arg-type]
         tokenizer = _local_tokenizer(self.teacher_tokenizer)
         teacher = Vocabulary.from_tokenizer(tokenizer, self.options.teacher_roles)
+        warn_of_another_teacher(Path(self.options.student), teacher)
         self.drafter = Drafter.from_student(
             model,
             self.options.student,

@@ -27,6 +27,7 @@ from student.alignment.prepared import PreparedDataset
 from student.data.batch import collate
 from student.data.blocks import lay_out
 from student.evaluation.walk import WalkResult, walk
+from student.lineage import IDENTITY, evaluation_identity, require_current_model
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ def evaluate(config: PipelineConfig) -> dict[str, Any]:
     Raises:
         DatasetError: if the dataset or its prepared form is missing or holds no held-out text.
         CheckpointError: if either student is missing.
+        StaleError: if dataset, start, prepared targets and trained student do not belong together.
     """
     students = {"before": config.student_init_dir, "after": config.student_final_dir}
     for directory in students.values():
@@ -45,14 +47,19 @@ def evaluate(config: PipelineConfig) -> dict[str, Any]:
                 f"{directory} holds no model; run `student init` and `student train` with this config first"
             )
     dataset = Dataset.open(config.shards_dir)
+    prepared = PreparedDataset.of_run(config)
+    require_current_model(config)
     held_out = {rule: _held_out(dataset, rule, config.evaluate.max_samples) for rule in ("greedy", "sample")}
     if not held_out[config.evaluate.rule]:
         raise DatasetError(
             f"{config.shards_dir} holds no held-out response decoded by the rule {config.evaluate.rule!r}: "
             "add one to collect.decoding, or set evaluate.rule to the other"
         )
-    prepared = PreparedDataset.open(config.prepared_dir)
-    result: dict[str, Any] = {"rule": config.evaluate.rule, "draft_tokens": config.evaluate.draft_tokens}
+    result: dict[str, Any] = {
+        "rule": config.evaluate.rule,
+        "draft_tokens": config.evaluate.draft_tokens,
+        IDENTITY: evaluation_identity(config),
+    }
     for name, directory in students.items():
         result[name] = _measure(config, name, directory, dataset, held_out, prepared)
     write_json(config.run_dir / "evaluate.json", result)

@@ -1,11 +1,12 @@
 """`student report`: what every stage measured, as one JSON file, one page with pictures and one table on the screen.
 
-Nothing is computed here. A figure whose stage has not run is null, and the page says so.
+Nothing is computed here. A figure whose stage has not run is null, and so is one that was measured on other inputs or
+with other settings than those of now; page and screen say which, and why.
 """
 
 from __future__ import annotations
 
-import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,19 @@ from shared.config import PipelineConfig, dump_config
 from shared.console import stdout
 from shared.errors import UserError
 from shared.files import write_json, write_text
+from student.lineage import (
+    IDENTITY,
+    TRAINED_FROM,
+    differences,
+    evaluation_identity,
+    manifest_of,
+    prepared_identity,
+    present,
+    read_json,
+    speculation_identity,
+)
+
+_logger = logging.getLogger(__name__)
 
 COLLECT = ("responses", "tokens", "tokens_per_s", "bytes_per_token", "mean_topk_mass", "capture_ratio")
 PREPARE = ("positions", "supervised_fraction", "mapped_mass")
@@ -32,9 +46,12 @@ SPECULATE = (
 
 
 def gather(config: PipelineConfig) -> dict[str, Any]:
-    """The report's keys, each from the file that its stage wrote."""
-    stages = {name: _read(path) for name, path in _sources(config).items()}
-    report = {
+    """The report's keys, each from the file that its stage wrote; `stale` says for which stages that is out of date."""
+    found = {name: read_json(path) or {} for name, path in _sources(config).items()}
+    stale = _stale(config, found)
+    stages = {name: {} if name in stale else stage for name, stage in found.items()}
+    report: dict[str, Any] = {
+        "stale": stale,
         "collect": _pick(stages["collect"], COLLECT),
         "prepare": _pick(stages["prepare"], PREPARE),
         "train": _pick(stages["train"], TRAIN),
@@ -57,8 +74,30 @@ def _sources(config: PipelineConfig) -> dict[str, Path]:
     }
 
 
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+def _stale(config: PipelineConfig, stages: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Stage → why what it left is not of the inputs and settings of now."""
+    from student.training.checkpoint import run_identity
+
+    inputs = present(config, "dataset", "teacher vocabulary", "tokenizer")
+    prepared = read_json(config.prepared_dir / "manifest.json") or {}
+    manifest = manifest_of(config)
+    collected = {} if manifest is None else {"responses": manifest.rows, "tokens": manifest.tokens}
+    trained = run_identity(config, present(config, *TRAINED_FROM), 0)
+    del trained["ranks"]  # whoever reports need not have the machine that trained
+    now: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
+        "collect": (stages["collect"], collected),
+        "prepare": (prepared.get(IDENTITY), prepared_identity(config.prepare, inputs)),
+        "train": (stages["train"].get(IDENTITY), trained),
+        "evaluate": (stages["evaluate"].get(IDENTITY), evaluation_identity(config)),
+        "speculate": (stages["speculate"].get(IDENTITY), speculation_identity(config)),
+    }
+    stale = {}
+    for name, (made, wanted) in now.items():
+        problems = ["it does not say what it was made from"] if made is None else differences(made, wanted, config)
+        if stages[name] and problems:
+            program = "teacher" if name == "collect" else "student"
+            stale[name] = f"{'; '.join(problems)}; run `{program} {name}` again"
+    return stale
 
 
 def _pick(stage: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
@@ -74,9 +113,11 @@ def write_report(config: PipelineConfig) -> dict[str, Any]:
     from student.training.journal import read_metrics
 
     report = gather(config)
-    if not any(report["details"].values()):
+    for stage, reason in report["stale"].items():
+        _logger.warning("the figures of %s are out of date and left out: %s", stage, reason)
+    if not any(report["details"].values()) and not report["stale"]:
         raise UserError(f"{config.run_dir} holds no result of any stage; run `make collect-logits` first")
-    entries = list(read_metrics(config.run_dir / "metrics.jsonl"))
+    entries = [] if "train" in report["stale"] else list(read_metrics(config.run_dir / "metrics.jsonl"))
     write_json(config.report_dir / "report.json", report)
     pictures = _draw(config, report, entries)
     write_text(config.report_dir / "index.html", _page(config, report, pictures))
@@ -145,7 +186,7 @@ def _stages(config: PipelineConfig, report: dict[str, Any]) -> list[tuple[str, s
     collect, prepare, train, speculate = (report[key] for key in ("collect", "prepare", "train", "speculate"))
     before, after = report["evaluate"]["before"], report["evaluate"]["after"]
     rule = report["evaluate"]["rule"]
-    return [
+    stages = [
         (
             "collect",
             f"{config.teacher.model} answered; its top {config.collect.top_k} were kept",
@@ -198,6 +239,8 @@ def _stages(config: PipelineConfig, report: dict[str, Any]) -> list[tuple[str, s
             ],
         ),
     ]
+    stale = report["stale"]
+    return [(name, f"out of date: {stale[name]}" if name in stale else what, rows) for name, what, rows in stages]
 
 
 def _identical(speculate: dict[str, Any]) -> bool | str | None:

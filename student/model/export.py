@@ -7,6 +7,7 @@ fields are upstream's, so upstream's code loads it too, and `load_student` loads
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import shutil
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from shared.errors import CheckpointError
 from shared.files import new_directory
+from student.lineage import require_model_of_run
 from student.model.lora import merge_lora
 
 if TYPE_CHECKING:
@@ -116,8 +118,11 @@ def save_student(
 def export_student(run: Path, to: Path | None = None, dtype: str | None = None, max_shard_size: str = "5GB") -> Path:
     """Write the trained student of `run` (or the model that `run` is) to `to`, and load it back.
 
+    What the model was trained from goes along with it (training.json).
+
     Raises:
         CheckpointError: if there is no model, or the dtype is unknown.
+        StaleError: if the run's dataset, start or prepared data are no longer those that its model was trained from.
     """
     import torch
 
@@ -129,10 +134,14 @@ def export_student(run: Path, to: Path | None = None, dtype: str | None = None, 
     kinds = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
     if dtype is not None and dtype not in kinds:
         raise CheckpointError(f"--dtype {dtype!r} is not one of {', '.join(kinds)}")
+    if source != run:
+        require_model_of_run(run)
     target = to or run / "export"
     model, tokenizer = load_student(source, kinds[dtype] if dtype else None)
     with new_directory(target) as partial:
         save_student(model, tokenizer, partial, max_shard_size=max_shard_size)
+        if (source / "training.json").exists():
+            shutil.copyfile(source / "training.json", partial / "training.json")
         copy, _ = load_student(partial)
         for name, tensor in copy.state_dict().items():
             if not torch.equal(tensor, model.get_parameter(name)):
@@ -198,6 +207,34 @@ def weight_files(directory: Path) -> list[Path]:
     if missing:
         raise CheckpointError(f"{index} names {', '.join(missing)}, not in {directory}; copy the whole checkpoint")
     return [directory / name for name in names]
+
+
+def weights_fingerprint(directory: Path) -> str:
+    """sha256 over every tensor's name, type and shape and 4 KiB at its start, middle and end.
+
+    The same whatever files the tensors lie in. Reads a few MB of a model of any size: enough to tell two starts or two
+    trainings apart, not to find a flipped bit.
+
+    Raises:
+        CheckpointError: if a file is missing or damaged.
+    """
+    samples = []
+    for path in weight_files(directory):
+        try:
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(length))
+                header.pop("__metadata__", None)
+                for name, entry in header.items():
+                    start, end = entry.pop("data_offsets")
+                    digest = hashlib.sha256(json.dumps([name, entry], sort_keys=True).encode())
+                    for at in (start, (start + end) // 2, max(start, end - 4096)):
+                        file.seek(8 + length + at)
+                        digest.update(file.read(min(4096, end - at)))
+                    samples.append((name, digest.hexdigest()))
+        except (OSError, ValueError, AttributeError, KeyError, OverflowError) as error:
+            raise CheckpointError(f"{path} is damaged ({error}); copy it again") from error
+    return hashlib.sha256(json.dumps(sorted(samples)).encode()).hexdigest()
 
 
 def tensor_shapes(directory: Path) -> dict[str, tuple[tuple[int, ...], Path]]:

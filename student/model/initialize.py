@@ -18,6 +18,7 @@ import yaml
 from shared.config import PipelineConfig, dump_config
 from shared.errors import ConfigError
 from shared.files import new_directory, write_json
+from student.lineage import IDENTITY, present, start_identity
 from student.model.source import EMBEDDING, HEAD, Source, changed
 from student.model.transplant import TransplantReport, plan_transplant
 
@@ -81,10 +82,11 @@ def initialize_student(config: PipelineConfig) -> Path:
         with torch.device("meta"):
             model = LladaForMaskedDiffusion(shape)
     summary = _summary(config, source, shape, new, report, sum(tensor.numel() for tensor in weights.values()))
+    made_from = present(config, "dataset") if settings.tokenizer.kind == "trained" else {}
     with new_directory(config.student_init_dir) as partial:
         save_student(model, tokenizer, partial, state_dict=weights)
         (partial / "resolved_config.yaml").write_text(dump_config(config), encoding="utf-8")
-        write_json(partial / "initialization.json", summary)
+        write_json(partial / "initialization.json", summary | {IDENTITY: start_identity(config)} | made_from)
     _logger.info("%s: %s", config.student_init_dir, summary["text"])
     return config.student_init_dir
 

@@ -13,45 +13,54 @@ from typing import Any
 
 from shared.config import PipelineConfig
 from shared.errors import CheckpointError
+from shared.files import write_json
+from student.lineage import differences, read_json
 
 # Settings that change what is logged or kept, not what is learnt.
 WITHOUT_EFFECT = {"checkpoint_steps", "keep_checkpoints"}
 
 
-def run_identity(config: PipelineConfig, prepared: str, world_size: int) -> dict[str, Any]:
-    """Everything that decides the result of a run, flat: settings, prepared data, ranks."""
+IDENTITY_FILE = "identity.json"
+
+
+def run_identity(config: PipelineConfig, inputs: dict[str, str], world_size: int) -> dict[str, Any]:
+    """Everything that decides the result of a run, flat: settings, fingerprints of its inputs, ranks."""
     train = config.train.model_dump(mode="json", exclude=WITHOUT_EFFECT)
     student = config.student.model_dump(mode="json")
     settings = {f"train.{key}": value for key, value in train.items()}
     settings |= {f"student.{key}": value for key, value in student.items()}
-    return settings | {
-        "seed": config.seed,
-        "prepared data": prepared,
-        "ranks": world_size,
-    }
+    return settings | inputs | {"seed": config.seed, "ranks": world_size}
 
 
 def require_same_run(found: dict[str, Any], wanted: dict[str, Any], where: Path) -> None:
-    """Refuse to go on with a run that other settings began.
+    """Refuse to go on with a run that other settings or other inputs began.
 
     Raises:
-        CheckpointError: naming every setting that differs, with both values.
+        CheckpointError: naming everything that differs, with both values.
     """
-    keys = sorted(found.keys() | wanted.keys())
-    differing = [
-        f"{key}: {found.get(key)!r} there, {wanted.get(key)!r} now" for key in keys if found.get(key) != wanted.get(key)
-    ]
-    if differing:
+    if differing := differences(found, wanted):
         raise CheckpointError(
-            f"{where} was trained with other settings ({'; '.join(differing)}); "
+            f"{where} was trained with other settings or inputs ({'; '.join(differing)}); "
             "restore them, choose another `name`, or pass --fresh to train anew"
         )
+
+
+def require_resumable(directory: Path, identity: dict[str, Any]) -> None:
+    """Refuse the checkpoints of another run before their weights are loaded, which may not even fit.
+
+    Raises:
+        CheckpointError: as `require_same_run`.
+    """
+    if (directory / "latest").exists():
+        require_same_run(read_json(directory / IDENTITY_FILE) or {}, identity, directory)
 
 
 def save(engine: Any, directory: Path, step: int, identity: dict[str, Any], keep: int, rank: int) -> None:
     """Save a resumable checkpoint after `step` steps and delete all but the newest `keep`. A collective."""
     import torch.distributed
 
+    if rank == 0:
+        write_json(directory / IDENTITY_FILE, identity)
     engine.save_checkpoint(str(directory), tag=f"step-{step}", client_state={"step": step, "identity": identity})
     torch.distributed.barrier()
     if rank == 0:
@@ -74,6 +83,7 @@ def resume(engine: Any, directory: Path, identity: dict[str, Any]) -> int:
             f"{directory}/latest names {tag!r}, expected step-NUMBER, a checkpoint in this directory; "
             f"write the newest one's name into it, or delete {directory} to start over"
         )
+    require_resumable(directory, identity)
     path, state = engine.load_checkpoint(str(directory))
     if path is None:
         raise CheckpointError(

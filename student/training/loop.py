@@ -21,6 +21,7 @@ from shared.config import PipelineConfig, dump_config
 from shared.console import progress
 from shared.files import new_directory, write_json, write_text
 from student.data.feed import TrainingFeed
+from student.lineage import IDENTITY
 from student.losses.normalization import loss_scale, sum_over_ranks
 from student.losses.terms import summarize
 from student.model.export import save_student
@@ -103,7 +104,7 @@ class TrainingRun:
         weights = full_weights(self.engine)
         if self.journal is not None:
             self.journal.close()
-            summary = training_summary(self.journal.entries) | {"identity": self.identity}
+            summary = training_summary(self.journal.entries) | {IDENTITY: self.identity}
             self.engine.module.model.config.draft_block_length = self.config.train.block_length
             with new_directory(self.config.student_final_dir) as directory:
                 save_student(self.engine.module.model, self.tokenizer, directory, state_dict=weights)

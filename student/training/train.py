@@ -6,24 +6,27 @@ neither the number of ranks nor an interruption changes what is learnt (up to th
 
 from __future__ import annotations
 
-import json
 import logging
+import os
 import shutil
 import sys
+from typing import Any
 
 from shared.config import PipelineConfig
 from shared.errors import CheckpointError
 from student.alignment.sanity import check_alignment
 from student.data.feed import TrainingFeed
+from student.lineage import IDENTITY, present, read_json
 from student.losses.settings import LossChoice, LossSettings, resolve_loss
 from student.losses.support import check_temperature
 from student.model.export import read_config
 from student.training import launch
-from student.training.checkpoint import require_same_run, run_identity
+from student.training.checkpoint import require_resumable, require_same_run, run_identity
 from student.training.engine import deepspeed_config
 
 logger = logging.getLogger(__name__)
 
+ALREADY_TRAINED = "already trained: %s (--fresh trains anew)"
 SANITY_SAMPLES = 64
 
 
@@ -34,22 +37,27 @@ def train(config: PipelineConfig, *, fresh: bool = False) -> None:
     forgets both. Started by hand, this becomes one process per rank.
 
     Raises:
-        DatasetError, ConfigError, CheckpointError, AlignmentError, TrainingError: before any rank starts.
+        DatasetError, ConfigError, CheckpointError, AlignmentError, StaleError, TrainingError: before any rank starts.
     """
     if launch.is_rank():
-        train_rank(config)
+        train_rank(config, fresh=fresh)
         return
     world_size = launch.ranks_here(config.train)
     feed = check(config, world_size)
     if fresh:
-        shutil.rmtree(config.checkpoints_dir, ignore_errors=True)
-        shutil.rmtree(config.student_final_dir, ignore_errors=True)
-    if is_finished(config, feed):
-        logger.info("already trained: %s (--fresh trains anew)", config.student_final_dir)
+        forget(config)
+    if is_finished(config, identity_of(config, feed)):
+        logger.info(ALREADY_TRAINED, config.student_final_dir)
     elif world_size > 1:
         launch.replace_with_ranks(world_size, [argument for argument in sys.argv[1:] if argument != "--fresh"])
     else:
         train_rank(config)
+
+
+def forget(config: PipelineConfig) -> None:
+    """Delete what an earlier run has trained."""
+    shutil.rmtree(config.checkpoints_dir, ignore_errors=True)
+    shutil.rmtree(config.student_final_dir, ignore_errors=True)
 
 
 def check(config: PipelineConfig, world_size: int) -> TrainingFeed:
@@ -81,23 +89,28 @@ def settle_loss(config: PipelineConfig, feed: TrainingFeed) -> LossChoice:
     return resolve_loss(config.train, has_any, records_without=feed.without_distributions)
 
 
-def is_finished(config: PipelineConfig, feed: TrainingFeed) -> bool:
+def identity_of(config: PipelineConfig, feed: TrainingFeed) -> dict[str, Any]:
+    """The identity of the run that is to be: of its settings, its prepared data with their sources, and its start."""
+    inputs = feed.prepared.identity | {"prepared data": feed.prepared.fingerprint} | present(config, "start")
+    return run_identity(config, inputs, feed.order.world_size)
+
+
+def is_finished(config: PipelineConfig, identity: dict[str, Any]) -> bool:
     """Whether this very run has published its model.
 
     Raises:
-        CheckpointError: if a model is there that other settings trained.
+        CheckpointError: if a model or a checkpoint is there that other settings or inputs trained.
     """
-    published = config.student_final_dir / "training.json"
-    if not published.exists():
+    require_resumable(config.checkpoints_dir, identity)
+    record = read_json(config.student_final_dir / "training.json")
+    if record is None:
         return False
-    found = json.loads(published.read_text(encoding="utf-8"))["identity"]
-    identity = run_identity(config, feed.prepared.fingerprint, feed.order.world_size)
-    require_same_run(found, identity, config.student_final_dir)
+    require_same_run(record.get(IDENTITY) or {}, identity, config.student_final_dir)
     return True
 
 
-def train_rank(config: PipelineConfig) -> None:
-    """This process's part of the run."""
+def train_rank(config: PipelineConfig, *, fresh: bool = False) -> None:
+    """This process's part of the run. Each rank checks what the run is made from, whatever launched it."""
     import torch
 
     from student.model.export import load_student
@@ -106,8 +119,17 @@ def train_rank(config: PipelineConfig) -> None:
     from student.training.loop import TrainingRun
     from student.training.module import DistillationModule
 
+    if fresh and int(os.environ["RANK"]) == 0:
+        check(config, int(os.environ["WORLD_SIZE"]))
+        forget(config)  # the other ranks go on when this one has joined
     rank, world_size = initialize_process_group()
     feed = TrainingFeed.open(config, world_size)
+    identity = identity_of(config, feed)
+    if not fresh and is_finished(config, identity):
+        if rank == 0:
+            logger.info(ALREADY_TRAINED, config.student_final_dir)
+        torch.distributed.destroy_process_group()
+        return
     torch.manual_seed(config.seed)
     dtype = torch.bfloat16 if config.train.dtype == "bfloat16" else torch.float32
     partitioned = partitioned_loading(deepspeed_config(config.train, feed.order.accumulation))
@@ -121,6 +143,5 @@ def train_rank(config: PipelineConfig) -> None:
     loss, _ = settle_loss(config, feed)
     module = DistillationModule(model, LossSettings.from_config(config.train, config.train.block_length, loss))
     engine = build_engine(module, config.train, feed.order.accumulation, feed.steps)
-    identity = run_identity(config, feed.prepared.fingerprint, world_size)
     TrainingRun(config, feed, engine, tokenizer, identity, rank).run()
     torch.distributed.destroy_process_group()

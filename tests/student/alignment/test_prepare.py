@@ -231,6 +231,39 @@ def test_a_dataset_with_another_tokenizer_in_it_is_refused(
         prepare(other)
 
 
+@pytest.mark.parametrize("damage", ["changed", "gone"])
+def test_a_damaged_tokenizer_of_the_dataset_is_an_error(
+    config: PipelineConfig, tokenizers: tuple[Path, Path], damage: str
+) -> None:
+    file = config.shards_dir / "tokenizer" / "tokenizer.json"
+    if damage == "changed":
+        file.write_bytes(file.read_bytes().replace(b"merges", b"Merges"))
+    else:
+        file.unlink()
+    message = r"tokenizer\.json is damaged: its sha256" if damage == "changed" else r"tokenizer\.json is missing, but"
+    with pytest.raises(DatasetError, match=message):
+        prepare(config)
+    assert not config.prepared_dir.exists()
+    with pytest.raises(DatasetError, match=message):
+        audit(config.shards_dir, tokenizers[1], Console(quiet=True))
+
+
+def test_a_dataset_that_never_had_a_tokenizer_is_aligned_with_a_warning(
+    config: PipelineConfig, records: list[Record], tokenizers: tuple[Path, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    vocabulary, _ = load_tokenizer(tokenizers[0])
+    provenance = Provenance(
+        teacher="toy", tokenizer_fingerprint=vocabulary.fingerprint, engine="test", dtype="float32", top_k=24
+    )
+    shutil.rmtree(config.shards_dir)
+    writer = DatasetWriter(config.shards_dir, provenance, vocabulary, None)
+    writer.write_unit("unit-0", records)
+    writer.finish(["unit-0"])
+    assert prepare(config).samples == RECORDS
+    assert f"{config.shards_dir} was made without the teacher's tokenizer files" in caplog.text
+    assert "`student evaluate` and `student speculate` will not work" in caplog.text
+
+
 class PreparedSource:
     """The records that a config's shards hold."""
 

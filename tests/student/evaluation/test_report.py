@@ -10,6 +10,7 @@ from shared.config import PipelineConfig
 from shared.errors import UserError
 from shared.files import write_json
 from student.evaluation.report import figure, write_report
+from student.lineage import evaluation_identity, speculation_identity
 from tests.toy import load_toy
 
 STEP = {
@@ -24,8 +25,10 @@ def finished(config: PipelineConfig, **speculate: Any) -> None:
     """What the stages leave behind, without having run them."""
     write_json(config.run_dir / "collect.json", {"responses": 12, "tokens": 3456, "capture_ratio": None})
     measured = MEASURED | {"by_skill": {"odd": 1.2, "even": 1.3}}
-    write_json(config.run_dir / "evaluate.json", {"rule": "greedy", "before": measured, "after": measured})
-    write_json(config.run_dir / "speculate.json", {"drafts": 7, "prompts": 9, "outputs_identical": True} | speculate)
+    evaluate = {"rule": "greedy", "before": measured, "after": measured, "identity": evaluation_identity(config)}
+    write_json(config.run_dir / "evaluate.json", evaluate)
+    figures = {"drafts": 7, "prompts": 9, "outputs_identical": True, "identity": speculation_identity(config)}
+    write_json(config.run_dir / "speculate.json", figures | speculate)
     lines = [json.dumps(STEP | {"step": step}) for step in (1, 2, 3)]
     (config.run_dir / "metrics.jsonl").write_text("\n".join(lines) + "\n")
 

@@ -1,0 +1,271 @@
+"""What each product of a run was made from, and whether that is still what lies beside it.
+
+    dataset ──► start ──► prepared data ──► trained model ──► evaluate.json, speculate.json ──► report
+
+Each product records its *identity*: a flat mapping of the settings and the fingerprints of the inputs that decide its
+content. A command that joins products compares the identity of each with the config and with what lies in the run's
+directory now. What is not there is not compared: a cluster that trains needs no shards once they are prepared.
+
+No shard and no whole model is read for it. A dataset's fingerprint is over the checksums in its manifest, a model's
+over three samples of each tensor (`student.model.export.weights_fingerprint`), a tokenizer's over its content, which
+takes about two seconds at 128k tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shared.config import PipelineConfig, PrepareConfig, Section
+from shared.dataset import Dataset
+from shared.errors import CheckpointError, StaleError
+from shared.manifest import MANIFEST, PROVENANCE
+
+if TYPE_CHECKING:
+    from shared.manifest import Manifest
+    from shared.vocabulary import Encoder, Vocabulary
+
+IDENTITY = "identity"
+"""The key under which a product's JSON file has its identity."""
+TRAINED_FROM = ("dataset", "tokenizer", "start", "prepared data")
+"""The inputs of a trained model that may lie in its run's directory."""
+
+_logger = logging.getLogger(__name__)
+
+# Settings that change how a product is made or kept, not what it is.
+_WITHOUT_EFFECT = {"prepare": {"workers", "store"}, "student": {"lora"}, "evaluate": {"batch"}}
+
+
+# --- fingerprints ---------------------------------------------------------------------------------------
+
+
+def dataset_fingerprint(manifest: Manifest) -> str:
+    """sha256 over the manifest's checksums of the shards, in order, and of the teacher's vocabulary and tokenizer."""
+    parts = [f"{entry.name}={entry.sha256}" for entry in manifest.files if entry.name != PROVENANCE]
+    parts += [f"{unit.unit}={unit.sha256}" for unit in manifest.units]
+    return _sha256(manifest.vocabulary_fingerprint, *parts)
+
+
+def tokenizer_fingerprint(vocabulary: Vocabulary, encoder: Encoder) -> str:
+    """sha256 over the tokens, their roles, and how text is encoded."""
+    return _sha256(vocabulary.fingerprint, json.dumps(vocabulary.roles, sort_keys=True), encoder.fingerprint)
+
+
+def _sha256(*parts: str) -> str:
+    return hashlib.sha256("|".join(parts).encode()).hexdigest()
+
+
+def present(config: PipelineConfig, *names: str) -> dict[str, str]:
+    """The fingerprints of those of `names` that lie in the run's directory now.
+
+    Args:
+        names: of `dataset`, `teacher vocabulary`, `tokenizer`, `start`, `prepared data`, `model`.
+    """
+    found = {name: _FINGERPRINTS[name](config) for name in names}
+    return {name: fingerprint for name, fingerprint in found.items() if fingerprint is not None}
+
+
+def manifest_of(config: PipelineConfig) -> Manifest | None:
+    """The manifest of the run's dataset, where there is one."""
+    return Dataset.open(config.shards_dir).manifest if (config.shards_dir / MANIFEST).exists() else None
+
+
+def _dataset(config: PipelineConfig) -> str | None:
+    manifest = manifest_of(config)
+    return None if manifest is None else dataset_fingerprint(manifest)
+
+
+def _teacher_vocabulary(config: PipelineConfig) -> str | None:
+    manifest = manifest_of(config)
+    return None if manifest is None else manifest.vocabulary_fingerprint
+
+
+def _tokenizer(config: PipelineConfig) -> str | None:
+    from shared.vocabulary import load_tokenizer
+
+    directory = config.student_init_dir
+    return tokenizer_fingerprint(*load_tokenizer(directory)) if (directory / "tokenizer.json").exists() else None
+
+
+def _prepared(config: PipelineConfig) -> str | None:
+    return (read_json(config.prepared_dir / MANIFEST) or {}).get("fingerprint")
+
+
+def _weights(directory: Path) -> str | None:
+    from student.model.export import weights_fingerprint
+
+    return weights_fingerprint(directory) if (directory / "config.json").exists() else None
+
+
+_FINGERPRINTS = {
+    "dataset": _dataset,
+    "teacher vocabulary": _teacher_vocabulary,
+    "tokenizer": _tokenizer,
+    "start": lambda config: _weights(config.student_init_dir),
+    "prepared data": _prepared,
+    "model": lambda config: _weights(config.student_final_dir),
+}
+
+
+# --- identities -----------------------------------------------------------------------------------------
+
+
+def start_identity(config: PipelineConfig) -> dict[str, Any]:
+    """Of `student init`'s product.
+
+    A vocabulary that was trained on an older dataset stays usable, so the dataset is no part of it. The teacher's
+    vocabulary is, where it became the student's, and so is a checkpoint in a local directory.
+    """
+    identity = _settings("student", config.student)
+    if config.student.checkpoint is None:
+        identity["seed"] = config.seed
+    elif (weights := _weights(Path(config.student.checkpoint))) is not None:
+        identity["checkpoint"] = weights
+    if config.student.tokenizer.kind == "teacher":
+        identity |= present(config, "teacher vocabulary")
+    return identity
+
+
+def prepared_identity(settings: PrepareConfig, inputs: dict[str, str]) -> dict[str, Any]:
+    """Of `student prepare`'s product; `inputs` are `dataset`, `teacher vocabulary` and `tokenizer`."""
+    return _settings("prepare", settings) | inputs
+
+
+def evaluation_identity(config: PipelineConfig) -> dict[str, Any]:
+    """Of evaluate.json."""
+    inputs = present(config, "dataset", "prepared data", "start", "model")
+    return _settings("evaluate", config.evaluate) | inputs
+
+
+def speculation_identity(config: PipelineConfig) -> dict[str, Any]:
+    """Of speculate.json."""
+    return _settings("speculate", config.speculate) | present(config, "dataset", "model")
+
+
+def _settings(name: str, section: Section) -> dict[str, Any]:
+    values = section.model_dump(mode="json", exclude=_WITHOUT_EFFECT.get(name))
+    return {f"{name}.{key}": value for key, value in values.items()}
+
+
+# --- comparison -----------------------------------------------------------------------------------------
+
+
+def differences(made: Mapping[str, Any], now: Mapping[str, Any], config: PipelineConfig | None = None) -> list[str]:
+    """`key: its value there, its value now` for all of `now` that `made` has recorded otherwise.
+
+    Args:
+        config: of the run, to say where an input lies.
+    """
+    places = {} if config is None else _places(config)
+    return [
+        f"{key}: {_shown(made[key])} there, {_shown(now[key])} now" + (f" in {places[key]}" if key in places else "")
+        for key in sorted(made.keys() & now.keys())
+        if made[key] != now[key]
+    ]
+
+
+def _places(config: PipelineConfig) -> dict[str, Path]:
+    return {
+        "dataset": config.shards_dir,
+        "teacher vocabulary": config.shards_dir,
+        "tokenizer": config.student_init_dir,
+        "start": config.student_init_dir,
+        "prepared data": config.prepared_dir,
+        "model": config.student_final_dir,
+    }
+
+
+def _shown(value: Any) -> str:
+    is_fingerprint = isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")
+    return value[:12] if is_fingerprint else repr(value)
+
+
+def require_same(
+    where: Path, made: Mapping[str, Any], now: Mapping[str, Any], fix: str, config: PipelineConfig | None = None
+) -> None:
+    """Hold the identity of the product at `where` against what its inputs and settings are now.
+
+    Raises:
+        StaleError: naming all that differs, with both values, and `fix`.
+    """
+    if found := differences(made, now, config):
+        raise StaleError(
+            f"{where} was made from other inputs or settings than those of now ({'; '.join(found)}); {fix}"
+        )
+
+
+def require_current_start(config: PipelineConfig) -> None:
+    """Refuse a start that other settings made. One without a record (made by hand, or long ago) is taken as it is.
+
+    Raises:
+        StaleError: if `student init` has to be run again.
+    """
+    directory = config.student_init_dir
+    record = read_json(directory / "initialization.json") or {}
+    made, now = record.get(IDENTITY) or {}, start_identity(config)
+    require_same(directory, made, now, "run `student init` again, or restore the settings", config)
+    if config.student.tokenizer.kind == "trained" and (
+        found := differences(record, present(config, "dataset"), config)
+    ):
+        _logger.warning(
+            "the vocabulary of %s was trained on another dataset (%s): it is usable, `student init` trains a new one",
+            directory,
+            found[0],
+        )
+
+
+def require_current_model(config: PipelineConfig) -> None:
+    """Refuse a trained model that is not of the run's dataset, start and prepared data, or has another block length.
+
+    Raises:
+        StaleError: if it has to be trained again.
+    """
+    _require_model(config, {"train.block_length": config.train.block_length}, "restore what it was trained from")
+
+
+def require_model_of_run(run: Path) -> None:
+    """`require_current_model` of the run at `run`, whatever its config."""
+    config = PipelineConfig.model_construct(runs=run.parent, name=run.name)  # type: ignore[call-arg]  # for its paths
+    _require_model(config, {}, f"give {config.student_final_dir} itself to export this model all the same")
+
+
+def _require_model(config: PipelineConfig, settings: dict[str, Any], way_out: str) -> None:
+    directory = config.student_final_dir
+    record = read_json(directory / "training.json")
+    if record is None:
+        _logger.warning("%s does not say what it was trained from (no training.json); it is taken as it is", directory)
+        return
+    made = record.get(IDENTITY) or {}
+    now = present(config, *TRAINED_FROM) | settings
+    if unknown := sorted(now.keys() - made.keys()):
+        _logger.warning("%s does not record its %s, which is not checked", directory, ", ".join(unknown))
+    require_same(directory, made, now, f"run `student train --fresh`, or {way_out}", config)
+
+
+def warn_of_another_teacher(student: Path, teacher: Vocabulary) -> None:
+    """Say so where a student is about to draft for another vocabulary than it was trained for. The output is the
+    target's all the same, and a served checkpoint may have a token more: so this is no error."""
+    made = (read_json(student / "training.json") or {}).get(IDENTITY) or {}
+    if found := differences(made, {"teacher vocabulary": teacher.fingerprint}):
+        _logger.warning("%s was trained for another teacher (%s); few drafts may be accepted", student, found[0])
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object at `path`; None where there is no such file.
+
+    Raises:
+        CheckpointError: if it is not a JSON object.
+    """
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged ({error}); run the command that wrote it again") from error
+    if not isinstance(tree, dict):
+        raise CheckpointError(f"{path} holds {type(tree).__name__}, expected an object; run what wrote it again")
+    return tree
