@@ -108,15 +108,23 @@ def import_json(source: Path, destination: str | Path, tokenizer_dir: Path, sett
             seen[key] = where
             count += 1
             bar.update(task, completed=count)
+        template = reader.template
         provenance = Provenance(
             teacher=f"import:{source.name}",
             tokenizer_fingerprint=reader.vocabulary.fingerprint,
-            chat_template_fingerprint=reader.template_fingerprint,
+            chat_template_fingerprint=template.fingerprint if template else None,
             engine="import-json",
             dtype="unknown",
             top_k=settings.top_k,
             prompts_fingerprint=file_sha256(source),
-            details={"values": settings.values, "held_out": settings.held_out, "sampling": repr(settings.sampling)},
+            details={
+                "values": settings.values,
+                "held_out": settings.held_out,
+                "sampling": repr(settings.sampling),
+                "template_arguments": settings.template_arguments,
+                "rendered": settings.rendered,
+                "rendered_probe": template.probe if template else {},
+            },
         )
         writer = DatasetWriter(destination, provenance, reader.vocabulary, tokenizer_dir)
         task = bar.add_task("importing", total=count, note="")

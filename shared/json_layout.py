@@ -21,11 +21,12 @@ from typing import Any, Literal, NoReturn, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.errors import DatasetError, MissingExtraError
+from shared.chat import ChatEncoder
+from shared.errors import DatasetError, PromptError
 from shared.records import Distributions, FinishReason, Message, Record, Sampling
-from shared.roles import render_chat_template
+from shared.template import ChatTemplate
 from shared.tokenizer_files import read_tokenizer_file
-from shared.vocabulary import Encoder, Vocabulary, load_tokenizer
+from shared.vocabulary import Vocabulary
 
 UNKNOWN_FILTER = -1
 """`Sampling.top_k` of responses decoded nobody says how: their rule is `filtered`, which claims least."""
@@ -40,14 +41,16 @@ class ImportSettings:
         values: what candidate-only rows hold: `logits`, of any offset, or `logprobs`, which leave a known tail.
         sampling: how the responses were decoded, where the entry has no `sampling`.
         held_out: share of the prompts that training never sees, chosen by their hash.
-        render: render prompts with the tokenizer's chat template; False takes their text as it is.
+        rendered: whether prompts are rendered text already; None recognizes those that are.
+        template_arguments: of the tokenizer's chat template.
     """
 
     top_k: int = 64
     values: Literal["logits", "logprobs"] = "logits"
     sampling: Sampling = field(default_factory=lambda: Sampling(1.0, 1.0, UNKNOWN_FILTER, 0, None))
     held_out: float = 0.1
-    render: bool = True
+    rendered: bool | None = None
+    template_arguments: dict[str, Any] = field(default_factory=dict)
 
 
 class EntryReader:
@@ -58,17 +61,15 @@ class EntryReader:
     """
 
     def __init__(self, tokenizer_dir: Path, settings: ImportSettings) -> None:
-        self.vocabulary, self._encoder = load_tokenizer(tokenizer_dir)
-        file = read_tokenizer_file(tokenizer_dir)
-        self._template = file.chat_template if settings.render else None
-        self._tokenizer_settings = file.settings
+        self._chat = ChatEncoder(read_tokenizer_file(tokenizer_dir), settings.template_arguments, settings.rendered)
+        self.vocabulary, self._encoder = self._chat.vocabulary, self._chat.encoder
         self._settings = settings
         self._ids_of_text = {text: i for i, text in reversed(list(enumerate(self.vocabulary.texts))) if text}
-        self._prompts = _PromptEncoder(self.vocabulary, self._encoder)
 
     @property
-    def template_fingerprint(self) -> str | None:
-        return None if self._template is None else hashlib.sha256(self._template.encode()).hexdigest()
+    def template(self) -> ChatTemplate | None:
+        """The chat template, if prompts were rendered with it so far."""
+        return self._chat.template if self._chat.template_used else None
 
     def record(self, entry: Any, where: str, number: int) -> Record:
         """The record of one entry.
@@ -87,14 +88,7 @@ class EntryReader:
         rows = entry.get("logits")
         response_ids = self._response_ids(entry, response, rows, where)
         response_bytes = self.vocabulary.decode(response_ids)
-        prompt_text = entry.get("prompt_text")
-        if prompt_text is None:
-            prompt_text = self._render(messages, where)
-        prompt_ids = (
-            self._ids(entry["prompt_ids"], f"{where}: prompt_ids")
-            if "prompt_ids" in entry
-            else self._prompts.encode(str(prompt_text))
-        )
+        prompt_text, prompt_ids = self._prompt(entry, messages, where)
         prompt_id = str(entry.get("prompt_id") or _digest(*(f"{m.role}\n{m.content}" for m in messages)))
         return Record(
             sample_id=str(entry.get("id", f"{prompt_id}/{number}")),
@@ -102,7 +96,7 @@ class EntryReader:
             split=str(entry.get("split") or self._split(prompt_id)),
             skill=str(entry.get("skill", "")),
             messages=messages,
-            prompt_text=str(prompt_text),
+            prompt_text=prompt_text,
             prompt_ids=prompt_ids,
             response_ids=response_ids,
             response_bytes=response_bytes,
@@ -118,10 +112,11 @@ class EntryReader:
         if "response_ids" in entry:
             ids = self._ids(entry["response_ids"], f"{where}: response_ids")
         else:
-            ids = self._encoder.encode(response)
-            end = self.vocabulary.roles.get("end_of_turn", self.vocabulary.roles.get("end_of_text"))
-            if end is not None and (rows is None or len(rows) == len(ids) + 1):
-                ids = np.append(ids, np.int32(end)).astype(np.int32)
+            finished = _finish_reason(entry, where) != "length"
+            try:
+                ids = self._chat.response(response, finished, None if rows is None else len(rows))
+            except PromptError as error:
+                raise DatasetError(f"{where}: {error}") from error
         if rows is not None and len(rows) != len(ids):
             raise DatasetError(
                 f"{where}: {len(rows)} rows of logits for a response of {len(ids)} tokens; the rows belong to another "
@@ -239,48 +234,24 @@ class EntryReader:
                 )
         return np.array(values, np.int32)
 
-    def _render(self, messages: tuple[Message, ...], where: str) -> str:
-        if self._template is None:
-            return "".join(message.content for message in messages)
-        try:
-            return render_chat_template(
-                self._template,
-                [{"role": m.role, "content": m.content} for m in messages],
-                self._tokenizer_settings,
-                generate=True,
-            )
-        except ImportError as error:
-            raise MissingExtraError(
-                "the tokenizer's chat template needs jinja2; pip install jinja2, or take prompts as they are with "
-                "--no-render"
-            ) from error
-        except Exception as error:  # a template is foreign code
-            raise DatasetError(f"{where}: the chat template refuses this prompt: {error}; use --no-render") from error
+    def _prompt(
+        self, entry: Mapping[str, Any], messages: tuple[Message, ...], where: str
+    ) -> tuple[str, NDArray[np.int32]]:
+        """The rendered prompt and its ids, as far as the entry does not state them."""
+        text, ids = entry.get("prompt_text"), None
+        if text is None:
+            try:
+                rendered = self._chat.prompt(messages)
+            except PromptError as error:
+                raise DatasetError(f"{where}: {error}") from error
+            text, ids = rendered.text, rendered.ids
+        if "prompt_ids" in entry:
+            ids = self._ids(entry["prompt_ids"], f"{where}: prompt_ids")
+        return str(text), self._chat.encode(str(text)) if ids is None else ids
 
     def _split(self, prompt_id: str) -> str:
         share = int.from_bytes(hashlib.sha256(prompt_id.encode()).digest()[:8]) / 2**64
         return "held_out" if share < self._settings.held_out else "train"
-
-
-class _PromptEncoder:
-    """A rendered prompt to ids: special tokens by their spelling, the text between them by the encoder."""
-
-    def __init__(self, vocabulary: Vocabulary, encoder: Encoder) -> None:
-        import re
-
-        self._specials = {t: i for i, t in enumerate(vocabulary.texts) if vocabulary.is_special[i] and t}
-        spellings = sorted(self._specials, key=len, reverse=True)
-        self._pattern = re.compile(f"({'|'.join(map(re.escape, spellings))})") if spellings else None
-        self._encoder = encoder
-
-    def encode(self, text: str) -> NDArray[np.int32]:
-        ids: list[int] = []
-        for piece in self._pattern.split(text) if self._pattern else [text]:
-            if piece in self._specials:
-                ids.append(self._specials[piece])
-            elif piece:
-                ids.extend(self._encoder.encode(piece).tolist())
-        return np.array(ids, np.int32)
 
 
 def to_entry(record: Record, vocabulary: Vocabulary) -> dict[str, Any]:

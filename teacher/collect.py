@@ -181,7 +181,7 @@ def prepare(config: PipelineConfig) -> Plan:
     prepare_environment(config.teacher)
     prompts = load_prompts(collect.prompts, collect.system_prompt)
     check_top_k(config)
-    renderer = Renderer(load_tokenizer(config.teacher), collect.template_arguments)
+    renderer = load_renderer(config)
     prompt_tokens = check_lengths(prompts, renderer, config)
     units = cut_units(split_prompts(prompts, collect.held_out), collect, config.seed)
     if not units:
@@ -190,6 +190,11 @@ def prepare(config: PipelineConfig) -> Plan:
             f"{collect.prompts} is in there; set collect.held_out (now {collect.held_out})"
         )
     return Plan(prompts, units, renderer, prompt_tokens)
+
+
+def load_renderer(config: PipelineConfig) -> Renderer:
+    """The teacher's tokenizer with the template's arguments; errors as `Renderer` and `load_tokenizer`."""
+    return Renderer(load_tokenizer(config.teacher), config.collect.template_arguments, config.collect.rendered)
 
 
 def check_top_k(config: PipelineConfig) -> None:
@@ -332,6 +337,8 @@ def provenance_of(
             "held_out": collect.held_out,
             "max_model_len": teacher.max_model_len,
             "template_arguments": collect.template_arguments,
+            "rendered": collect.rendered,
+            "rendered_probe": renderer.probe,
         },
         git_commit=_git_commit(),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

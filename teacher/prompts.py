@@ -18,9 +18,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from shared.chat import ChatEncoder, RenderedPrompt
 from shared.config import Split
 from shared.errors import ConfigError, PromptError
 from shared.records import Message
+from shared.tokenizer_files import of_tree
 
 DEFAULT_SKILL = "general"
 _KEYS = frozenset({"id", "skill", "prompt", "messages", "response", "finish_reason"})
@@ -41,14 +43,6 @@ class Prompt:
     def content(self) -> str:
         """The conversation as one string, equal for equal conversations."""
         return json.dumps([[message.role, message.content] for message in self.messages], ensure_ascii=False)
-
-
-@dataclass(frozen=True, slots=True)
-class RenderedPrompt:
-    """A prompt in the teacher's own form: the template's text and int32 [P] token ids."""
-
-    text: str
-    ids: NDArray[np.int32]
 
 
 def load_prompts(path: Path, system_prompt: str | None = None, responses: bool = False) -> list[Prompt]:
@@ -128,46 +122,70 @@ def prompts_fingerprint(prompts: Iterable[Prompt]) -> str:
 class Renderer:
     """The teacher's tokenizer and chat template. Loading takes seconds, a prompt some hundred microseconds.
 
+    Args:
+        tokenizer: of transformers, with the fast tokenizer that `tokenizer.json` holds.
+        template_arguments: of the chat template.
+        rendered: whether prompts are rendered text already; None recognizes those that are.
+
+    Attributes:
+        template_fingerprint: sha256 of the chat template.
+        probe: fixed conversations as it renders them, by name.
+
     Raises:
-        ConfigError: if the tokenizer has no chat template.
+        ConfigError: if the tokenizer has no chat template, the template reads the clock, or an argument is not its.
     """
 
-    def __init__(self, tokenizer: Any, template_arguments: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, tokenizer: Any, template_arguments: Mapping[str, Any] | None = None, rendered: bool | None = None
+    ) -> None:
         self.tokenizer = tokenizer
-        template = tokenizer.chat_template
-        if not isinstance(template, str):
+        source = tokenizer.chat_template
+        if not isinstance(source, str):
             raise ConfigError("teacher.model has no single chat template; add chat_template.jinja to the checkpoint")
-        self.template_fingerprint = hashlib.sha256(template.encode()).hexdigest()
-        self._arguments = dict(template_arguments or {})
+        tree = json.loads(tokenizer.backend_tokenizer.to_str())
+        settings = {**tokenizer.special_tokens_map, "generation_eos_token_id": _stop_ids(tokenizer.name_or_path)}
+        file = of_tree(Path(tokenizer.name_or_path), tree, settings, source)
+        self._chat = ChatEncoder(file, template_arguments, rendered)
+        assert self._chat.template is not None
+        self.template_fingerprint = self._chat.template.fingerprint
+        self.probe = self._chat.template.probe
 
     def __len__(self) -> int:
         """Number of token ids."""
         return len(self.tokenizer)
 
     def render(self, prompt: Prompt) -> RenderedPrompt:
-        """Apply the template, up to and including the header of the assistant's turn.
+        """The prompt up to and including the header of the assistant's turn.
 
         Raises:
-            PromptError: if the template refuses the conversation.
+            PromptError: as `ChatEncoder.prompt`, naming the prompt.
         """
-        messages = [{"role": message.role, "content": message.content} for message in prompt.messages]
         try:
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, **self._arguments
-            )
-        except Exception as error:  # templates raise what they like
-            raise PromptError(f"prompt {prompt.id!r}: the teacher's chat template refuses it: {error}") from error
-        return RenderedPrompt(text, self.encode(text))
-
-    def encode(self, text: str) -> NDArray[np.int32]:
-        """Token ids of `text`, with no special tokens added."""
-        return np.asarray(self.tokenizer.encode(text, add_special_tokens=False), dtype=np.int32)
+            return self._chat.prompt(prompt.messages)
+        except PromptError as error:
+            raise PromptError(f"prompt {prompt.id!r}: {error}") from error
 
     def encode_response(self, prompt: Prompt) -> NDArray[np.int32]:
-        """Token ids of a given response, with the end-of-turn token where it is finished."""
+        """Token ids of a given response, with the end-of-turn token where it is finished.
+
+        Raises:
+            PromptError: as `ChatEncoder.response`, naming the prompt.
+        """
         assert prompt.response is not None
-        ids = self.encode(prompt.response)
-        return np.append(ids, np.int32(self.tokenizer.eos_token_id)) if prompt.finished else ids
+        try:
+            return self._chat.response(prompt.response, prompt.finished)
+        except PromptError as error:
+            raise PromptError(f"prompt {prompt.id!r}: {error}") from error
+
+
+def _stop_ids(model: str) -> Any:
+    """Tokens that end an answer, as generation_config.json names them; None where it does not."""
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(model).eos_token_id
+    except OSError:
+        return None
 
 
 def _parse(line: str, where: str, system_prompt: str | None, responses: bool) -> Prompt:
