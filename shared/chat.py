@@ -136,7 +136,7 @@ class ChatEncoder:
             text = "".join(map(self._text, pieces))
             if not finished:
                 raise PromptError(
-                    f"finish_reason is length, but the response ends with {self._text(end)}; "
+                    f"finish_reason is length, but the response ends with {self._text(last)}; "
                     "take one of them out, or say stop"
                 )
         if self._rendered:
@@ -169,17 +169,20 @@ class ChatEncoder:
             return False
         text = last.content.strip()
         if self.template is None:
-            if self._specials.pattern and (found := self._specials.pattern.search(text)):
-                self._refuse(f"it holds the special token {found[0]} and the tokenizer has no chat template")
+            special = next((piece for piece in self._specials.split(text) if isinstance(piece, int)), None)
+            if special is not None:
+                self._refuse(f"it holds {self._text(special)} and the tokenizer has no chat template")
             return False
-        if self._opening and re.match(self._opening, text):
+        found = re.search(self._opening, text) if self._opening else None
+        if found and found.start() == 0:
             if before:
                 self._refuse("it begins as rendered text does, but has a system turn before it")
             return True
         bos = self.roles.get("bos")
         for number, piece in enumerate(self._specials.split(text)):
-            # A beginning of text in the middle is only text: `<s>` is HTML too.
-            if piece in self._structure and (number == 0 or piece != bos or bos == self.roles.get("start_header")):
+            # A beginning of text in the middle is only text, unless a header is behind it: `<s>` is HTML too.
+            alone = piece == bos and number > 0 and not found and bos != self.roles.get("start_header")
+            if piece in self._structure and not alone:
                 self._refuse(
                     f"it holds {self._text(piece)}, which the chat template writes, "
                     f"but does not begin as the template does{self._example}"
