@@ -16,8 +16,9 @@ from shared.json_files import export_json, import_json, read_entries
 from shared.json_layout import EntryReader, ImportSettings
 from shared.records import Sampling
 from shared.validate import validate_dataset
+from tests.shared.test_cli import shards
 from tests.shared.test_dataset import assert_same
-from tests.toy import make_tokenizer
+from tests.toy import TEMPLATE, make_tokenizer
 
 ALL = ImportSettings(top_k=16, held_out=0.0)
 
@@ -118,6 +119,53 @@ def test_plain_conversations_are_records_without_distributions(reader: EntryRead
     assert record.response_ids[-1] == reader.vocabulary.roles["end_of_turn"]
     assert record.sampling.rule == "filtered"  # nobody says how it was written
     assert record.sample_id.endswith("/7")
+
+
+DATED = "{% if not date is defined %}{% set date = strftime_now('%d.%m.%Y') %}{% endif %}{{ date }}" + TEMPLATE
+
+
+def test_an_import_is_bound_to_the_rendering_of_its_prompts(
+    reader: EntryReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_tokenizer(tmp_path / "dated")
+    (tmp_path / "dated" / "chat_template.jinja").write_text(DATED)
+    (tmp_path / "in.json").write_text(json.dumps([entry_of(reader, "plain")]))
+    command = ["import-json", tmp_path / "in.json", tmp_path / "d", "--tokenizer", tmp_path / "dated"]
+    assert shards(monkeypatch, *command) == 2
+    assert "--template-argument 'date=" in " ".join(capsys.readouterr().err.split())
+    assert shards(monkeypatch, *command, "--template-argument", "dat=x") == 2
+    assert "did you mean 'date'?" in " ".join(capsys.readouterr().err.split())
+    assert shards(monkeypatch, *command, "--template-argument", "date") == 2
+    assert "--template-argument 'date' is not KEY.PATH=VALUE" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "d").exists()
+    assert shards(monkeypatch, *command, "--template-argument", "date=1 May") == 0
+    dataset = Dataset.open(tmp_path / "d")
+    assert next(iter(dataset.records())).prompt_text.startswith("1 May<|begin|>")
+    (tmp_path / "dated" / "chat_template.jinja").write_text("{{ date }} " + TEMPLATE)
+    assert shards(monkeypatch, *command, "--template-argument", "date=1 May") == 2
+    assert "details.rendered_probe.user: '1 May<|begin|>" in " ".join(capsys.readouterr().err.split())
+    # What an export has rendered is not rendered again, so the clock is not asked.
+    assert shards(monkeypatch, "export-json", tmp_path / "d", tmp_path / "out.json") == 0
+    (tmp_path / "dated" / "chat_template.jinja").write_text(DATED)
+    again = ["import-json", tmp_path / "out.json", tmp_path / "again", "--tokenizer", tmp_path / "dated"]
+    assert shards(monkeypatch, *again) == 0
+    assert_same(*(next(iter(Dataset.open(tmp_path / name).records())) for name in ("d", "again")))
+
+
+def test_rendered_prompts_are_imported_as_they_are(
+    reader: EntryReader, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "<|begin|><|turn|>user\nwhat does the cat do<|end|><|turn|>assistant\n"
+    expected = reader.record(entry_of(reader, "plain"), "here", 0)
+    (tmp_path / "in.json").write_text(json.dumps([{"prompt": text, "response": " the cat runs"}]))
+    for name, options in (("auto", []), ("told", ["--rendered"]), ("words", ["--no-rendered"])):
+        command = ["import-json", tmp_path / "in.json", tmp_path / name, "--tokenizer", tokenizer, *options]
+        assert shards(monkeypatch, *command) == 0
+        record = next(iter(Dataset.open(tmp_path / name).records()))
+        same = record.prompt_ids.tolist() == expected.prompt_ids.tolist()
+        assert same == (name != "words")
+        assert reader.vocabulary.is_special[record.prompt_ids].sum() == 4
+    assert Dataset.open(tmp_path / "auto").manifest.provenance != Dataset.open(tmp_path / "words").manifest.provenance
 
 
 def malformed(reader: EntryReader) -> dict[str, tuple[Any, str]]:

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
+from shared.config import load_config
 from shared.errors import UserError
 from shared.json_layout import EntryReader, ImportSettings
 from shared.records import Record
+from teacher.checkpoints import load_tokenizer
 from teacher.prompts import Renderer, load_prompts
 
 WORDS = "What is 12 plus 5?  é 雪"
@@ -118,3 +120,18 @@ def test_special_tokens_in_words_are_no_tokens(tokenizer: Any, tmp_path: Path) -
     ids = collected(tokenizer, tmp_path, CASES["end in words"][0], None)
     assert ids.count(tokenizer.convert_tokens_to_ids(END)) == 1  # the template's own
     assert f"what does {END} mean?" in tokenizer.decode(ids)
+
+
+@pytest.mark.slow
+def test_the_demo_s_prompts_have_the_ids_of_apply_chat_template() -> None:
+    root = Path(__file__).parents[2]
+    config = load_config(root / "configs" / "demo.yaml")
+    theirs = load_tokenizer(config.teacher)
+    renderer = Renderer(theirs)
+    prompts = load_prompts(root / config.collect.prompts)
+    assert len(prompts) == 640
+    for prompt in prompts:
+        turns = [{"role": message.role, "content": message.content} for message in prompt.messages]
+        rendered = renderer.render(prompt)
+        assert rendered.ids.tolist() == theirs.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
+        assert rendered.text == theirs.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
