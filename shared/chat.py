@@ -95,14 +95,12 @@ class ChatEncoder:
             ConfigError: if the template reads the clock.
         """
         said = "".join(message.role + message.content for message in messages)
-        strange = next((character for character in (_OPEN, _CLOSE, BREAK) if character in said), None)
-        if strange is not None:
-            raise PromptError(f"it holds U+{ord(strange):04X}, which is not a character of any text; take it out")
+        _check_characters(said)
         if self._is_rendered(messages):
             return RenderedPrompt(messages[-1].content, self.encode(messages[-1].content))
         text = self._render(messages)
         if self._specials.broken(said) == said:
-            return RenderedPrompt(text, self.encode(text))
+            return RenderedPrompt(text, self._encode(text))
         # Special tokens in the words are broken up before the template adds its own.
         broken = self._render([Message(*map(self._specials.broken, (m.role, m.content))) for m in messages])
         if broken.replace(BREAK, "") != text:
@@ -110,13 +108,16 @@ class ChatEncoder:
                 "the chat template itself looks for special tokens in what is said, so they cannot be taken as text; "
                 f"take them out, or render the prompt yourself and set {_CHOICE} to true"
             )
-        return RenderedPrompt(text, self.encode(broken))
+        return RenderedPrompt(text, self._encode(broken))
 
     def encode(self, text: str) -> NDArray[np.int32]:
-        """Ids of rendered text: special tokens in it are tokens, none is added."""
-        if self._specials.pattern:
-            text = self._specials.pattern.sub(lambda match: _marked(self._specials.ids[match[0]]), text)
-        return self._encode(text.replace(BREAK, ""))
+        """Ids of rendered text: special tokens in it are tokens, none is added.
+
+        Raises:
+            PromptError: if it holds characters that no text has.
+        """
+        _check_characters(text)
+        return self._encode(text)
 
     def response(self, text: str, finished: bool = True, rows: int | None = None) -> NDArray[np.int32]:
         """Ids of a response. A trailing end of turn or of text is its end; a finished one without gets one.
@@ -196,17 +197,20 @@ class ChatEncoder:
         )
 
     @cached_property
+    def _written(self) -> dict[str, str]:
+        """Fixed conversations as the template writes them on some day: text is recognized whatever its date is."""
+        return ChatTemplate(self._file.chat_template or "", self._file.settings, now=datetime.datetime.now()).probe
+
+    @cached_property
     def _structure(self) -> set[int]:
         """Special tokens that the template writes around what is said, ends left out."""
-        assert self.template is not None
-        pieces = {piece for text in self.template.probe.values() for piece in self._specials.split(text)}
+        pieces = {piece for text in self._written.values() for piece in self._specials.split(text)}
         return {piece for piece in pieces if isinstance(piece, int)} - self.ends
 
     @cached_property
     def _opening(self) -> str | None:
         """A regular expression for how rendered text begins: the beginning of the text, then a turn's header."""
-        assert self.template is not None
-        text, turns = self.template.probe["user"], self.template.probe["turns"]
+        text, turns = self._written["user"], self._written["turns"]
         between = turns.partition(ANSWER)[2].partition(QUESTION)[0]
         pieces = self._specials.split(between)
         while pieces and (pieces[0] in self.ends or str(pieces[0]).isspace()):
@@ -223,8 +227,7 @@ class ChatEncoder:
 
     @property
     def _example(self) -> str:
-        assert self.template is not None
-        opening = self.template.probe["user"].partition(QUESTION)[0]
+        opening = self._written["user"].partition(QUESTION)[0]
         return f" ({opening[:40]!r})" if opening else ""
 
     def _render(self, messages: Sequence[Message]) -> str:
@@ -241,8 +244,11 @@ class ChatEncoder:
     def _text(self, piece: int | str) -> str:
         return self._file.texts[piece] if isinstance(piece, int) else piece
 
-    def _encode(self, marked: str) -> NDArray[np.int32]:
-        return np.array(self._backend.encode(marked, add_special_tokens=False).ids, np.int32)
+    def _encode(self, text: str) -> NDArray[np.int32]:
+        if self._specials.pattern:
+            text = self._specials.pattern.sub(lambda match: _marked(self._specials.ids[match[0]]), text)
+        ids = self._backend.encode(text.replace(BREAK, ""), add_special_tokens=False).ids
+        return np.array(ids, np.int32)
 
     @cached_property
     def _backend(self) -> Any:
@@ -273,6 +279,12 @@ class ChatEncoder:
             "model": {**model, "vocab": renamed, **unknown},
         }
         return Tokenizer.from_str(json.dumps(tree, ensure_ascii=False))
+
+
+def _check_characters(text: str) -> None:
+    strange = next((character for character in (_OPEN, _CLOSE, BREAK) if character in text), None)
+    if strange is not None:
+        raise PromptError(f"it holds U+{ord(strange):04X}, which is not a character of any text; take it out")
 
 
 def _marked(index: int) -> str:

@@ -21,7 +21,7 @@ from typing import Any, Literal, NoReturn, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.chat import ChatEncoder
+from shared.chat import ChatEncoder, RenderedPrompt
 from shared.errors import DatasetError, PromptError
 from shared.records import Distributions, FinishReason, Message, Record, Sampling
 from shared.template import ChatTemplate
@@ -238,16 +238,14 @@ class EntryReader:
         self, entry: Mapping[str, Any], messages: tuple[Message, ...], where: str
     ) -> tuple[str, NDArray[np.int32]]:
         """The rendered prompt and its ids, as far as the entry does not state them."""
-        text, ids = entry.get("prompt_text"), None
-        if text is None:
-            try:
-                rendered = self._chat.prompt(messages)
-            except PromptError as error:
-                raise DatasetError(f"{where}: {error}") from error
-            text, ids = rendered.text, rendered.ids
+        text = None if entry.get("prompt_text") is None else str(entry["prompt_text"])
+        try:
+            rendered = self._chat.prompt(messages) if text is None else RenderedPrompt(text, self._chat.encode(text))
+        except PromptError as error:
+            raise DatasetError(f"{where}: {error}") from error
         if "prompt_ids" in entry:
-            ids = self._ids(entry["prompt_ids"], f"{where}: prompt_ids")
-        return str(text), self._chat.encode(str(text)) if ids is None else ids
+            return rendered.text, self._ids(entry["prompt_ids"], f"{where}: prompt_ids")
+        return rendered.text, rendered.ids
 
     def _split(self, prompt_id: str) -> str:
         share = int.from_bytes(hashlib.sha256(prompt_id.encode()).digest()[:8]) / 2**64

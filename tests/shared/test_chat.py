@@ -16,7 +16,7 @@ from shared.chat import ChatEncoder
 from shared.errors import ConfigError, PromptError
 from shared.records import Message
 from shared.tokenizer_files import TokenizerFile, of_tree, read_tokenizer_file, with_merges
-from tests.shared.test_template import LLAMA_3_FIXED
+from tests.shared.test_template import LLAMA_3_CLOCK, LLAMA_3_FIXED
 from tests.shared.test_vocabulary import (
     CHATML_TEMPLATE,
     INST_TEMPLATE,
@@ -166,6 +166,15 @@ def test_llama_s_text_is_recognized_by_its_beginning_whatever_its_first_turn() -
 def test_what_may_be_either_is_refused(chatml: ChatEncoder, turns: list[tuple[str, str]], message: str) -> None:
     with pytest.raises(PromptError, match=message):
         chatml.prompt(messages(*turns))
+
+
+def test_rendered_text_is_recognized_whatever_its_date_is() -> None:
+    file = make_file("llama", LLAMA3)
+    file.chat_template = LLAMA_3_CLOCK
+    with pytest.raises(ConfigError, match="writes the clock's time"):
+        ChatEncoder(file).prompt(messages(("user", "hi")))
+    text = ChatEncoder(file, {"date_string": "26 Jul 2024"}).prompt(messages(("user", "hi"))).text
+    assert ChatEncoder(file).prompt(messages(("user", text))).text == text
 
 
 def test_rendered_text_is_one_turn(chatml: ChatEncoder) -> None:
