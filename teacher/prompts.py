@@ -13,20 +13,43 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import model_validator
 
 from shared.chat import ChatEncoder, RenderedPrompt
 from shared.config import Split
 from shared.errors import ConfigError, PromptError
+from shared.json_input import read_values
+from shared.json_models import Name, Strict, Text, Turn, Turns, checked, to_messages
 from shared.records import Message
 from shared.tokenizer_files import of_tree
 
 DEFAULT_SKILL = "general"
-_KEYS = frozenset({"id", "skill", "prompt", "messages", "response", "finish_reason"})
-_EXAMPLE = '{"id": "a-1", "skill": "arithmetic", "prompt": "What is 2 + 2?"}'
+_EXAMPLE = (
+    'a JSON list, or one a line, of prompts like {"id": "a-1", "skill": "arithmetic", "prompt": "What is 2 + 2?"}'
+)
+
+
+class PromptLine(Strict):
+    """One prompt as its file has it."""
+
+    id: Name
+    skill: Name = DEFAULT_SKILL
+    prompt: Text | None = None
+    messages: Turns | None = None
+    response: Text | None = None
+    finish_reason: Literal["stop", "length"] = "stop"
+
+    @model_validator(mode="after")
+    def _one_conversation(self) -> PromptLine:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError(f"either prompt or messages; {_EXAMPLE}")
+        if self.prompt is not None and not self.prompt.strip():
+            raise ValueError(f"words in prompt, not {self.prompt!r}")
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,38 +69,26 @@ class Prompt:
 
 
 def load_prompts(path: Path, system_prompt: str | None = None, responses: bool = False) -> list[Prompt]:
-    """Read prompts from JSONL, one `{"id", "skill", "prompt"}` or `{"id", "skill", "messages"}` a line.
+    """Read prompts from JSON, a list or one a line, each `{"id", "skill", "prompt"}` or `{"id", "skill", "messages"}`.
 
     Args:
         system_prompt: put before conversations that do not begin with a system turn.
-        responses: each line must have a `response` too.
+        responses: each prompt must have a `response` too.
 
     Raises:
-        PromptError: if the file is missing, empty or malformed (naming the line), or an id comes twice.
+        PromptError: if the file is missing, empty or malformed (naming the place), or an id comes twice.
     """
-    prompts: list[Prompt] = []
-    lines: dict[str, int] = {}
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                prompt = _parse(line, f"{path} line {number}", system_prompt, responses)
-                if prompt.id in lines:
-                    raise PromptError(
-                        f"{path} line {number}: id {prompt.id!r} was used on line {lines[prompt.id]}; every id once"
-                    )
-                lines[prompt.id] = number
-                prompts.append(prompt)
-    except UnicodeDecodeError as error:
-        raise PromptError(f"{path} is not UTF-8 text: {error}; save it as UTF-8") from error
-    except OSError as error:
-        raise PromptError(
-            f"cannot read the prompts {path}: {error.strerror}; expected lines like {_EXAMPLE}"
-        ) from error
-    if not prompts:
-        raise PromptError(f"the prompts file {path} is empty; expected at least one line like {_EXAMPLE}")
-    return prompts
+    system = ()
+    if system_prompt is not None:
+        turn = {"role": "system", "content": system_prompt}
+        system = to_messages([checked(Turn, turn, "collect.system_prompt", PromptError, "text")])
+    prompts: dict[str, tuple[Prompt, str]] = {}
+    for where, value in read_values(path, PromptError, _EXAMPLE):
+        prompt = _parse(value, where, system, responses)
+        if prompt.id in prompts:
+            raise PromptError(f"{where}: id {prompt.id!r} is also that of {prompts[prompt.id][1]}; ids must be unique")
+        prompts[prompt.id] = prompt, where
+    return [prompt for prompt, _ in prompts.values()]
 
 
 def split_prompts(prompts: Sequence[Prompt], held_out: float) -> dict[Split, list[Prompt]]:
@@ -188,52 +199,13 @@ def _stop_ids(model: str) -> Any:
         return None
 
 
-def _parse(line: str, where: str, system_prompt: str | None, responses: bool) -> Prompt:
-    try:
-        entry = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise PromptError(f"{where} is not JSON: {error}; expected a line like {_EXAMPLE}") from error
-    if not isinstance(entry, dict):
-        raise PromptError(f"{where} holds {type(entry).__name__}, expected an object like {_EXAMPLE}")
-    unknown = sorted(entry.keys() - _KEYS)
-    if unknown:
-        raise PromptError(f"{where}: unknown key {unknown[0]!r}; known keys: {', '.join(sorted(_KEYS))}")
-    name, skill = entry.get("id"), entry.get("skill", DEFAULT_SKILL)
-    if not isinstance(name, str) or not name:
-        raise PromptError(f"{where}: id is {name!r}, expected a string that is unique in the file")
-    if not isinstance(skill, str) or not skill:
-        raise PromptError(f"{where}: skill is {skill!r}, expected a string such as arithmetic")
-    if ("prompt" in entry) == ("messages" in entry):
-        raise PromptError(f"{where}: expected either prompt or messages, as in {_EXAMPLE}")
-    if "prompt" in entry:
-        if not isinstance(entry["prompt"], str) or not entry["prompt"].strip():
-            raise PromptError(f"{where}: prompt is {entry['prompt']!r}, expected text")
-        messages: tuple[Message, ...] = (Message("user", entry["prompt"]),)
-    else:
-        messages = _messages(entry["messages"], where)
-    if system_prompt is not None and messages[0].role != "system":
-        messages = (Message("system", system_prompt), *messages)
-    response = entry.get("response")
-    if responses and not isinstance(response, str):
-        raise PromptError(f"{where}: response is {response!r}, expected the text to score")
-    finish = entry.get("finish_reason", "stop")
-    if finish not in ("stop", "length"):
-        raise PromptError(f"{where}: finish_reason is {finish!r}, expected stop or length")
-    return Prompt(name, skill, messages, response if responses else None, finish == "stop")
-
-
-def _messages(value: object, where: str) -> tuple[Message, ...]:
-    if not isinstance(value, list) or not value:
-        raise PromptError(f'{where}: messages is {value!r}, expected a list of {{"role", "content"}}')
-    messages = []
-    for number, turn in enumerate(value):
-        if (
-            not isinstance(turn, dict)
-            or turn.keys() != {"role", "content"}
-            or not all(isinstance(part, str) for part in turn.values())
-        ):
-            raise PromptError(
-                f'{where}: messages[{number}] is {turn!r}, expected {{"role": …, "content": …}} of strings'
-            )
-        messages.append(Message(turn["role"], turn["content"]))
-    return tuple(messages)
+def _parse(value: Any, where: str, system: tuple[Message, ...], responses: bool) -> Prompt:
+    line = checked(PromptLine, value, where, PromptError, _EXAMPLE)
+    messages = to_messages(line.messages or [])
+    if line.prompt is not None:
+        messages = (Message("user", line.prompt),)
+    if messages[0].role != "system":
+        messages = (*system, *messages)
+    if responses and line.response is None:
+        raise PromptError(f"{where}: response is missing; expected the text to score")
+    return Prompt(line.id, line.skill, messages, line.response if responses else None, line.finish_reason == "stop")
