@@ -44,9 +44,9 @@ class PromptLine(Strict):
     @model_validator(mode="after")
     def _one_conversation(self) -> PromptLine:
         if (self.prompt is None) == (self.messages is None):
-            raise ValueError(f"either prompt or messages; {_EXAMPLE}")
+            raise ValueError(f"expected either prompt or messages; the file should be {_EXAMPLE}")
         if self.prompt is not None and not self.prompt.strip():
-            raise ValueError(f"words in prompt, not {self.prompt!r}")
+            raise ValueError(f"prompt is {self.prompt!r}, expected text that is not blank")
         return self
 
 
@@ -84,7 +84,7 @@ def load_prompts(path: Path, system_prompt: str | None = None, responses: bool =
     Raises:
         PromptError: if the file is missing, empty or malformed (naming the place), or an id comes twice.
     """
-    system = ()
+    system: tuple[Message, ...] = ()
     if system_prompt is not None:
         turn = {"role": "system", "content": system_prompt}
         system = to_messages([checked(Turn, turn, "collect.system_prompt", PromptError, "text")])
