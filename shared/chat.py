@@ -30,7 +30,7 @@ from shared.vocabulary import Encoder, Vocabulary
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 # How an end of text is written where no setting of the tokenizer names it: it is then the response's end all the same.
 _END_OF_TEXT = frozenset({"<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>"})
-_CHOICE = "collect.rendered (--rendered or --no-rendered of import-json)"
+_CHOICE = "`rendered` beside it, or collect.rendered (--rendered or --no-rendered of import-json) for all"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +87,11 @@ class ChatEncoder:
         """Of responses: byte-exact, special tokens in the text being text."""
         return Encoder(self._file, self.vocabulary)
 
-    def prompt(self, messages: Sequence[Message]) -> RenderedPrompt:
+    def prompt(self, messages: Sequence[Message], rendered: bool | None = None) -> RenderedPrompt:
         """The conversation up to and including the header of the assistant's turn.
+
+        Args:
+            rendered: of this one; None is what all are.
 
         Raises:
             PromptError: if the template refuses the conversation, or it may or may not be rendered already.
@@ -96,7 +99,7 @@ class ChatEncoder:
         """
         said = "".join(message.role + message.content for message in messages)
         _check_characters(said)
-        if self._is_rendered(messages):
+        if self._is_rendered(messages, self._rendered if rendered is None else rendered):
             return RenderedPrompt(messages[-1].content, self.encode(messages[-1].content))
         text = self._render(messages)
         if self._specials.broken(said) == said:
@@ -106,7 +109,7 @@ class ChatEncoder:
         if broken.replace(BREAK, "") != text:
             raise PromptError(
                 "the chat template itself looks for special tokens in what is said, so they cannot be taken as text; "
-                f"take them out, or render the prompt yourself and set {_CHOICE} to true"
+                f"take them out, or render the prompt yourself and set {_CHOICE}, to true"
             )
         return RenderedPrompt(text, self._encode(broken))
 
@@ -119,15 +122,19 @@ class ChatEncoder:
         _check_characters(text)
         return self._encode(text)
 
-    def response(self, text: str, finished: bool = True, rows: int | None = None) -> NDArray[np.int32]:
+    def response(
+        self, text: str, finished: bool = True, rows: int | None = None, rendered: bool | None = None
+    ) -> NDArray[np.int32]:
         """Ids of a response. A trailing end of turn or of text is its end; a finished one without gets one.
 
         Args:
             rows: tokens that the response must have; they say whether its end is among them.
+            rendered: of this one; None is what all are.
 
         Raises:
             PromptError: if special tokens stand where a template would write them, or an end where there is none.
         """
+        rendered = self._rendered if rendered is None else rendered
         pieces = self._specials.split(text)
         stripped = pieces[:-1] if pieces and str(pieces[-1]).isspace() else pieces
         end = self.roles.get("end_of_turn", self.roles.get("end_of_text"))
@@ -140,12 +147,12 @@ class ChatEncoder:
                     f"finish_reason is length, but the response ends with {self._text(last)}; "
                     "take one of them out, or say stop"
                 )
-        if self._rendered:
+        if rendered:
             runs = [[p] if isinstance(p, int) else self.encoder.encode(p).tolist() for p in pieces]
             ids = np.array([index for run in runs for index in run], np.int32)
         else:
             found = next((piece for piece in (*pieces[:1], *pieces[-1:]) if isinstance(piece, int)), None)
-            if found is not None and self._rendered is None:
+            if found is not None and rendered is None:
                 raise PromptError(
                     f"the response begins or ends with the special token {self._text(found)} beside its end; take it "
                     f"out, or set {_CHOICE}: true takes special tokens as tokens, false as text"
@@ -154,12 +161,12 @@ class ChatEncoder:
         with_end = finished if rows is None else rows == len(ids) + 1
         return np.append(ids, np.int32(end)) if with_end and end is not None else ids
 
-    def _is_rendered(self, messages: Sequence[Message]) -> bool:
+    def _is_rendered(self, messages: Sequence[Message], stated: bool | None) -> bool:
         """Whether the conversation is rendered text in one turn."""
-        if self._rendered is False:
+        if stated is False:
             return False
         *before, last = messages
-        if self._rendered:
+        if stated:
             if before:
                 raise PromptError(
                     f"it has {len(messages)} turns, but rendered text is one; give it as `prompt`, without "

@@ -34,7 +34,7 @@ EventsName = Literal["spelled", "exact"]
 class Section(BaseModel):
     """Base of all sections: immutable, and unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class TeacherConfig(Section):
@@ -262,7 +262,7 @@ class PipelineConfig(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     runs: Path = Path("runs")
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=1 << 63)
     teacher: TeacherConfig
     collect: CollectConfig
     student: StudentConfig

@@ -23,7 +23,7 @@ _BLOCK = 1 << 20
 _SPACE = re.compile(r"[ \t\n\r]*")
 _LONGEST_ATOM = 16
 """A literal, number or escape that fails this close to the end of what was read may only be cut there."""
-_SCHEMATIC = "this is a schematic example, in which dots or brackets stand for values; a real one is named below"
+_SCHEMATIC = "this is a schematic example, whose dots or brackets stand for values"
 _HINTS = (
     (re.compile(r"\.\.|…|<"), _SCHEMATIC),
     (re.compile(r"None|True|False|'|nan|inf|array"), "this is Python's notation: write the file with json.dump"),

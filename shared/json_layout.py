@@ -124,10 +124,9 @@ class EntryReader:
         if "response_ids" in entry:
             ids = self._ids(entry["response_ids"], f"{where}: response_ids")
         else:
+            finished, count = entry.get("finish_reason") != "length", None if rows is None else len(rows)
             try:
-                ids = self._chat.response(
-                    response, entry.get("finish_reason") != "length", None if rows is None else len(rows)
-                )
+                ids = self._chat.response(response, finished, count, entry.get("rendered"))
             except PromptError as error:
                 raise DatasetError(f"{where}: {error}") from error
         if rows is not None and len(rows) != len(ids):
@@ -144,7 +143,11 @@ class EntryReader:
         """The rendered prompt and its ids, as far as the entry does not state them."""
         text = entry.prompt_text
         try:
-            rendered = self._chat.prompt(messages) if text is None else RenderedPrompt(text, self._chat.encode(text))
+            rendered = (
+                self._chat.prompt(messages, entry.rendered)
+                if text is None
+                else RenderedPrompt(text, self._chat.encode(text))
+            )
         except PromptError as error:
             raise DatasetError(f"{where}: {error}") from error
         if entry.prompt_ids is not None:

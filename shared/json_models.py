@@ -87,6 +87,7 @@ class Entry(Strict):
         Turns, BeforeValidator(lambda value: [Turn(role="user", content=value)] if isinstance(value, str) else value)
     ] | None = None  # fmt: skip
     messages: Turns | None = None
+    rendered: bool | None = None
     prompt_text: Text | None = None
     prompt_ids: list[Any] | None = None
     response: Text | None = None
@@ -119,7 +120,7 @@ def checked(model: type[Model], value: Any, where: str, kind: type[UserError], e
         inside = [key for key, held in value.items() if isinstance(held, list) and held and isinstance(held[0], dict)]
         if inside:
             raise kind(
-                f"{where} is an object whose {inside[0]!r} holds {len(value[inside[0]])} entries; "
+                f"{where} is an object whose {inside[0]!r} is a list of entries; "
                 f"save that list alone as the file (jq .{inside[0]} FILE); expected {example}"
             )
     for key in value.keys() - set(known):

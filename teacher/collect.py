@@ -37,8 +37,8 @@ log = logging.getLogger(__name__)
 _MOST_NAMED = 20
 """Prompts that a message names."""
 _ADVICE = (
-    "go back to what it was begun with to finish it or to keep what is there; another `name` begins a new dataset beside "
-    "it, and asks the teacher for every response again"
+    "go back to what it was begun with, to finish it or to keep what is there; another `name` begins a dataset of its "
+    "own, and the teacher is asked for every response again"
 )
 
 

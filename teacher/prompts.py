@@ -42,25 +42,30 @@ class PromptLine(Strict):
     messages: Turns | None = None
     response: Text | None = None
     finish_reason: Literal["stop", "length"] = "stop"
+    rendered: bool | None = None
 
     @model_validator(mode="after")
     def _one_conversation(self) -> PromptLine:
         if (self.prompt is None) == (self.messages is None):
-            raise ValueError(f"either prompt or messages; {_EXAMPLE}")
+            raise ValueError(f"expected either prompt or messages; the file should be {_EXAMPLE}")
         if self.prompt is not None and not self.prompt.strip():
-            raise ValueError(f"words in prompt, not {self.prompt!r}")
+            raise ValueError(f"prompt is {self.prompt!r}, expected text that is not blank")
         return self
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One conversation that the teacher answers; `response` where the answer is given and only to be scored."""
+    """One conversation that the teacher answers; `response` where the answer is given and only to be scored.
+
+    `rendered` says whether its text is rendered already; None leaves that to `collect.rendered`.
+    """
 
     id: str
     skill: str
     messages: tuple[Message, ...]
     response: str | None = None
     finished: bool = True
+    rendered: bool | None = None
 
     @property
     def content(self) -> str:
@@ -78,7 +83,7 @@ def load_prompts(path: Path, system_prompt: str | None = None, responses: bool =
     Raises:
         PromptError: if the file is missing, empty or malformed (naming the place), or an id comes twice.
     """
-    system = ()
+    system: tuple[Message, ...] = ()
     if system_prompt is not None:
         turn = {"role": "system", "content": system_prompt}
         system = to_messages([checked(Turn, turn, "collect.system_prompt", PromptError, "text")])
@@ -123,10 +128,12 @@ def stable_hash(*parts: object) -> int:
 
 
 def prompts_fingerprint(prompts: Iterable[Prompt]) -> str:
-    """sha256 over ids, skills, conversations and given responses, in order."""
+    """sha256 over ids, skills, conversations, given responses and what is stated of their rendering, in order."""
     digest = hashlib.sha256()
     for prompt in prompts:
-        digest.update(json.dumps([prompt.id, prompt.skill, prompt.content, prompt.response, prompt.finished]).encode())
+        parts = [prompt.id, prompt.skill, prompt.content, prompt.response, prompt.finished]
+        stated = [] if prompt.rendered is None else [prompt.rendered]
+        digest.update(json.dumps([*parts, *stated]).encode())
     return digest.hexdigest()
 
 
@@ -172,7 +179,7 @@ class Renderer:
             PromptError: as `ChatEncoder.prompt`, naming the prompt.
         """
         try:
-            return self._chat.prompt(prompt.messages)
+            return self._chat.prompt(prompt.messages, prompt.rendered)
         except PromptError as error:
             raise PromptError(f"prompt {prompt.id!r}: {error}") from error
 
@@ -184,7 +191,7 @@ class Renderer:
         """
         assert prompt.response is not None
         try:
-            return self._chat.response(prompt.response, prompt.finished)
+            return self._chat.response(prompt.response, prompt.finished, rendered=prompt.rendered)
         except PromptError as error:
             raise PromptError(f"prompt {prompt.id!r}: {error}") from error
 
@@ -208,4 +215,5 @@ def _parse(value: Any, where: str, system: tuple[Message, ...], responses: bool)
         messages = (*system, *messages)
     if responses and line.response is None:
         raise PromptError(f"{where}: response is missing; expected the text to score")
-    return Prompt(line.id, line.skill, messages, line.response if responses else None, line.finish_reason == "stop")
+    response, finished = line.response if responses else None, line.finish_reason == "stop"
+    return Prompt(line.id, line.skill, messages, response, finished, line.rendered)

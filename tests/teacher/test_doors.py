@@ -48,10 +48,25 @@ def tokenizer(tiny_checkpoint: Path) -> Any:
     return AutoTokenizer.from_pretrained(tiny_checkpoint)
 
 
-def prompts_file(folder: Path, prompt: Any, **more: str) -> Path:
+def prompts_file(folder: Path, prompt: Any, **more: Any) -> Path:
     key = "prompt" if isinstance(prompt, str) else "messages"
     (folder / "prompts.jsonl").write_text(json.dumps({"id": "a", key: prompt, **more}))
     return folder / "prompts.jsonl"
+
+
+def test_a_prompt_says_of_itself_whether_it_is_rendered(tokenizer: Any, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """`rendered` beside one prompt wins over what is said of all of them."""
+    prompt, response = CASES["header in words"][0], f"Paris.{END}{END}"
+    for stated, others in ((True, None), (False, None), (True, False), (False, True)):
+        file = prompts_file(tmp_path, prompt, response=response, rendered=stated)
+        (given,) = load_prompts(file, responses=True)
+        renderer = Renderer(tokenizer, rendered=others)
+        prompt_ids, response_ids = scored(tokenizer, tmp_path, prompt, response, stated)
+        assert renderer.render(given).ids.tolist() == prompt_ids
+        assert renderer.encode_response(given).tolist() == response_ids
+        entry = {"prompt": prompt, "response": response, "rendered": stated}
+        record = EntryReader(tiny_checkpoint, ImportSettings(rendered=others)).record(entry, "here", 0)
+        assert (record.prompt_ids.tolist(), record.response_ids.tolist()) == (prompt_ids, response_ids)
 
 
 def collected(tokenizer: Any, folder: Path, prompt: Any, rendered: bool | None) -> list[int]:
