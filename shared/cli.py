@@ -87,13 +87,13 @@ def import_json(
 ) -> None:
     """Make a dataset of the older JSON layout: prompt, response, logits, token, tokenID; or of plain conversations."""
     configure_logging(log_level)
-    from shared.errors import ConfigError
     from shared.json_files import import_json as import_file
     from shared.json_layout import UNKNOWN_FILTER, ImportSettings
-    from shared.json_models import SamplingSettings, checked
+    from shared.records import Sampling
 
-    given = {"temperature": 1.0, "top_k": UNKNOWN_FILTER} if temperature is None else {"temperature": temperature}
-    sampling = checked(SamplingSettings, given, "the options", ConfigError, "import-json --help").to_sampling()
+    sampling = (
+        Sampling(1.0, 1.0, UNKNOWN_FILTER, 0, None) if temperature is None else Sampling(temperature, 1.0, 0, 0, None)
+    )
     settings = ImportSettings(top_k, values, sampling, held_out, render)
     manifest = import_file(file, directory, tokenizer, settings)
     stdout.print(f"imported {manifest.rows:,} responses, {manifest.tokens:,} tokens to {directory}")
