@@ -98,13 +98,13 @@ def import_json(
     """Make a dataset of the older JSON layout: prompt, response, logits, token, tokenID; or of plain conversations."""
     configure_logging(log_level)
     from shared.config import apply_override
-    from shared.errors import ConfigError
     from shared.json_files import import_json as import_file
     from shared.json_layout import UNKNOWN_FILTER, ImportSettings
-    from shared.json_models import SamplingSettings, checked
+    from shared.records import Sampling
 
-    given = {"temperature": 1.0, "top_k": UNKNOWN_FILTER} if temperature is None else {"temperature": temperature}
-    sampling = checked(SamplingSettings, given, "the options", ConfigError, "import-json --help").to_sampling()
+    sampling = (
+        Sampling(1.0, 1.0, UNKNOWN_FILTER, 0, None) if temperature is None else Sampling(temperature, 1.0, 0, 0, None)
+    )
     arguments: dict[str, Any] = {}
     for text in template_argument or []:
         apply_override(arguments, text, "--template-argument", "'date_string=26 Jul 2024'")

@@ -61,6 +61,8 @@ class ImportSettings:
     def __post_init__(self) -> None:
         if not 0 <= self.held_out <= 1:
             raise ConfigError(f"--held-out is {self.held_out}, expected a share from 0 to 1")
+        if not 0 <= self.sampling.temperature < math.inf:
+            raise ConfigError(f"--temperature is {self.sampling.temperature}, expected a finite number, 0 or more")
 
 
 class EntryReader:

@@ -196,9 +196,9 @@ def malformed(reader: EntryReader) -> dict[str, tuple[Any, str]]:
         "no prompt": ({"response": "x"}, r"prompt is missing, expected text or a list"),
         "wrong prompt": ({**ids, "prompt": 3}, r"prompt is 3, expected text, or a list of {role, content}"),
         "bad turn": ({"messages": [{"role": "user"}]}, r"messages\[0\].content is missing"),
-        "turn's key": ({**ids, "prompt": [{"role": "user", "content": "x", "name": "b"}]}, r"prompt\[0\].name is not a"),
+        "turn's key": ({**ids, "prompt": [{"role": "user", "content": "x", "name": "b"}]}, r"prompt\[0\].name is not"),
         "no last turn": ({"messages": [{"role": "user", "content": "x"}]}, r"messages end with 'user', expected a"),
-        "surrogate": ({**ids, "prompt": "x\ud83d"}, r"character 1 is the lone surrogate '\\ud83d', half of a character"),
+        "surrogate": ({**ids, "prompt": "x\ud83d"}, r"character 1 is the lone surrogate '\\ud83d', half of a"),
         "surrogate id": ({**ids, "id": "\udcff"}, r"id is '\\udcff', .*lone surrogate"),
         "surrogate text": ({**ids, "prompt_text": "\udcff"}, r"prompt_text is .*lone surrogate"),
         "id": ({**ids, "id": True}, r"id is True, expected text"),
@@ -232,12 +232,12 @@ def malformed(reader: EntryReader) -> dict[str, tuple[Any, str]]:
         "token": ({**ids, "tokenID": None, "token": [["?!?"] * 5] * 4}, r"the tokenizer has no token '\?!\?'"),
         "no token": (changed(strings, "token", 0, 0, None), r"row 0, position 0: the tokenizer has no token None"),
         "no logits": ({**ids, "logits": None}, r"tokenID without logits"),
-        "finish": ({**ids, "finish_reason": "done"}, r"finish_reason is 'done', expected 'stop', 'length' or 'unknown'"),
+        "finish": ({**ids, "finish_reason": "done"}, r"finish_reason is 'done', expected 'stop', 'length' or"),
         "sampling": ({**ids, "sampling": {"heat": 1}}, r"sampling.heat is not a known key"),
-        "hot": ({**ids, "sampling": sampling | {"temperature": "hot"}}, r"sampling.temperature is 'hot', expected a num"),
+        "hot": ({**ids, "sampling": sampling | {"temperature": "hot"}}, r"sampling.temperature is 'hot', expected a"),
         "warm": ({**ids, "sampling": sampling | {"temperature": math.nan}}, r"temperature is nan, expected a finite n"),
-        "cold": ({**ids, "sampling": sampling | {"temperature": -1}}, r"temperature is -1, expected greater than or eq"),
-        "seed": ({**ids, "sampling": sampling | {"seed": 2**70}}, r"sampling.seed is 1180591620717411303424, expected l"),
+        "cold": ({**ids, "sampling": sampling | {"temperature": -1}}, r"temperature is -1, expected greater than"),
+        "seed": ({**ids, "sampling": sampling | {"seed": 2**70}}, r"seed is 1180591620717411303424, expected less"),
         "true seed": ({**ids, "sampling": sampling | {"seed": True}}, r"seed is True, expected a whole number"),
         "tail": ({**ids, "tail": [0.1]}, r"tail has 1 values, logits has 4 rows"),
         "tail value": ({**ids, "tail": [0.1, 0.1, "x", 0.1]}, r"tail\[2\] is 'x', expected a number, without quotes"),
@@ -250,22 +250,22 @@ def contradictions(reader: EntryReader) -> dict[str, tuple[Any, str]]:
     end = reader.vocabulary.texts[entry["response_ids"][-1]]
     turns = [*entry["prompt"], {"role": "assistant", "content": entry["response"]}]
     return {
-        "token and id": (changed(entry, "token", 1, 2, "Ġzebra"), r"row 1, position 2: token is 'Ġzebra', but tokenID \d+"),
+        "token and id": (changed(entry, "token", 1, 2, "Ġzebra"), r"row 1, position 2: token is 'Ġzebra', but tokenID"),
         "fewer tokens": ({**entry, "token": [r[:-1] for r in entry["token"]]}, r"16 logits for 15 candidates in token"),
         "response": ({**entry, "response": " a dog"}, r"response_ids and response differ at character 1: ' the cat ru"),
         "response's turn": (
-            {**entry, "messages": turns[:-1] + [{"role": "assistant", "content": "no"}]},
+            {**entry, "messages": [*turns[:-1], {"role": "assistant", "content": "no"}]},
             r"response and messages' last turn differ at character 0",
         ),
-        "prompt": ({**entry, "messages": [{"role": "user", "content": "why"}]}, r"prompt and messages differ at .* 'why'"),
+        "prompt": ({**entry, "messages": [{"role": "user", "content": "why"}]}, r"prompt and messages differ .*'why'"),
         "prompt_ids": ({**entry, "prompt_ids": entry["prompt_ids"][:-3]}, r"prompt_ids and prompt_text differ at char"),
         "rendered": ({**entry, "prompt_text": None, "prompt": "why"}, r"prompt_ids and prompt differ at character"),
-        "sampled": ({**entry, "sampled": [-5.0, *entry["sampled"][1:]]}, r"row 0: sampled is -5.0000, expected -\d\.\d+, whi"),
+        "sampled": ({**entry, "sampled": [-5.0, *entry["sampled"][1:]]}, r"row 0: sampled is -5.0000, expected -\d"),
         "shift": (
             {**entry, "sampled": entry["sampled"][1:] + entry["sampled"][:1]},
             r"row 0: sampled is -\d\.\d+, expected .* the rows are shifted against the response",
         ),
-        "tail": ({**entry, "tail": [0.7] * 4}, r"row 0: the candidates' probabilities add up to 0.\d+ beside a tail of 0.7"),
+        "tail": ({**entry, "tail": [0.7] * 4}, r"row 0: the candidates' probabilities .* beside a tail of 0.7"),
         "tail of nothing": ({**full, "tail": [0.5] * 4}, r"row 0: tail is 0.5000, expected 0: the row has every token"),
         "leaders": ({**full, "tokenID": [[1, 2]] * 4}, r"row 0, position 0: candidate 1 is not among the 2 likeliest"),
         "end": ({**entry, "finish_reason": "length"}, rf"finish_reason is length, but .* its end, '{re.escape(end)}'"),
@@ -351,9 +351,10 @@ def test_an_import_that_was_interrupted_says_what_to_do_with_another_file(
 ) -> None:
     path = tmp_path / "in.json"
     path.write_text(json.dumps([entry_of(reader, "plain")]))
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(DatasetWriter, "write_unit", lambda *_: signal.raise_signal(signal.SIGINT))
-        import_json(path, tmp_path / "d", tokenizer, ALL)
+        with pytest.raises(KeyboardInterrupt):
+            import_json(path, tmp_path / "d", tokenizer, ALL)
     path.write_text(json.dumps([entry_of(reader, "plain"), entry_of(reader, "ids")]))
     with pytest.raises(DatasetError, match=r"import into a new directory, or delete this one first$") as error:
         import_json(path, tmp_path / "d", tokenizer, ALL)

@@ -1,4 +1,4 @@
-"""JSON files are read an entry at a time, in every wrapping that people use; what is not JSON is named with its place."""
+"""JSON files are read an entry at a time, however they are wrapped; what is not JSON is named with its place."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ FILES: dict[str | bytes, str] = {
     '{"a": 1}\n{"b": ': r"line 2 is not JSON: .*, where it ends",
     '{"a": 1} {"b": 2}': r"line 1 is not JSON: Extra data .* at '{\"b\": 2}'",
     '{\n"a": 1\n}\n{\n"a": 2\n}': r"line 1 is not JSON: .* does not end on its line: put the entries into a JSON list",
-    '{"prompt": "...", "logits": [[0.1, ...], ...]}': r"line 1 .* this is a schematic example, whose dots .*; expected EX",
+    '{"prompt": "...", "logits": [[0.1, ...], ...]}': r"line 1 .* this is a schematic example, whose .*; expected EX",
     '[{"prompt": <text>}]': r"entry 0 .* this is a schematic example, whose dots",
     "{'prompt': 'x'}": r"line 1 .* this is Python's notation: write the file with json.dump",
     '{"id": 1, "id": 2}': r"line 1: key 'id' stands twice in one object",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -211,10 +212,26 @@ def test_too_large_a_k_is_refused_by_the_vocabularys_size(make_config: Maker) ->
         check_top_k(make_config(collect__top_k=301))
 
 
-def test_a_prompt_that_fills_the_context_is_named(make_config: Maker) -> None:
-    long = json.dumps({"id": "long-1", "skill": "sums", "prompt": "word " * 200})
-    with pytest.raises(PromptError, match=r"prompt 'long-1' has \d+ tokens, teacher\.max_model_len is 128"):
-        prepare(make_config(prompts=long))
+def test_all_prompts_that_fill_the_context_are_named_with_their_lengths(make_config: Maker) -> None:
+    texts = [json.dumps({"id": f"p-{i}", "skill": "sums", "prompt": "word " * i}) for i in (200, 1, 300, 250)]
+    with pytest.raises(PromptError) as error:
+        prepare(make_config(prompts="\n".join(texts)))
+    message = str(error.value)
+    assert message.startswith("3 of 4 prompts have 128 tokens or more")
+    named = re.findall(r"'p-(\d+)' \((\d+)\)", message)
+    assert [name for name, _ in named] == ["300", "250", "200"]
+    assert f"raise teacher.max_model_len to {int(named[0][1]) + 8}" in message  # max_tokens is 8
+    many = [json.dumps({"id": f"p-{i}", "skill": "sums", "prompt": "word " * 200}) for i in range(25)]
+    with pytest.raises(PromptError, match=r"25 of 25 prompts .* and 5 others; shorten them"):
+        prepare(make_config(prompts="\n".join(many)))
+
+
+def test_another_configuration_says_that_another_name_collects_again(make_config: Maker) -> None:
+    collector_of(make_config(), ScriptedEngine(top_k=8))
+    with pytest.raises(
+        DatasetError, match=r"top_k: 8 there, 7 here\n.*another `name` .* asked for every response again"
+    ):
+        collecting.collect(make_config(collect__top_k=7))
 
 
 def test_answers_that_may_be_cut_are_announced(make_config: Maker, caplog: pytest.LogCaptureFixture) -> None:
