@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -70,7 +70,7 @@ def show(
 
 @app.command("import-json")
 def import_json(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A JSON list of entries, or one entry a line.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A JSON list of entries, or one a line; gzip or plain.")],
     directory: DirArgument,
     tokenizer: TokenizerOption,
     top_k: Annotated[int, typer.Option(min=1, help="Candidates kept per token.")] = 64,
@@ -82,11 +82,22 @@ def import_json(
         float | None, typer.Option(min=0, help="How the responses were decoded; 0 is greedy.")
     ] = None,
     held_out: Annotated[float, typer.Option(min=0, max=1, help="Share of prompts that training never sees.")] = 0.1,
-    render: Annotated[bool, typer.Option(help="Render prompts with the tokenizer's chat template.")] = True,
+    rendered: Annotated[
+        bool | None,
+        typer.Option(
+            "--rendered/--no-rendered",
+            help="Prompts are rendered text already, or words; without, what is rendered is recognized.",
+        ),
+    ] = None,
+    template_argument: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Passed to the chat template, as collect.template_arguments is."),
+    ] = None,
     log_level: LogLevelOption = "info",
 ) -> None:
     """Make a dataset of the older JSON layout: prompt, response, logits, token, tokenID; or of plain conversations."""
     configure_logging(log_level)
+    from shared.config import apply_override
     from shared.json_files import import_json as import_file
     from shared.json_layout import UNKNOWN_FILTER, ImportSettings
     from shared.records import Sampling
@@ -94,7 +105,10 @@ def import_json(
     sampling = (
         Sampling(1.0, 1.0, UNKNOWN_FILTER, 0, None) if temperature is None else Sampling(temperature, 1.0, 0, 0, None)
     )
-    settings = ImportSettings(top_k, values, sampling, held_out, render)
+    arguments: dict[str, Any] = {}
+    for text in template_argument or []:
+        apply_override(arguments, text, "--template-argument", "'date_string=26 Jul 2024'")
+    settings = ImportSettings(top_k, values, sampling, held_out, rendered, arguments)
     manifest = import_file(file, directory, tokenizer, settings)
     stdout.print(f"imported {manifest.rows:,} responses, {manifest.tokens:,} tokens to {directory}")
 

@@ -94,14 +94,18 @@ def check_record(record: Record, vocabulary_size: int | None) -> None:
             "logprobs; expected offsets that start at 0, never fall and end at the number of both"
         )
     rows = np.repeat(np.arange(length), widths)
-    for what, values, where in (
-        ("candidate logprob", d.logprobs, rows),
-        ("tail mass", d.tail, np.arange(length)),
-        ("sampled logprob", d.sampled, np.arange(length)),
-    ):
+    for what, values, where, hint in (
+        ("candidate logprob", d.logprobs, rows, ""),
+        ("tail mass", d.tail, np.arange(length), ""),
+        (
+            "sampled logprob", d.sampled, np.arange(length),
+            ": the teacher gives this token of the response probability 0, so it is not the teacher's text; leave the "
+            "response out, or pass the tokenizer that it was written with",
+        ),
+    ):  # fmt: skip
         bad = np.isnan(values) if what == "candidate logprob" else np.zeros(len(values), bool)
         bad |= np.isinf(values)
-        _refuse(who, bad, where, values, what, "a finite number")
+        _refuse(who, bad, where, values, what, f"a finite number{hint}")
     _check_ids(f"{who}: candidates", d.ids, vocabulary_size, rows)
     ordered = np.lexsort((d.ids, rows))
     twice = (np.diff(d.ids[ordered]) == 0) & (np.diff(rows[ordered]) == 0)

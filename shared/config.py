@@ -34,7 +34,7 @@ EventsName = Literal["spelled", "exact"]
 class Section(BaseModel):
     """Base of all sections: immutable, and unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class TeacherConfig(Section):
@@ -95,6 +95,11 @@ class CollectConfig(Section):
     decoding: list[DecodingConfig] = Field(min_length=1)
     template_arguments: dict[str, Any] = Field(
         default_factory=dict, description="Passed to the chat template; pin what it would take from the clock."
+    )
+    rendered: bool | None = Field(
+        None,
+        description="Prompts are rendered text already (true), or people's words, special tokens in them included "
+        "(false); null recognizes rendered text by its beginning and refuses what may be either.",
     )
     measure_capture: bool = Field(False, description="Measure first what capturing costs in tokens per second.")
     responses: Path | None = Field(
@@ -257,7 +262,7 @@ class PipelineConfig(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     runs: Path = Path("runs")
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=1 << 63)
     teacher: TeacherConfig
     collect: CollectConfig
     student: StudentConfig
@@ -317,7 +322,7 @@ def load_config(path: Path, overrides: list[str] | None = None) -> PipelineConfi
             f"{path} holds {type(tree).__name__}, expected a mapping of sections such as teacher: and train:"
         )
     for override in overrides or []:
-        _apply_override(tree, override)
+        apply_override(tree, override)
     try:
         return PipelineConfig.model_validate(tree)
     except ValidationError as error:
@@ -329,23 +334,28 @@ def dump_config(config: PipelineConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
+def apply_override(tree: dict[str, Any], override: str, option: str = "--set", example: str = "train.loss=kl") -> None:
+    """Put the value of `KEY.PATH=VALUE` into `tree`; `option` and its `example` are for messages.
+
+    Raises:
+        ConfigError: if it is malformed.
+    """
     key, separator, value = override.partition("=")
     parts = key.split(".")
     if not separator or not all(parts):
-        raise ConfigError(f"--set {override!r} is not KEY.PATH=VALUE, for example --set train.loss=kl")
+        raise ConfigError(f"{option} {override!r} is not KEY.PATH=VALUE, for example {option} {example}")
     node = tree
     for part in parts[:-1]:
         child = node.setdefault(part, {})
         if not isinstance(child, dict):
             raise ConfigError(
-                f"--set {override!r}: {part!r} is a value ({child!r}), not a section that can hold {parts[-1]!r}"
+                f"{option} {override!r}: {part!r} is a value ({child!r}), not a section that can hold {parts[-1]!r}"
             )
         node = child
     try:
         node[parts[-1]] = yaml.safe_load(value)
     except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override!r}: the value is not valid YAML: {error}") from error
+        raise ConfigError(f"{option} {override!r}: the value is not valid YAML: {error}") from error
 
 
 def _explain(error: ValidationError) -> list[str]:

@@ -1,7 +1,7 @@
 """Whole files of the older JSON layout into a dataset and back, an entry at a time.
 
-Files are a JSON list or one entry a line. An import reads the file twice: everything is checked before a directory is
-made, so that a bad entry leaves nothing behind. Memory holds one unit of entries a split, however large the file is.
+An import reads the file twice: everything is checked before a directory is made, whatever `shards validate` would find
+included, so that a bad entry leaves nothing behind. Memory holds one unit of entries a split, however large the file is.
 """
 
 from __future__ import annotations
@@ -11,76 +11,35 @@ import itertools
 import json
 import secrets
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from shared.columns import check_record
+from rich.progress import Progress
+
+from shared.columns import check_record, records_to_table
 from shared.console import progress
 from shared.dataset import Dataset, Manifest, Provenance
 from shared.errors import DatasetError
+from shared.json_input import read_values
 from shared.json_layout import EntryReader, ImportSettings, to_entry
+from shared.json_models import ENTRY_EXAMPLE
+from shared.records import Record
 from shared.storage import file_sha256
+from shared.validate import table_problems
 from shared.writer import DatasetWriter
 
 UNIT_ENTRIES = 256
-_BLOCK = 1 << 20
+_ADVICE = (
+    "the file or the options changed since that import began: import into a new directory, or delete this one first"
+)
 
 
 def read_entries(path: Path) -> Iterator[tuple[str, Any]]:
-    """Entries of a JSON list or of JSON lines, each with `FILE, entry N` for messages.
-
-    Raises:
-        DatasetError: if the file cannot be read or is not JSON, with the place.
-    """
-    decoder = json.JSONDecoder()
-    try:
-        with path.open(encoding="utf-8") as file:
-            text, position, consumed, block = "", 0, 0, _BLOCK
-            number, in_list, ended = 0, False, False
-            while True:
-                while position < len(text) and (
-                    text[position].isspace() or (in_list and number and text[position] == ",")
-                ):
-                    position += 1
-                if position == len(text) or ended:
-                    more = file.read(block)
-                    if ended and (text[position:] + more).strip():
-                        raise DatasetError(f"{path}: there is more after the list's end; expected one JSON list")
-                    if not more:
-                        break
-                    consumed += position
-                    text, position = text[position:] + more, 0
-                    continue
-                if not number and not in_list and text[position] == "[":
-                    in_list, position = True, position + 1
-                    continue
-                if in_list and text[position] == "]":
-                    ended, position = True, position + 1
-                    continue
-                try:
-                    entry, end = decoder.raw_decode(text, position)
-                    # A number could go on in the next block; entries are objects, whose end is their brace.
-                except json.JSONDecodeError as error:
-                    more = file.read(block)
-                    if not more:
-                        raise DatasetError(
-                            f"{path}, entry {number}: not valid JSON at character {consumed + error.pos}: {error.msg}; "
-                            "expected a list of entries, or one entry a line"
-                        ) from error
-                    consumed += position
-                    text, position, block = text[position:] + more, 0, block * 2
-                    continue
-                yield f"{path}, entry {number}", entry
-                number, position, block = number + 1, end, _BLOCK
-            if in_list and not ended:
-                raise DatasetError(f"{path} ends inside its list after {number} entries; the file is cut off")
-            if not number:
-                raise DatasetError(f"{path} holds no entries; expected a JSON list of them, or one a line")
-    except OSError as error:
-        raise DatasetError(f"cannot read {path}: {error.strerror}; pass a JSON file of entries") from error
-    except UnicodeDecodeError as error:
-        raise DatasetError(f"{path} is not UTF-8 at byte {error.start}: {error.reason}; expected JSON text") from error
+    """Entries of a JSON list or of JSON lines, each with its place for messages; errors as `read_values`."""
+    if path.exists() and not path.is_file():
+        raise DatasetError(f"{path} is not a regular file, but it is read twice; save the entries to one")
+    return read_values(path, DatasetError, ENTRY_EXAMPLE)
 
 
 def import_json(source: Path, destination: str | Path, tokenizer_dir: Path, settings: ImportSettings) -> Manifest:
@@ -93,61 +52,109 @@ def import_json(source: Path, destination: str | Path, tokenizer_dir: Path, sett
         DatasetError: if an entry cannot be imported, naming file, row, position, value and fix; nothing is left behind.
     """
     reader = EntryReader(tokenizer_dir, settings)
-    size = len(reader.vocabulary)
-    count = 0
     with progress() as bar:
-        task = bar.add_task("checking", total=None, note=source.name)
-        seen: dict[bytes, str] = {}
-        splits: list[str] = []
-        for where, entry in read_entries(source):
-            record = reader.record(entry, where, count)
-            try:
-                check_record(record, size)
-            except DatasetError as error:
-                raise DatasetError(f"{where}: {error}") from error
-            key = hashlib.blake2b(record.sample_id.encode(), digest_size=16).digest()
-            if key in seen:
-                raise DatasetError(f"{where}: id {record.sample_id!r} is also that of {seen[key]}; ids must be unique")
-            seen[key] = where
-            splits.append(record.split)
-            count += 1
-            bar.update(task, completed=count)
+        count = _check_entries(reader, source, bar)
+        template = reader.template
         provenance = Provenance(
             teacher=f"import:{source.name}",
             tokenizer_fingerprint=reader.vocabulary.fingerprint,
-            chat_template_fingerprint=reader.template_fingerprint,
+            chat_template_fingerprint=template.fingerprint if template else None,
             engine="import-json",
             dtype="unknown",
             top_k=settings.top_k,
             prompts_fingerprint=file_sha256(source),
-            details={"values": settings.values, "held_out": settings.held_out, "sampling": repr(settings.sampling)},
+            details={
+                "values": settings.values,
+                "held_out": settings.held_out,
+                "sampling": repr(settings.sampling),
+                "template_arguments": settings.template_arguments,
+                "rendered": settings.rendered,
+                "rendered_probe": template.probe if template else {},
+            },
         )
-        writer = DatasetWriter(destination, provenance, reader.vocabulary, tokenizer_dir)
+        writer = DatasetWriter(destination, provenance, reader.vocabulary, tokenizer_dir, advice=_ADVICE)
         task = bar.add_task("importing", total=count, note="")
         units: list[str] = []
-        for name, batch in _units(read_entries(source), splits):
+        records = (record for batch in _batches(reader, source) for _, record in batch)
+        for name, unit in _units(records):
             units.append(name)
-            writer.write_unit(name, (reader.record(entry, where, number) for number, where, entry in batch))
-            bar.update(task, advance=len(batch))
+            writer.write_unit(name, unit)
+            bar.update(task, advance=len(unit))
         return writer.finish(units)
 
 
-def _units(
-    entries: Iterator[tuple[str, Any]], splits: Sequence[str]
-) -> Iterator[tuple[str, list[tuple[int, str, Any]]]]:
-    """Units of one split each, in the file's order within it: a name, and (number, place, entry) of its entries."""
-    waiting: dict[str, list[tuple[int, str, Any]]] = {}
+def _units(records: Iterable[Record]) -> Iterator[tuple[str, list[Record]]]:
+    """Units of one split each, in the file's order within it, with their names."""
+    waiting: dict[str, list[Record]] = {}
     numbers = Counter[str]()
 
-    def unit(split: str) -> tuple[str, list[tuple[int, str, Any]]]:
+    def unit(split: str) -> tuple[str, list[Record]]:
         numbers[split] += 1
         return f"{split}-import-{numbers[split] - 1:06d}", waiting.pop(split)
 
-    for number, (split, (where, entry)) in enumerate(zip(splits, entries, strict=True)):
-        waiting.setdefault(split, []).append((number, where, entry))
-        if len(waiting[split]) == UNIT_ENTRIES:
-            yield unit(split)
+    for record in records:
+        waiting.setdefault(record.split, []).append(record)
+        if len(waiting[record.split]) == UNIT_ENTRIES:
+            yield unit(record.split)
     yield from map(unit, list(waiting))
+
+
+def _batches(reader: EntryReader, source: Path) -> Iterator[list[tuple[str, Record]]]:
+    """The file's records in order, a unit at a time, each with its place for messages."""
+    numbered = enumerate(read_entries(source))
+    while batch := [
+        (where, reader.record(entry, where, number))
+        for number, (where, entry) in itertools.islice(numbered, UNIT_ENTRIES)
+    ]:
+        yield batch
+
+
+def _check_entries(reader: EntryReader, source: Path, bar: Progress) -> int:
+    """Check what the file's records are alone, as shards, and beside each other; returns how many there are.
+
+    Raises:
+        DatasetError: for the first that cannot be imported, or that `shards validate` would find a problem in.
+    """
+    task = bar.add_task("checking", total=None, note=source.name)
+    count, facts = 0, _Facts()
+    for batch in _batches(reader, source):
+        for where, record in batch:
+            try:
+                check_record(record, len(reader.vocabulary))
+            except DatasetError as error:
+                raise DatasetError(f"{where}: {error}") from error
+            conversation = json.dumps([[m.role, m.content] for m in record.messages])
+            facts.say("id {!r} is also that of {}; ids must be unique", record.sample_id, where, where)
+            facts.say(
+                "prompt_id {!r} is that of another prompt in {}; one id for each", record.prompt_id, conversation, where
+            )
+            facts.say(
+                "the prompt {!r} is also in {}, in another split; one prompt is in one split",
+                conversation, record.split, where,
+            )  # fmt: skip
+        table = records_to_table([record for _, record in batch], check=False)
+        for problem in table_problems(table, reader.vocabulary):
+            place = next((w for w, record in batch if problem.startswith(f"record {record.sample_id!r}")), source)
+            raise DatasetError(f"{place}: {problem}")
+        count += len(batch)
+        bar.update(task, completed=count)
+    return count
+
+
+class _Facts:
+    """What entries say about ids and prompts: the first to say it binds the others. Some 200 bytes each."""
+
+    def __init__(self) -> None:
+        self._said: dict[bytes, tuple[bytes, str]] = {}
+
+    def say(self, message: str, key: str, value: str, where: str) -> None:
+        """Raise `message`, with `key` and the other place, where another value was said of `key`."""
+        key_digest, digest = (
+            hashlib.blake2b(text.encode(), digest_size=16).digest() for text in (message + key, value)
+        )
+        other, place = self._said.setdefault(key_digest, (digest, where))
+        if other != digest:
+            raise DatasetError(f"{where}: {message.format(key[:80], place)}")
 
 
 def export_json(

@@ -9,12 +9,11 @@ ends its turn. The rest comes from the tokenizer's settings.
 from __future__ import annotations
 
 import datetime
-import json
 import logging
 from collections.abc import Mapping
-from typing import Any, NoReturn
 
 from shared.errors import VocabularyError
+from shared.template import ANSWER, PROBES, QUESTION, ChatTemplate, Specials
 from shared.tokenizer_files import TokenizerFile
 
 ROLES = ("bos", "end_of_text", "end_of_turn", "start_header", "end_header", "mask", "pad")
@@ -23,7 +22,6 @@ ROLES = ("bos", "end_of_text", "end_of_turn", "start_header", "end_header", "mas
 PRECEDENCE = ("end_of_turn", "start_header", "end_header", "end_of_text", "bos", "mask", "pad")
 
 _SETTING_OF_ROLE = {"bos": "bos_token", "end_of_text": "eos_token", "mask": "mask_token", "pad": "pad_token"}
-_QUESTION, _ANSWER = "Why is the sky blue", "Because air scatters light"
 _logger = logging.getLogger(__name__)
 
 
@@ -76,21 +74,17 @@ def _from_settings(file: TokenizerFile) -> dict[str, int]:
 
 
 def _from_chat_template(file: TokenizerFile) -> dict[str, int]:
-    messages = [
-        {"role": "user", "content": _QUESTION},
-        {"role": "assistant", "content": _ANSWER},
-        {"role": "user", "content": _QUESTION},
-    ]
     try:
-        text = render_chat_template(str(file.chat_template), messages, file.settings)
+        template = ChatTemplate(str(file.chat_template), file.settings, now=datetime.datetime.now())
+        text = template.render(PROBES["turns"])
     except Exception as error:  # a template is foreign code: whatever it raises, it only costs us its hints
         _logger.warning(
             "%s: the chat template cannot be rendered (%s); roles come from the settings alone", file.source, error
         )
         return {}
-    pieces = _cut_at_specials(text, file)
-    question = next((i for i, piece in enumerate(pieces) if isinstance(piece, str) and _QUESTION in piece), None)
-    answer = next((i for i, piece in enumerate(pieces) if isinstance(piece, str) and _ANSWER in piece), None)
+    pieces = Specials(file).split(text)
+    question = next((i for i, piece in enumerate(pieces) if isinstance(piece, str) and QUESTION in piece), None)
+    answer = next((i for i, piece in enumerate(pieces) if isinstance(piece, str) and ANSWER in piece), None)
     if question is None or answer is None:
         return {}
     roles: dict[str, int] = {}
@@ -104,42 +98,3 @@ def _from_chat_template(file: TokenizerFile) -> dict[str, int]:
         case [*_, int(start), str(content)] if content.strip().startswith("user"):
             roles["start_header"] = start
     return roles
-
-
-def _cut_at_specials(text: str, file: TokenizerFile) -> list[int | str]:
-    """`text` as special ids and the text between them; the longest special wins where several begin."""
-    import re
-
-    specials = {spelling: index for index, spelling in enumerate(file.texts) if file.is_special[index] and spelling}
-    if not specials:
-        return [text]
-    pattern = "|".join(re.escape(spelling) for spelling in sorted(specials, key=len, reverse=True))
-    return [specials.get(piece, piece) for piece in re.split(f"({pattern})", text) if piece]
-
-
-def render_chat_template(
-    template: str, messages: list[dict[str, str]], settings: Mapping[str, Any], *, generate: bool = False
-) -> str:
-    """Render `template` as Hugging Face tokenizers do. `settings` gives `bos_token` and the like.
-
-    Raises:
-        jinja2.TemplateError, or whatever else the template raises.
-    """
-    from jinja2.exceptions import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def raise_exception(message: str) -> NoReturn:
-        raise TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda format: datetime.datetime.now().strftime(format)
-    tokens = {
-        key: value["content"] if isinstance(value, dict) else value
-        for key, value in settings.items()
-        if key.endswith("_token")
-    }
-    return environment.from_string(template).render(messages=messages, add_generation_prompt=generate, **tokens)

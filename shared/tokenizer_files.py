@@ -73,7 +73,8 @@ def read_tokenizer_file(
                 f"{file} is not valid JSON ({error}); pass a tokenizer.json or tekken.json"
             ) from error
         if "model" in tree and "added_tokens" in tree:
-            return _read_hugging_face(file, tree)
+            settings = _read_settings(file.parent)
+            return of_tree(file, tree, settings, _read_chat_template(file.parent, settings))
         if "vocab" in tree and "config" in tree:
             return _read_tekken(file, tree)
         raise VocabularyError(
@@ -100,7 +101,12 @@ def _find(path: Path) -> Path:
 # --- tokenizer.json -------------------------------------------------------------------------------------
 
 
-def _read_hugging_face(file: Path, tree: dict[str, Any]) -> TokenizerFile:
+def of_tree(file: Path, tree: dict[str, Any], settings: dict[str, Any], chat_template: str | None) -> TokenizerFile:
+    """A `tokenizer.json` tree, read already, with its settings; `file` is for messages.
+
+    Raises:
+        VocabularyError: if a token's bytes cannot be recovered.
+    """
     vocab = _model_vocabulary(tree["model"])
     added = tree["added_tokens"]
     size = max([*vocab.values(), *(entry["id"] for entry in added)], default=-1) + 1
@@ -117,8 +123,7 @@ def _read_hugging_face(file: Path, tree: dict[str, Any]) -> TokenizerFile:
         if not entry["special"]:
             tokens[entry["id"]] = entry["content"].encode()
             is_special[entry["id"]] = False
-    settings = _read_settings(file.parent)
-    return TokenizerFile(file, tokens, texts, is_special, tree, settings, _read_chat_template(file.parent, settings))
+    return TokenizerFile(file, tokens, texts, is_special, tree, settings, chat_template)
 
 
 def _model_vocabulary(model: dict[str, Any]) -> dict[str, int]:

@@ -61,6 +61,7 @@ class DatasetWriter:
         vocabulary: the teacher's; stored beside the shards, and every id is checked against it.
         tokenizer_dir: the teacher's tokenizer files, copied beside the shards; None where there are none.
         check: False stores rows that contradict their own text, for tests that need a damaged dataset.
+        advice: what to do where `path` was begun with another provenance.
 
     Raises:
         DatasetError: if `path` holds something else, or a dataset of another provenance (naming what differs).
@@ -73,6 +74,7 @@ class DatasetWriter:
         vocabulary: Vocabulary,
         tokenizer_dir: Path | None,
         check: bool = True,
+        advice: str = "choose another directory, or go back to what it was begun with",
     ) -> None:
         if provenance.tokenizer_fingerprint != vocabulary.fingerprint:
             raise DatasetError(
@@ -83,7 +85,7 @@ class DatasetWriter:
         self._provenance = provenance
         self._vocabulary = vocabulary
         self._check = check
-        self._claim()
+        self._claim(advice)
         self._storage.clear_partial()
         self._write_sidecars(tokenizer_dir)
         self._units = committed_units(self._storage)
@@ -171,7 +173,7 @@ class DatasetWriter:
         self._storage.clear_partial()
         return manifest
 
-    def _claim(self) -> None:
+    def _claim(self, advice: str) -> None:
         """Compare our provenance with the directory's, or write it where the directory is new."""
         there = _read_or_none(self._storage, PROVENANCE)
         if there is None:
@@ -190,7 +192,7 @@ class DatasetWriter:
             raise DatasetError(
                 f"{self._storage.url} was begun with another configuration:\n  "
                 + "\n  ".join(differences)
-                + "\nchoose another directory (config key `name`), or go back to the one that it was begun with"
+                + f"\n{advice}"
             )
         if found.git_commit != self._provenance.git_commit:
             log.warning(

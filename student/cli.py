@@ -50,7 +50,7 @@ def generate(
     attention: Annotated[str | None, typer.Option(help="bidirectional (LLaDA's) or draft (prefix cache).")] = None,
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt without the chat template.")] = False,
-    seed: Annotated[int, typer.Option(help="Of the noise at temperatures above 0.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Of the noise at temperatures above 0.")] = 0,
     log_level: LogLevelOption = "warning",
 ) -> None:
     """Talk to a student with LLaDA's own sampler."""

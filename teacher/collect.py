@@ -34,6 +34,13 @@ from teacher.units import Task, Unit, cut_units
 
 log = logging.getLogger(__name__)
 
+_MOST_NAMED = 20
+"""Prompts that a message names."""
+_ADVICE = (
+    "go back to what it was begun with, to finish it or to keep what is there; another `name` begins a dataset of its "
+    "own, and the teacher is asked for every response again"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -181,7 +188,7 @@ def prepare(config: PipelineConfig) -> Plan:
     prepare_environment(config.teacher)
     prompts = load_prompts(collect.prompts, collect.system_prompt)
     check_top_k(config)
-    renderer = Renderer(load_tokenizer(config.teacher), collect.template_arguments)
+    renderer = load_renderer(config)
     prompt_tokens = check_lengths(prompts, renderer, config)
     units = cut_units(split_prompts(prompts, collect.held_out), collect, config.seed)
     if not units:
@@ -190,6 +197,11 @@ def prepare(config: PipelineConfig) -> Plan:
             f"{collect.prompts} is in there; set collect.held_out (now {collect.held_out})"
         )
     return Plan(prompts, units, renderer, prompt_tokens)
+
+
+def load_renderer(config: PipelineConfig) -> Renderer:
+    """The teacher's tokenizer with the template's arguments; errors as `Renderer` and `load_tokenizer`."""
+    return Renderer(load_tokenizer(config.teacher), config.collect.template_arguments, config.collect.rendered)
 
 
 def check_top_k(config: PipelineConfig) -> None:
@@ -207,21 +219,24 @@ def check_lengths(prompts: Sequence[Prompt], renderer: Renderer, config: Pipelin
     """Tokens of every prompt (and its response where one is given), by id.
 
     Raises:
-        PromptError: if a prompt leaves no room for an answer.
+        PromptError: if prompts leave no room for an answer, naming them with their lengths, the longest first.
     """
     room = config.teacher.max_model_len
     longest = max(decoding.max_tokens for decoding in config.collect.decoding)
     lengths: dict[str, int] = {}
     for prompt in prompts:
-        length = len(renderer.render(prompt).ids)
+        lengths[prompt.id] = len(renderer.render(prompt).ids)
         if prompt.response is not None:
-            length += len(renderer.encode_response(prompt))
-        if length >= room:
-            raise PromptError(
-                f"prompt {prompt.id!r} has {length} tokens, teacher.max_model_len is {room} and an answer needs room; "
-                "shorten the prompt or raise teacher.max_model_len"
-            )
-        lengths[prompt.id] = length
+            lengths[prompt.id] += len(renderer.encode_response(prompt))
+    too_long = sorted((name for name in lengths if lengths[name] >= room), key=lambda name: -lengths[name])
+    if too_long:
+        named = ", ".join(f"{name!r} ({lengths[name]})" for name in too_long[:_MOST_NAMED])
+        others = f" and {len(too_long) - _MOST_NAMED} others" if len(too_long) > _MOST_NAMED else ""
+        raise PromptError(
+            f"{len(too_long)} of {len(prompts)} prompts have {room} tokens or more, responses to score included, and "
+            f"teacher.max_model_len is {room}: {named}{others}; shorten them or take them out, or raise "
+            f"teacher.max_model_len to {lengths[too_long[0]] + longest}, with room for an answer"
+        )
     cut = sum(length + longest > room for length in lengths.values() if prompts[0].response is None)
     if cut:
         log.warning("%d prompts leave less than max_tokens %d of %d tokens for their answers", cut, longest, room)
@@ -241,7 +256,7 @@ def run(config: PipelineConfig, units: Sequence[Unit], renderer: Renderer, promp
     tokenizer_dir = model if isinstance(model, Path) else fetch_tokenizer(config, renderer)
     vocabulary = Vocabulary.from_tokenizer(tokenizer_dir)
     provenance = provenance_of(config, vocabulary, renderer, prompts_sha256, kind)
-    writer = DatasetWriter(config.shards_dir, provenance, vocabulary, tokenizer_dir)
+    writer = DatasetWriter(config.shards_dir, provenance, vocabulary, tokenizer_dir, advice=_ADVICE)
     names = [unit.name for unit in units]
     missing = [unit for unit in units if unit.name not in writer.committed]
     log.info("%d of %d units are there, %d to %s", len(units) - len(missing), len(units), len(missing), kind)
@@ -332,6 +347,8 @@ def provenance_of(
             "held_out": collect.held_out,
             "max_model_len": teacher.max_model_len,
             "template_arguments": collect.template_arguments,
+            "rendered": collect.rendered,
+            "rendered_probe": renderer.probe,
         },
         git_commit=_git_commit(),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

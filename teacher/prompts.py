@@ -13,29 +13,59 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import model_validator
 
+from shared.chat import ChatEncoder, RenderedPrompt
 from shared.config import Split
 from shared.errors import ConfigError, PromptError
+from shared.json_input import read_values
+from shared.json_models import Name, Strict, Text, Turn, Turns, checked, to_messages
 from shared.records import Message
+from shared.tokenizer_files import of_tree
 
 DEFAULT_SKILL = "general"
-_KEYS = frozenset({"id", "skill", "prompt", "messages", "response", "finish_reason"})
-_EXAMPLE = '{"id": "a-1", "skill": "arithmetic", "prompt": "What is 2 + 2?"}'
+_EXAMPLE = (
+    'a JSON list, or one a line, of prompts like {"id": "a-1", "skill": "arithmetic", "prompt": "What is 2 + 2?"}'
+)
+
+
+class PromptLine(Strict):
+    """One prompt as its file has it."""
+
+    id: Name
+    skill: Name = DEFAULT_SKILL
+    prompt: Text | None = None
+    messages: Turns | None = None
+    response: Text | None = None
+    finish_reason: Literal["stop", "length"] = "stop"
+    rendered: bool | None = None
+
+    @model_validator(mode="after")
+    def _one_conversation(self) -> PromptLine:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError(f"expected either prompt or messages; the file should be {_EXAMPLE}")
+        if self.prompt is not None and not self.prompt.strip():
+            raise ValueError(f"prompt is {self.prompt!r}, expected text that is not blank")
+        return self
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One conversation that the teacher answers; `response` where the answer is given and only to be scored."""
+    """One conversation that the teacher answers; `response` where the answer is given and only to be scored.
+
+    `rendered` says whether its text is rendered already; None leaves that to `collect.rendered`.
+    """
 
     id: str
     skill: str
     messages: tuple[Message, ...]
     response: str | None = None
     finished: bool = True
+    rendered: bool | None = None
 
     @property
     def content(self) -> str:
@@ -43,47 +73,27 @@ class Prompt:
         return json.dumps([[message.role, message.content] for message in self.messages], ensure_ascii=False)
 
 
-@dataclass(frozen=True, slots=True)
-class RenderedPrompt:
-    """A prompt in the teacher's own form: the template's text and int32 [P] token ids."""
-
-    text: str
-    ids: NDArray[np.int32]
-
-
 def load_prompts(path: Path, system_prompt: str | None = None, responses: bool = False) -> list[Prompt]:
-    """Read prompts from JSONL, one `{"id", "skill", "prompt"}` or `{"id", "skill", "messages"}` a line.
+    """Read prompts from JSON, a list or one a line, each `{"id", "skill", "prompt"}` or `{"id", "skill", "messages"}`.
 
     Args:
         system_prompt: put before conversations that do not begin with a system turn.
-        responses: each line must have a `response` too.
+        responses: each prompt must have a `response` too.
 
     Raises:
-        PromptError: if the file is missing, empty or malformed (naming the line), or an id comes twice.
+        PromptError: if the file is missing, empty or malformed (naming the place), or an id comes twice.
     """
-    prompts: list[Prompt] = []
-    lines: dict[str, int] = {}
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                prompt = _parse(line, f"{path} line {number}", system_prompt, responses)
-                if prompt.id in lines:
-                    raise PromptError(
-                        f"{path} line {number}: id {prompt.id!r} was used on line {lines[prompt.id]}; every id once"
-                    )
-                lines[prompt.id] = number
-                prompts.append(prompt)
-    except UnicodeDecodeError as error:
-        raise PromptError(f"{path} is not UTF-8 text: {error}; save it as UTF-8") from error
-    except OSError as error:
-        raise PromptError(
-            f"cannot read the prompts {path}: {error.strerror}; expected lines like {_EXAMPLE}"
-        ) from error
-    if not prompts:
-        raise PromptError(f"the prompts file {path} is empty; expected at least one line like {_EXAMPLE}")
-    return prompts
+    system: tuple[Message, ...] = ()
+    if system_prompt is not None:
+        turn = {"role": "system", "content": system_prompt}
+        system = to_messages([checked(Turn, turn, "collect.system_prompt", PromptError, "text")])
+    prompts: dict[str, tuple[Prompt, str]] = {}
+    for where, value in read_values(path, PromptError, _EXAMPLE):
+        prompt = _parse(value, where, system, responses)
+        if prompt.id in prompts:
+            raise PromptError(f"{where}: id {prompt.id!r} is also that of {prompts[prompt.id][1]}; ids must be unique")
+        prompts[prompt.id] = prompt, where
+    return [prompt for prompt, _ in prompts.values()]
 
 
 def split_prompts(prompts: Sequence[Prompt], held_out: float) -> dict[Split, list[Prompt]]:
@@ -118,104 +128,92 @@ def stable_hash(*parts: object) -> int:
 
 
 def prompts_fingerprint(prompts: Iterable[Prompt]) -> str:
-    """sha256 over ids, skills, conversations and given responses, in order."""
+    """sha256 over ids, skills, conversations, given responses and what is stated of their rendering, in order."""
     digest = hashlib.sha256()
     for prompt in prompts:
-        digest.update(json.dumps([prompt.id, prompt.skill, prompt.content, prompt.response, prompt.finished]).encode())
+        parts = [prompt.id, prompt.skill, prompt.content, prompt.response, prompt.finished]
+        stated = [] if prompt.rendered is None else [prompt.rendered]
+        digest.update(json.dumps([*parts, *stated]).encode())
     return digest.hexdigest()
 
 
 class Renderer:
     """The teacher's tokenizer and chat template. Loading takes seconds, a prompt some hundred microseconds.
 
+    Args:
+        tokenizer: of transformers, with the fast tokenizer that `tokenizer.json` holds.
+        template_arguments: of the chat template.
+        rendered: whether prompts are rendered text already; None recognizes those that are.
+
+    Attributes:
+        template_fingerprint: sha256 of the chat template.
+        probe: fixed conversations as it renders them, by name.
+
     Raises:
-        ConfigError: if the tokenizer has no chat template.
+        ConfigError: if the tokenizer has no chat template, the template reads the clock, or an argument is not its.
     """
 
-    def __init__(self, tokenizer: Any, template_arguments: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, tokenizer: Any, template_arguments: Mapping[str, Any] | None = None, rendered: bool | None = None
+    ) -> None:
         self.tokenizer = tokenizer
-        template = tokenizer.chat_template
-        if not isinstance(template, str):
+        source = tokenizer.chat_template
+        if not isinstance(source, str):
             raise ConfigError("teacher.model has no single chat template; add chat_template.jinja to the checkpoint")
-        self.template_fingerprint = hashlib.sha256(template.encode()).hexdigest()
-        self._arguments = dict(template_arguments or {})
+        tree = json.loads(tokenizer.backend_tokenizer.to_str())
+        settings = {**tokenizer.special_tokens_map, "generation_eos_token_id": _stop_ids(tokenizer.name_or_path)}
+        file = of_tree(Path(tokenizer.name_or_path), tree, settings, source)
+        self._chat = ChatEncoder(file, template_arguments, rendered)
+        assert self._chat.template is not None
+        self.template_fingerprint = self._chat.template.fingerprint
+        self.probe = self._chat.template.probe
 
     def __len__(self) -> int:
         """Number of token ids."""
         return len(self.tokenizer)
 
     def render(self, prompt: Prompt) -> RenderedPrompt:
-        """Apply the template, up to and including the header of the assistant's turn.
+        """The prompt up to and including the header of the assistant's turn.
 
         Raises:
-            PromptError: if the template refuses the conversation.
+            PromptError: as `ChatEncoder.prompt`, naming the prompt.
         """
-        messages = [{"role": message.role, "content": message.content} for message in prompt.messages]
         try:
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, **self._arguments
-            )
-        except Exception as error:  # templates raise what they like
-            raise PromptError(f"prompt {prompt.id!r}: the teacher's chat template refuses it: {error}") from error
-        return RenderedPrompt(text, self.encode(text))
-
-    def encode(self, text: str) -> NDArray[np.int32]:
-        """Token ids of `text`, with no special tokens added."""
-        return np.asarray(self.tokenizer.encode(text, add_special_tokens=False), dtype=np.int32)
+            return self._chat.prompt(prompt.messages, prompt.rendered)
+        except PromptError as error:
+            raise PromptError(f"prompt {prompt.id!r}: {error}") from error
 
     def encode_response(self, prompt: Prompt) -> NDArray[np.int32]:
-        """Token ids of a given response, with the end-of-turn token where it is finished."""
+        """Token ids of a given response, with the end-of-turn token where it is finished.
+
+        Raises:
+            PromptError: as `ChatEncoder.response`, naming the prompt.
+        """
         assert prompt.response is not None
-        ids = self.encode(prompt.response)
-        return np.append(ids, np.int32(self.tokenizer.eos_token_id)) if prompt.finished else ids
+        try:
+            return self._chat.response(prompt.response, prompt.finished, rendered=prompt.rendered)
+        except PromptError as error:
+            raise PromptError(f"prompt {prompt.id!r}: {error}") from error
 
 
-def _parse(line: str, where: str, system_prompt: str | None, responses: bool) -> Prompt:
+def _stop_ids(model: str) -> Any:
+    """Tokens that end an answer, as generation_config.json names them; None where it does not."""
+    from transformers import GenerationConfig
+
     try:
-        entry = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise PromptError(f"{where} is not JSON: {error}; expected a line like {_EXAMPLE}") from error
-    if not isinstance(entry, dict):
-        raise PromptError(f"{where} holds {type(entry).__name__}, expected an object like {_EXAMPLE}")
-    unknown = sorted(entry.keys() - _KEYS)
-    if unknown:
-        raise PromptError(f"{where}: unknown key {unknown[0]!r}; known keys: {', '.join(sorted(_KEYS))}")
-    name, skill = entry.get("id"), entry.get("skill", DEFAULT_SKILL)
-    if not isinstance(name, str) or not name:
-        raise PromptError(f"{where}: id is {name!r}, expected a string that is unique in the file")
-    if not isinstance(skill, str) or not skill:
-        raise PromptError(f"{where}: skill is {skill!r}, expected a string such as arithmetic")
-    if ("prompt" in entry) == ("messages" in entry):
-        raise PromptError(f"{where}: expected either prompt or messages, as in {_EXAMPLE}")
-    if "prompt" in entry:
-        if not isinstance(entry["prompt"], str) or not entry["prompt"].strip():
-            raise PromptError(f"{where}: prompt is {entry['prompt']!r}, expected text")
-        messages: tuple[Message, ...] = (Message("user", entry["prompt"]),)
-    else:
-        messages = _messages(entry["messages"], where)
-    if system_prompt is not None and messages[0].role != "system":
-        messages = (Message("system", system_prompt), *messages)
-    response = entry.get("response")
-    if responses and not isinstance(response, str):
-        raise PromptError(f"{where}: response is {response!r}, expected the text to score")
-    finish = entry.get("finish_reason", "stop")
-    if finish not in ("stop", "length"):
-        raise PromptError(f"{where}: finish_reason is {finish!r}, expected stop or length")
-    return Prompt(name, skill, messages, response if responses else None, finish == "stop")
+        return GenerationConfig.from_pretrained(model).eos_token_id
+    except OSError:
+        return None
 
 
-def _messages(value: object, where: str) -> tuple[Message, ...]:
-    if not isinstance(value, list) or not value:
-        raise PromptError(f'{where}: messages is {value!r}, expected a list of {{"role", "content"}}')
-    messages = []
-    for number, turn in enumerate(value):
-        if (
-            not isinstance(turn, dict)
-            or turn.keys() != {"role", "content"}
-            or not all(isinstance(part, str) for part in turn.values())
-        ):
-            raise PromptError(
-                f'{where}: messages[{number}] is {turn!r}, expected {{"role": …, "content": …}} of strings'
-            )
-        messages.append(Message(turn["role"], turn["content"]))
-    return tuple(messages)
+def _parse(value: Any, where: str, system: tuple[Message, ...], responses: bool) -> Prompt:
+    line = checked(PromptLine, value, where, PromptError, _EXAMPLE)
+    messages = to_messages(line.messages or [])
+    if line.prompt is not None:
+        messages = (Message("user", line.prompt),)
+    if messages[0].role != "system":
+        messages = (*system, *messages)
+    if responses and line.response is None:
+        raise PromptError(f"{where}: response is missing; expected the text to score")
+    response, finished = line.response if responses else None, line.finish_reason == "stop"
+    return Prompt(line.id, line.skill, messages, response, finished, line.rendered)

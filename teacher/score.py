@@ -12,10 +12,9 @@ from shared.config import PipelineConfig, Split
 from shared.dataset import Dataset
 from shared.errors import ConfigError
 from shared.records import Record, Sampling
-from teacher.checkpoints import load_tokenizer
-from teacher.collect import check_lengths, check_top_k, run
+from teacher.collect import check_lengths, check_top_k, load_renderer, run
 from teacher.engine import prepare_environment
-from teacher.prompts import Prompt, Renderer, load_prompts, prompts_fingerprint, split_prompts
+from teacher.prompts import Prompt, load_prompts, prompts_fingerprint, split_prompts
 from teacher.summary import Summary
 from teacher.units import Task, Unit, slices
 
@@ -40,7 +39,7 @@ def score(config: PipelineConfig) -> Summary:
         return _score_dataset(config, Dataset.open(responses))
     prompts = load_prompts(responses, config.collect.system_prompt, responses=True)
     check_top_k(config)
-    renderer = Renderer(load_tokenizer(config.teacher), config.collect.template_arguments)
+    renderer = load_renderer(config)
     check_lengths(prompts, renderer, config)
     splits = split_prompts(prompts, config.collect.held_out)
     units = [
@@ -54,7 +53,7 @@ def score(config: PipelineConfig) -> Summary:
 def _score_dataset(config: PipelineConfig, dataset: Dataset) -> Summary:
     """Score a dataset's own token ids: nothing is rendered or encoded again."""
     check_top_k(config)
-    renderer = Renderer(load_tokenizer(config.teacher), config.collect.template_arguments)
+    renderer = load_renderer(config)
     if len(renderer) > len(dataset.vocabulary) or len(dataset) == 0:
         raise ConfigError(
             f"{config.collect.responses} holds {len(dataset)} responses over {len(dataset.vocabulary)} tokens, the "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +11,11 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.toy import toy_config
+from tests.toy import make_tokenizer, toy_config
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "configs" / "demo.yaml"
-TEACHER, STUDENT = "teacher.cli", "student.cli"
+TEACHER, STUDENT, SHARDS = "teacher.cli", "student.cli", "shared.cli"
 
 
 def demo_in(directory: Path, **changes: Any) -> Path:
@@ -97,3 +98,38 @@ def test_a_directory_that_holds_no_dataset(tmp_path: Path, name: str) -> None:
     # The toy's student starts random: the demo's needs a checkpoint, which a fresh clone does not have yet.
     done = command(STUDENT, name, toy_config(tmp_path))
     assert_refused(done, tmp_path, str(tmp_path / "runs"))
+
+
+def test_an_import_that_fails_leaves_nothing_so_that_the_corrected_file_is_imported(tmp_path: Path) -> None:
+    """All of these once passed the checks, or nearly: they failed in the middle of writing, or imported something."""
+    make_tokenizer(tmp_path / "tokenizer")
+    target = tmp_path / "runs"
+    file = tmp_path / "in.jsonl"
+    arguments = ("import-json", file, target, "--tokenizer", tmp_path / "tokenizer")
+    good = {"prompt": "what", "response": " the cat", "sampling": {"temperature": 1.0, "seed": 1}}
+    for change, message in (
+        ({"sampling": {"temperature": "hot"}}, "line 2: sampling.temperature is 'hot', expected a number"),
+        (
+            {"sampling": {"temperature": 1.0, "seed": 2**70}},
+            "line 2: sampling.seed is 1180591620717411303424, expected",
+        ),
+        ({"prompt": "\ud800"}, "line 2: prompt.content is '\\ud800', expected whole text"),
+    ):
+        file.write_text(json.dumps(good) + "\n" + json.dumps({**good, **change}))
+        assert_refused(command(SHARDS, *arguments), tmp_path, "in.jsonl", message)
+    file.write_text(json.dumps(good))
+    done = command(SHARDS, *arguments, "--temperature", "inf")
+    assert_refused(done, tmp_path, "--temperature is inf, expected a finite number, 0 or more")
+    done = command(SHARDS, *arguments)
+    assert done.returncode == 0, done.stderr
+    file.write_text(json.dumps({**good, "prompt": "why"}))
+    done = command(SHARDS, *arguments)
+    message = " ".join(done.stderr.split())
+    assert done.returncode == 2, message
+    assert "import into a new directory, or delete this one first" in message
+    assert "`name`" not in message
+
+
+def test_a_seed_that_no_generator_takes(tmp_path: Path) -> None:
+    done = command(TEACHER, "collect", demo_in(tmp_path, seed=2**70))
+    assert_refused(done, tmp_path, "seed: Input should be less than 9223372036854775808 (got 1180591620717411303424)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,9 @@ def generate(
     """
     import torch
 
-    from shared.vocabulary import Vocabulary
+    from shared.chat import ChatEncoder
+    from shared.records import Message
+    from shared.tokenizer_files import read_tokenizer_file
     from student.model.export import load_student
 
     model, tokenizer = load_student(directory)
@@ -42,17 +45,12 @@ def generate(
         settings or default_settings(model.config),
         **{name: value for name, value in changes.items() if value is not None},
     )
-    if raw:
-        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    else:
-        turns = [{"role": "system", "content": system}] if system else []
-        turns.append({"role": "user", "content": prompt})
-        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
-    roles = Vocabulary.from_tokenizer(directory, roles={"mask": model.config.mask_token_id}).roles
-    ends = frozenset(roles[role] for role in ("end_of_turn", "end_of_text") if role in roles)
+    chat = ChatEncoder(read_tokenizer_file(directory), rendered=raw, now=datetime.datetime.now())
+    turns = [Message("system", system)] if system and not raw else []
+    ids = chat.prompt([*turns, Message("user", prompt)]).ids.tolist()
     generator = torch.Generator().manual_seed(seed)
-    answer = sample(model, torch.tensor([ids], device=model.device), settings, generator, ends)[0].tolist()
-    end = next((i for i, token in enumerate(answer) if token in ends), len(answer))
+    answer = sample(model, torch.tensor([ids], device=model.device), settings, generator, chat.ends)[0].tolist()
+    end = next((i for i, token in enumerate(answer) if token in chat.ends), len(answer))
     return str(tokenizer.decode(answer[:end], skip_special_tokens=True))
 
 

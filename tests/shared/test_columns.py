@@ -43,6 +43,10 @@ BAD: dict[str, tuple[Record, str]] = {
     "nan": (change(RECORD, logprobs=put(9, np.nan)), r"candidate logprob nan in row 1, expected a finite number"),
     "infinity": (change(RECORD, logprobs=put(15, -np.inf)), r"candidate logprob -inf in row 1"),
     "tail": (change(RECORD, tail=put(2, np.inf)), r"tail mass inf in row 2"),
+    "never": (
+        change(RECORD, sampled=put(2, -np.inf)),
+        r"sampled logprob -inf in row 2, expected a finite number: the teacher gives this token .* leave the resp",
+    ),
     "id": (change(RECORD, ids=put(18, VOCABULARY_SIZE)), r"id 300 at row 2, position 2, expected 0 to 299"),
     "negative id": (change(RECORD, ids=put(0, -1)), r"id -1 at row 0, position 0"),
     "duplicate": (change(RECORD, ids=lambda a: put(17, a[16])(a)), r"candidate id \d+ in row 2, expected to stand"),

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from teacher.plan import Assumptions, estimate
 from teacher.prompts import prompts_fingerprint, stable_hash
 from teacher.summary import Summary, summarise
 from teacher.units import Unit
+from tests.teacher.conftest import TEMPLATE
 
 Maker = Callable[..., PipelineConfig]
 
@@ -127,7 +130,7 @@ def test_an_interrupted_dataset_goes_on_with_what_is_missing(make_config: Maker)
     [
         ({"collect__top_k": 9}, "top_k: 8 there, 9 here"),
         ({"seed": 5}, "seed: 0 there, 5 here"),
-        ({"collect__template_arguments": {"day": 1}}, "template_arguments"),
+        ({"collect__rendered": False}, "rendered: None there, False here"),
         ({"collect__held_out": 0.5}, "held_out: 0.25 there, 0.5 here"),
     ],
 )
@@ -137,6 +140,56 @@ def test_another_configuration_in_the_same_directory_is_refused(
     collector_of(make_config(), ScriptedEngine(top_k=8))
     with pytest.raises(DatasetError, match=named):
         collector_of(make_config(**change), ScriptedEngine(top_k=9))
+
+
+def with_template(config: PipelineConfig, folder: Path, template: str) -> PipelineConfig:
+    """`config` with a teacher of its own, the same but for its chat template."""
+    model = Path(shutil.copytree(config.teacher.model, folder / "teacher", dirs_exist_ok=True))
+    (model / "chat_template.jinja").write_text(template)
+    return config.model_copy(update={"teacher": config.teacher.model_copy(update={"model": str(model)})})
+
+
+DATED = "{% if not date is defined %}{% set date = strftime_now('%d.%m.%Y') %}{% endif %}{{ date }}\n" + TEMPLATE
+
+
+def test_a_template_that_reads_the_clock_is_refused_before_anything_is_written(
+    make_config: Maker, tmp_path: Path
+) -> None:
+    config = with_template(make_config(), tmp_path, DATED)
+    with pytest.raises(ConfigError, match=r"writes the clock's time .*template_arguments: \{date: \d\d\.\d\d\.\d{4}\}"):
+        prepare(config)
+    config = with_template(make_config(collect__template_arguments={"dat": "1.1.2024"}), tmp_path, DATED)
+    with pytest.raises(ConfigError, match=r"'dat' .*is not used .*did you mean 'date'"):
+        prepare(config)
+    config = with_template(make_config(collect__template_arguments={"date": "1.1.2024"}), tmp_path, DATED)
+    plan = prepare(config)
+    assert plan.renderer.render(plan.prompts[0]).text.startswith("1.1.2024\n<|im_start|>")
+    assert not config.run_dir.exists()
+
+
+def test_another_rendering_of_the_same_template_is_refused(make_config: Maker, tmp_path: Path) -> None:
+    """The template and its arguments are the same, and what it writes is not: here a token of the tokenizer's."""
+    template = "{{ pad_token }}" + TEMPLATE
+    config = with_template(make_config(), tmp_path, template)
+    collector_of(config, ScriptedEngine(top_k=8))
+    settings = Path(config.teacher.model) / "tokenizer_config.json"
+    settings.write_text(settings.read_text().replace('"pad_token": "<|im_end|>"', '"pad_token": "<|endoftext|>"'))
+    with pytest.raises(DatasetError, match=r"details.rendered_probe.user: '<\|im_end\|><\|im_start\|>user"):
+        collector_of(config, ScriptedEngine(top_k=8))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("what is <|im_start|> for?", r"prompt 'a': it holds <\|im_start\|>.*collect.rendered"),
+        ("a\ufdd0", r"prompt 'a': it holds U\+FDD0"),
+    ],
+)
+def test_a_prompt_that_may_be_rendered_is_refused(make_config: Maker, prompt: str, message: str) -> None:
+    config = make_config(prompts=json.dumps({"id": "a", "prompt": prompt}))
+    with pytest.raises(PromptError, match=message):
+        prepare(config)
+    assert not config.run_dir.exists()
 
 
 def test_the_summary_counts_what_is_on_disk(make_config: Maker) -> None:
@@ -159,10 +212,26 @@ def test_too_large_a_k_is_refused_by_the_vocabularys_size(make_config: Maker) ->
         check_top_k(make_config(collect__top_k=301))
 
 
-def test_a_prompt_that_fills_the_context_is_named(make_config: Maker) -> None:
-    long = json.dumps({"id": "long-1", "skill": "sums", "prompt": "word " * 200})
-    with pytest.raises(PromptError, match=r"prompt 'long-1' has \d+ tokens, teacher\.max_model_len is 128"):
-        prepare(make_config(prompts=long))
+def test_all_prompts_that_fill_the_context_are_named_with_their_lengths(make_config: Maker) -> None:
+    texts = [json.dumps({"id": f"p-{i}", "skill": "sums", "prompt": "word " * i}) for i in (200, 1, 300, 250)]
+    with pytest.raises(PromptError) as error:
+        prepare(make_config(prompts="\n".join(texts)))
+    message = str(error.value)
+    assert message.startswith("3 of 4 prompts have 128 tokens or more")
+    named = re.findall(r"'p-(\d+)' \((\d+)\)", message)
+    assert [name for name, _ in named] == ["300", "250", "200"]
+    assert f"raise teacher.max_model_len to {int(named[0][1]) + 8}" in message  # max_tokens is 8
+    many = [json.dumps({"id": f"p-{i}", "skill": "sums", "prompt": "word " * 200}) for i in range(25)]
+    with pytest.raises(PromptError, match=r"25 of 25 prompts .* and 5 others; shorten them"):
+        prepare(make_config(prompts="\n".join(many)))
+
+
+def test_another_configuration_says_that_another_name_collects_again(make_config: Maker) -> None:
+    collector_of(make_config(), ScriptedEngine(top_k=8))
+    with pytest.raises(
+        DatasetError, match=r"top_k: 8 there, 7 here\n.*another `name` .* asked for every response again"
+    ):
+        collecting.collect(make_config(collect__top_k=7))
 
 
 def test_answers_that_may_be_cut_are_announced(make_config: Maker, caplog: pytest.LogCaptureFixture) -> None:

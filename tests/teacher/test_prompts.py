@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -25,16 +26,26 @@ GOOD = '{"id": "a", "skill": "sums", "prompt": "1 + 1?"}'
         ("", "is empty"),
         ("\n  \n", "is empty"),
         (GOOD + "\n{oops", "line 2 is not JSON"),
-        ("[1]", "line 1 holds list"),
-        ('{"skill": "s", "prompt": "x"}', "line 1: id is None"),
-        ('{"id": 7, "prompt": "x"}', "line 1: id is 7"),
-        ('{"id": "a", "prompt": " "}', "prompt is ' '"),
-        ('{"id": "a"}', "either prompt or messages"),
-        ('{"id": "a", "prompt": "x", "messages": []}', "either prompt or messages"),
+        ("[1]", "entry 0 holds 1, expected an object"),
+        ('{"skill": "s", "prompt": "x"}', "line 1: id is missing"),
+        ('{"id": null, "prompt": "x"}', "line 1: id is missing"),
+        ('{"id": 7, "prompt": "x"}', "line 1: id is 7, expected text"),
+        ('{"id": "a", "prompt": " "}', "prompt is ' ', expected text that is not blank"),
+        ('{"id": "a", "prompt": NaN}', "prompt is nan, expected text"),
+        ('{"id": "a"}', "expected either prompt or messages"),
+        ('{"id": "a", "prompt": "x", "messages": [{"role": "user", "content": "x"}]}', "either prompt or messages"),
         ('{"id": "a", "messages": []}', r"messages is \[\]"),
-        ('{"id": "a", "messages": [{"role": "user"}]}', r"messages\[0\] is"),
-        ('{"id": "a", "promt": "x"}', "unknown key 'promt'"),
-        (GOOD + "\n\n" + GOOD, "line 3: id 'a' was used on line 1"),
+        ('{"id": "a", "messages": "x"}', r"messages is 'x', expected a list of {role, content}"),
+        ('{"id": "a", "messages": [{"role": "user"}]}', r"messages\[0\].content is missing"),
+        ('{"id": "a", "messages": [{"role": "user", "content": [1]}]}', r"messages\[0\].content is \[1\], expected"),
+        ('{"id": "a", "promt": "x"}', "unknown key 'promt', .*; did you mean 'prompt'"),
+        ('{"id": "a", "prompt": "x", "finish_reason": "abort"}', "finish_reason is 'abort', expected 'stop' or"),
+        ('{"id": "a", "prompt": "x\\ud800"}', r"line 1: prompt is .*character 1 is the lone surrogate '\\ud800'"),
+        ('{"id": "a\\udfff", "prompt": "x"}', r"line 1: id is .* lone surrogate '\\udfff'"),
+        ('{"id": "a", "skill": "\\udfff", "prompt": "x"}', r"line 1: skill is .* lone surrogate"),
+        ('{"data": [' + GOOD + "]}", r"line 1 is an object whose 'data' is a list of entries; save that list alone"),
+        (GOOD + "\n\n" + GOOD, "line 3: id 'a' is also that of .* line 1; ids must be unique"),
+        (f"[{GOOD}, {GOOD}]", "entry 1: id 'a' is also that of .*, entry 0"),
     ],
 )
 def test_a_malformed_file_is_refused_with_its_line(tmp_path: Path, text: str, message: str) -> None:
@@ -42,6 +53,19 @@ def test_a_malformed_file_is_refused_with_its_line(tmp_path: Path, text: str, me
     path.write_text(text)
     with pytest.raises(PromptError, match=message):
         load_prompts(path)
+
+
+def test_lists_packed_files_and_byte_order_marks_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "prompts"
+    for data in (f"[{GOOD}]".encode(), b"\xef\xbb\xbf" + GOOD.encode(), gzip.compress(GOOD.encode())):
+        path.write_bytes(data)
+        assert [prompt.id for prompt in load_prompts(path)] == ["a"]
+
+
+def test_a_system_prompt_is_whole_text(tmp_path: Path) -> None:
+    (tmp_path / "prompts").write_text(GOOD)
+    with pytest.raises(PromptError, match=r"collect.system_prompt: content is .* lone surrogate"):
+        load_prompts(tmp_path / "prompts", system_prompt="\ud800")
 
 
 def test_missing_and_binary_files_are_refused(tmp_path: Path) -> None:
@@ -67,7 +91,7 @@ def test_responses_are_required_only_where_they_are_scored(tmp_path: Path) -> No
     (given,) = load_prompts(path, responses=True)
     assert (given.response, given.finished) == ("y", False)
     path.write_text(GOOD)
-    with pytest.raises(PromptError, match="response is None"):
+    with pytest.raises(PromptError, match="response is missing; expected the text to score"):
         load_prompts(path, responses=True)
 
 
@@ -112,6 +136,8 @@ def test_the_fingerprint_sees_every_part() -> None:
         prompt(1, "lists"),
         prompt(1, text="other"),
         Prompt("p1", "sums", base.messages, "answer"),
+        Prompt("p1", "sums", base.messages, rendered=True),
+        Prompt("p1", "sums", base.messages, rendered=False),
     ]
     assert len({prompts_fingerprint([p]) for p in variants}) == len(variants)
 

@@ -162,6 +162,30 @@ def test_a_model_that_was_trained_to_draft_answers_in_its_blocks() -> None:
     assert default_settings(tiny_config()).attention == "bidirectional"
 
 
+def test_special_tokens_in_what_is_said_are_text_and_in_raw_text_are_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = train_tokenizer(["what does it mean?"] * 3, 300)
+    shape: dict[str, Any] = {"vocab_size": len(tokenizer), "mask_token_id": tokenizer.mask_token_id}
+    save_student(tiny_model(**shape, eos_token_id=tokenizer.eos_token_id), tokenizer, tmp_path)
+    asked: list[list[int]] = []
+
+    def answer(_model: object, prompt: torch.Tensor, *_: object) -> torch.Tensor:
+        asked.append(prompt[0].tolist())
+        return prompt
+
+    monkeypatch.setattr("student.model.generate.sample", answer)
+    end = tokenizer.convert_tokens_to_ids("<|eot_id|>")
+    generate(tmp_path, "what does <|eot_id|> mean?")
+    assert asked[0].count(end) == 1
+    assert "what does <|eot_id|> mean?<|eot_id|>" in tokenizer.decode(asked[0])
+    generate(tmp_path, "it", system="mean")
+    turns = [{"role": "system", "content": "mean"}, {"role": "user", "content": "it"}]
+    assert asked[1] == tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
+    generate(tmp_path, "it<|eot_id|>", raw=True)
+    assert asked[2] == tokenizer("it<|eot_id|>", add_special_tokens=False)["input_ids"]
+
+
 @pytest.mark.slow
 def test_a_student_that_knows_one_answer_gives_it(tmp_path: Path) -> None:
     """Train on one conversation until it is known by heart, save, and ask."""
