@@ -3,15 +3,12 @@
 Requests stream through one engine: as many as keep it full are in flight, the next ones enter as others finish, and
 answers come back in the order in which they finish. So a unit's end costs no throughput.
 
-Logprobs are captured as numpy rows where vLLM's processor of them (a private class, pinned by version) turns out to be
-what this file expects: at start, a short request is captured both by it and by vLLM's own `FlatLogprobs`, and only if
-both are equal the lists are left out from then on. Otherwise `FlatLogprobs` is used, which costs 30 µs a token instead
-of 5 at K = 64 on one core.
+Logprobs are captured as numpy rows (`teacher.numpy_rows`) where a short answer and a short score, captured so and by
+vLLM's own `FlatLogprobs`, come out equal at start; through `FlatLogprobs` elsewhere.
 """
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import logging
 import os
@@ -26,11 +23,11 @@ from numpy.typing import NDArray
 from shared.config import TeacherConfig
 from shared.errors import AlignmentError, CheckpointError, MissingExtraError
 from shared.records import FinishReason, Sampling
+from shared.vllm_settings import engine_arguments, environment
+from teacher import numpy_rows
 from teacher.capture import Columns, reshape_flat
 
 log = logging.getLogger(__name__)
-
-_INITIAL_ROWS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,32 +60,6 @@ class Answer:
     response_ids: NDArray[np.int32]
     finish_reason: FinishReason
     columns: Columns | None
-
-
-class ColumnBuffer:
-    """Rows of K + 1 columns that grow by doubling; the rows are copied, so vLLM's messages can be freed."""
-
-    def __init__(self, width: int) -> None:
-        self._ids = np.empty((_INITIAL_ROWS, width), dtype=np.int32)
-        self._logprobs = np.empty((_INITIAL_ROWS, width), dtype=np.float32)
-        self._rows = 0
-
-    def __len__(self) -> int:
-        return self._rows
-
-    def append(self, ids: NDArray[Any], logprobs: NDArray[Any]) -> None:
-        """Add rows; a batch in which others asked for more candidates has more columns, which are left out."""
-        width, end = self._ids.shape[1], self._rows + len(ids)
-        while end > len(self._ids):
-            self._ids = np.concatenate([self._ids, np.empty_like(self._ids)])
-            self._logprobs = np.concatenate([self._logprobs, np.empty_like(self._logprobs)])
-        self._ids[self._rows : end] = ids[:, :width]
-        self._logprobs[self._rows : end] = logprobs[:, :width]
-        self._rows = end
-
-    def columns(self) -> Columns:
-        """What was appended, without the spare room."""
-        return Columns(self._ids[: self._rows].copy(), self._logprobs[: self._rows].copy())
 
 
 def engine_version() -> str:
@@ -134,33 +105,20 @@ class Engine:
         self._top_k = top_k
         # Scoring computes the vocabulary's logprobs of every prompt token: few requests at a time bound the memory.
         self._in_flight = 8 if score_tokens is not None else 2 * teacher.max_num_seqs
-        more: dict[str, Any] = {}
-        if score_tokens is not None:
-            more |= {"max_num_batched_tokens": score_tokens, "max_num_seqs": min(8, score_tokens)}
-            more |= {"enable_chunked_prefill": True}
-        if teacher.fp32_head and teacher.dtype != "float32":
-            more |= {"hf_overrides": {"head_dtype": "float32"}}
-        arguments: dict[str, Any] = {
+        arguments = engine_arguments(teacher) | {
             "model": model,
-            "revision": teacher.revision,
-            "dtype": teacher.dtype,
-            "tensor_parallel_size": teacher.tensor_parallel,
-            "pipeline_parallel_size": teacher.pipeline_parallel,
-            "max_model_len": teacher.max_model_len,
-            "max_num_seqs": teacher.max_num_seqs,
-            "gpu_memory_utilization": teacher.gpu_memory_utilization,
-            "enforce_eager": teacher.enforce_eager,
-            # A quantised KV cache makes decoding and scoring disagree by up to half a nat.
-            "kv_cache_dtype": "auto",
             "max_logprobs": -1,
             "logprobs_mode": "raw_logprobs",
             "disable_log_stats": True,
             "use_tqdm_on_load": False,
         }
+        if score_tokens is not None:
+            arguments |= {"max_num_batched_tokens": score_tokens, "max_num_seqs": min(8, score_tokens)}
+            arguments |= {"enable_chunked_prefill": True}
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)
-                self._engine = LLMEngine.from_engine_args(EngineArgs(**(arguments | more)))
+                self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
         except (ValueError, OSError) as error:
             raise CheckpointError(
                 f"vLLM cannot serve teacher.model {model} with these settings: {error}; change the teacher section"
@@ -253,7 +211,7 @@ class Engine:
             Request("probe-score", probe, Sampling(0, 1, 0, 1, None), response_ids=probe),
         ]
         try:
-            processor, self._restore = _install_numpy_rows()
+            processor, self._restore = numpy_rows.install()
         except (ImportError, AttributeError, TypeError) as error:
             log.warning("this vLLM has no logprobs processor that we know (%s): capturing through FlatLogprobs", error)
         else:
@@ -276,7 +234,7 @@ class Engine:
 
 def _as_columns(container: Any, rows: int) -> Columns:
     """Columns from whichever container vLLM's processor filled."""
-    if isinstance(container, ColumnBuffer):
+    if isinstance(container, numpy_rows.ColumnBuffer):
         columns = container.columns()
         if len(columns) != rows:
             raise AlignmentError(f"vLLM returned {len(columns)} rows of logprobs for {rows} tokens")
@@ -284,92 +242,8 @@ def _as_columns(container: Any, rows: int) -> Columns:
     return reshape_flat(container.token_ids, container.logprobs, rows)
 
 
-def _install_numpy_rows() -> tuple[Any, Any]:
-    """Put a processor that keeps numpy rows in the place of vLLM's; returns it and what undoes that."""
-    output_processor: Any = importlib.import_module("vllm.v1.engine.output_processor")
-    original: Any = importlib.import_module("vllm.v1.engine.logprobs").LogprobsProcessor
-
-    class NumpyRows(original):
-        """Keeps rows as they arrive, for requests with `flat_logprobs`; others see vLLM's own behaviour."""
-
-        logprobs: Any
-        prompt_logprobs: Any
-        checking = False
-        compared: dict[str, bool] = {}  # noqa: RUF012
-
-        @classmethod
-        def from_new_request(cls, tokenizer: Any, request: Any) -> Any:
-            processor = super().from_new_request(tokenizer, request)
-            if request.sampling_params.flat_logprobs:
-                processor._key = request.external_req_id
-                processor._flat = (processor.logprobs, processor.prompt_logprobs)
-                if processor.logprobs is not None:
-                    processor.logprobs = ColumnBuffer(processor.num_logprobs + 1)
-                if processor.prompt_logprobs is not None:
-                    processor.prompt_logprobs = ColumnBuffer(processor.num_prompt_logprobs + 1)
-            return processor
-
-        def _update_sample_logprobs(self, logprobs_lists: Any) -> None:
-            buffer = self.logprobs
-            if not isinstance(buffer, ColumnBuffer):
-                super()._update_sample_logprobs(logprobs_lists)
-                return
-            ids, logprobs = logprobs_lists[0], logprobs_lists[1]
-            buffer.append(np.asarray(ids), np.asarray(logprobs))
-            if NumpyRows.checking:
-                self.logprobs = self._flat[0]
-                super()._update_sample_logprobs(logprobs_lists)
-                self.logprobs = buffer
-                self._compare(buffer, self._flat[0])
-
-        def _update_prompt_logprobs(self, prompt_logprobs_tensors: Any) -> None:
-            buffer = self.prompt_logprobs
-            if not isinstance(buffer, ColumnBuffer):
-                super()._update_prompt_logprobs(prompt_logprobs_tensors)
-                return
-            ids, logprobs = prompt_logprobs_tensors[0], prompt_logprobs_tensors[1]
-            buffer.append(ids.numpy(), logprobs.numpy())
-            if NumpyRows.checking:
-                self.prompt_logprobs = self._flat[1]
-                super()._update_prompt_logprobs(prompt_logprobs_tensors)
-                self.prompt_logprobs = buffer
-                self._compare(buffer, self._flat[1])
-
-        def _compare(self, buffer: ColumnBuffer, flat: Any) -> None:
-            ours, theirs = buffer.columns(), reshape_flat(flat.token_ids, flat.logprobs, len(buffer))
-            NumpyRows.compared[self._key] = np.array_equal(ours.ids, theirs.ids) and np.array_equal(
-                ours.logprobs, theirs.logprobs
-            )
-
-    def restore() -> None:
-        output_processor.LogprobsProcessor = original
-
-    if output_processor.LogprobsProcessor is not original:
-        raise AttributeError("vLLM's output processor uses another class")
-    output_processor.LogprobsProcessor = NumpyRows
-    return NumpyRows, restore
-
-
 def prepare_environment(teacher: TeacherConfig) -> None:
     """Set what vLLM and OpenMP read from the environment; call it before torch is imported. What is set stays."""
-    # Threads that wait by spinning make an engine crawl as soon as anything else runs on the machine.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    os.environ.setdefault("GOMP_SPINCOUNT", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.update(environment(teacher))
     logging.getLogger("vllm").setLevel(logging.ERROR)
-    if teacher.kv_cache_gib is not None:
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, round(teacher.kv_cache_gib))))
-    if _is_cpu_build() and teacher.tensor_parallel == teacher.pipeline_parallel == 1:
-        # In this process the engine loads in a third of the time and decodes as fast (measured), and a killed
-        # collection leaves no process behind. vLLM then takes one thread, unless this says otherwise.
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
-
-
-def _is_cpu_build() -> bool:
-    try:
-        importlib.metadata.version("vllm-cpu")
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True

@@ -24,6 +24,7 @@ from shared.console import progress
 from shared.dataset import Dataset
 from shared.errors import CheckpointError, DatasetError, MissingExtraError, VocabularyError
 from shared.files import write_json
+from shared.vllm_settings import engine_arguments, environment
 from shared.vocabulary import Vocabulary
 from student.drafting.serve import Difference, Job, Result, read_result
 from student.drafting.vllm_proposer import OPTIONS_KEY
@@ -58,12 +59,12 @@ def speculate(config: PipelineConfig) -> dict[str, Any]:
         )
     directory = config.run_dir / "speculate"
     identity = speculation_identity(config)
-    engine = engine_arguments(config)
-    environment = _environment(config)
+    engine = shared_arguments(config)
+    variables = _environment(config)
     drafting = engine | drafter_arguments(config, dataset, student)
-    drafted = run(_job(config, dataset, drafting, prompts), directory / "with_draft", "with the draft", environment)
+    drafted = run(_job(config, dataset, drafting, prompts), directory / "with_draft", "with the draft", variables)
     alone = _job(config, dataset, engine, prompts, compare_with=directory / "with_draft.json")
-    baseline = run(alone, directory / "baseline", "without", environment)
+    baseline = run(alone, directory / "baseline", "without", variables)
     result = summarize(drafted, baseline, list(prompts), _dtype(config)) | {IDENTITY: identity}
     write_json(config.run_dir / "speculate.json", result)
     logger.info(
@@ -99,26 +100,14 @@ def held_out_prompts(dataset: Dataset, most: int | None, max_model_len: int) -> 
     return {name: prompts[name] for name in sorted(prompts)[:most]}
 
 
-def engine_arguments(config: PipelineConfig) -> dict[str, Any]:
+def shared_arguments(config: PipelineConfig) -> dict[str, Any]:
     """Arguments of `vllm.LLM` that both runs share."""
-    teacher, dtype = config.teacher, _dtype(config)
-    arguments: dict[str, Any] = {
-        "model": teacher.model,
-        "revision": teacher.revision,
-        "dtype": dtype,
-        "max_model_len": teacher.max_model_len,
+    return engine_arguments(config.teacher, _dtype(config)) | {
         "max_num_seqs": config.speculate.max_num_seqs,
-        "tensor_parallel_size": teacher.tensor_parallel,
-        "pipeline_parallel_size": teacher.pipeline_parallel,
-        "gpu_memory_utilization": teacher.gpu_memory_utilization,
-        "enforce_eager": teacher.enforce_eager,
         "enable_prefix_caching": False,
         "disable_log_stats": False,
         "seed": config.seed,
     }
-    if teacher.fp32_head and dtype != "float32":
-        arguments["hf_overrides"] = {"head_dtype": "float32"}
-    return arguments
 
 
 def drafter_arguments(config: PipelineConfig, dataset: Dataset, student: Path) -> dict[str, Any]:
@@ -233,10 +222,7 @@ def _job(
 
 
 def _environment(config: PipelineConfig) -> dict[str, str]:
-    environment = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    if config.teacher.kv_cache_gib is not None:
-        environment["VLLM_CPU_KVCACHE_SPACE"] = f"{config.teacher.kv_cache_gib:g}"
-    return environment
+    return environment(config.teacher) | {"VLLM_LOGGING_LEVEL": "WARNING", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def _dtype(config: PipelineConfig) -> str:

@@ -23,7 +23,8 @@ from shared.vocabulary import Vocabulary
 from teacher import collect as collecting
 from teacher.capture import Columns
 from teacher.collect import Collector, check_top_k, prepare, provenance_of
-from teacher.engine import Answer, ColumnBuffer, Request
+from teacher.engine import Answer, Request
+from teacher.numpy_rows import ColumnBuffer
 from teacher.plan import Assumptions, estimate
 from teacher.prompts import prompts_fingerprint, stable_hash
 from teacher.summary import Summary, summarise

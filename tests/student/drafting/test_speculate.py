@@ -17,7 +17,7 @@ from shared.manifest import Provenance
 from shared.records import Message, Record, Sampling
 from shared.vocabulary import Vocabulary
 from student.drafting.serve import Difference, Job, Result, first_differences
-from student.drafting.speculate import TIE, engine_arguments, held_out_prompts, run, speculate, summarize
+from student.drafting.speculate import TIE, held_out_prompts, run, shared_arguments, speculate, summarize
 from tests.student.drafting.conftest import CORPUS
 
 PROMPTS = Path(__file__).parents[3] / "configs" / "prompts" / "demo.jsonl"
@@ -159,7 +159,7 @@ def test_an_untrained_student_slows_the_teacher_down_and_changes_nothing(run_dir
     prompts = list(held_out_prompts_of(config).values())
     stored = run_dir / "sequences.json"
     stored.write_text(json.dumps([prompt + ids for prompt, ids in zip(prompts, outputs, strict=True)]))
-    engine = engine_arguments(config) | {
+    engine = shared_arguments(config) | {
         # Room for five blocks of 32 tokens: four requests start, and do not all fit when they grow.
         "max_model_len": 128,
         "block_size": 32,
