@@ -1,18 +1,19 @@
-"""Is vLLM's rejection sampler right on this machine? Asked once, when the drafter is loaded, and mended where it can be.
+"""Check vLLM's rejection sampler when the drafter is loaded, and replace what is wrong in it.
 
 vLLM verifies drafts in `vllm.v1.sample.rejection_sampler`. Its kernels are Triton's; a build for CPUs puts functions of
 its own in their place (`vllm/utils/cpu_triton_utils.py`), and in version 0.32 two things are wrong there:
 
 - `expand_batch_to_tokens` repeats each request's temperature, top-k or top-p for its drafted tokens. The CPU's version
-  writes into a copy of every buffer that is not int64, so the buffer keeps what its memory held before, and tokens are
-  sampled from another distribution than the target's.
-- `apply_top_k_top_p` raises "max(): Expected reduction dim" for a batch with `top_k` that holds no drafted token, as
-  after every prompt; that ends the engine.
+  writes into a copy of every buffer that is not int64. The buffer itself keeps what the memory held before, and tokens
+  are sampled from another distribution than the target's.
+- `apply_top_k_top_p` raises "max(): Expected reduction dim" for a batch with `top_k` and without a drafted token, which
+  every batch of new prompts is. That ends the engine.
 
-Each function is called with known inputs and, where its answer is wrong, replaced by a version in plain torch that has
-to pass the same check. Then the sampler as a whole draws 12,288 tokens whose distribution is known. All this takes
-milliseconds, draws no number of the engine's random generators, and changes nothing where vLLM is right, as its Triton
-kernels are. The sampler is outside of compiled code and CUDA graphs, so a replacement takes effect wherever it runs.
+Each of the two is called with known inputs and, where its answer is wrong, replaced by a version in plain torch that
+has to pass the same check. Then the sampler as a whole verifies 12,288 drafts whose outcomes have known probabilities.
+This takes 0.1 s, draws no number of the engine's random generators, and changes nothing where vLLM is right, as its
+Triton kernels are. vLLM calls the sampler outside of compiled code and CUDA graphs, so that a replacement always takes
+effect.
 """
 
 from __future__ import annotations
@@ -39,18 +40,20 @@ def refusal(device: torch.device) -> str | None:
     """
     from vllm.v1.sample import rejection_sampler
 
+    found = None
     for name, (is_right, replacement) in _FUNCTIONS.items():
         original = getattr(rejection_sampler, name)
         if _holds(is_right, original, device):
             continue
         replaced = replacement(original)
-        if not _holds(is_right, replaced, device):
-            return f"vLLM's {name} is wrong on this {device.type} build, and so is its replacement"
-        setattr(rejection_sampler, name, replaced)
-        logger.warning("vLLM's %s is wrong on this %s build; replaced it in this process", name, device.type)
-    if not _holds(_follows_the_target, rejection_sampler, device):
-        return f"vLLM's rejection sampler does not follow the target's distribution on this {device.type} build"
-    return None
+        if _holds(is_right, replaced, device):
+            setattr(rejection_sampler, name, replaced)
+            logger.warning("vLLM's %s is wrong on this %s build; replaced it in this process", name, device.type)
+        else:
+            found = found or f"vLLM's {name} is wrong on this {device.type} build, and so is its replacement"
+    if found is None and not _holds(_follows_the_target, rejection_sampler, device):
+        found = f"vLLM's rejection sampler does not follow the target's distribution on this {device.type} build"
+    return found
 
 
 def _holds(is_right: Callable[[Any, torch.device], bool], subject: Any, device: torch.device) -> bool:

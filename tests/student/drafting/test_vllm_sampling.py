@@ -324,6 +324,36 @@ def test_the_power_of_the_test_of_first_tokens(kind: str) -> None:
         assert power(target_V, lost_V, REQUESTS) > 0.9999
 
 
+def _run_on_triton() -> tuple[bool, str | None, list[str]]:
+    """(Triton's kernels are in use, what the check says, functions that it replaced)."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    import torch
+    import triton.backends
+    from triton.runtime import driver
+
+    # What vLLM asks before it uses Triton, and what the interpreter asks of a device.
+    triton.backends.backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True))  # type: ignore[assignment]
+    driver.set_active(SimpleNamespace(get_current_device=lambda: 0, get_device_interface=lambda: torch.cpu))  # type: ignore[arg-type]
+    from vllm.triton_utils import HAS_TRITON
+    from vllm.v1.sample import rejection_sampler
+
+    from student.drafting import vllm_sampling
+
+    vllm_sampling._REQUESTS = 32  # Triton's interpreter is slow
+    own = {name: getattr(rejection_sampler, name) for name in vllm_sampling._FUNCTIONS}
+    refusal = vllm_sampling.refusal(torch.device("cpu"))
+    return HAS_TRITON, refusal, [name for name in own if getattr(rejection_sampler, name) is not own[name]]
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_tritons_kernels_pass_untouched() -> None:
+    """The kernels that run on a GPU, here in Triton's interpreter."""
+    pytest.importorskip("triton")
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        assert pool.submit(_run_on_triton).result() == (True, None, [])
+
+
 def test_nothing_is_drafted_where_the_sampler_is_wrong(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     config: Any = SimpleNamespace(
         additional_config={OPTIONS_KEY: {"student": "never loaded"}},
