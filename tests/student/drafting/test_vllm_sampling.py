@@ -254,9 +254,10 @@ class TestEngines:
     pytestmark = engine
 
     def test_the_drafts_were_partly_right(self, found: dict[str, Any]) -> None:
-        for arm in ("drafter", "ngram"):
-            drafts, *accepted = found[f"accepted by {arm}"]
-            assert drafts > accepted[0] > accepted[1] > accepted[2] > 100
+        drafts, *accepted = found["accepted by drafter"]
+        assert drafts > accepted[0] > accepted[1] > accepted[2] > 10
+        drafts, *accepted = found["accepted by ngram"]
+        assert drafts > accepted[0] > 100
 
     @each_arm
     @each_kind
@@ -294,8 +295,7 @@ class TestEngines:
         assert "max(): Expected reduction dim" in found["top_k unmended"]
         for arm in ("drafter unmended", "ngram unmended"):
             for kind in ("T=1", "T=0.3", "top_p=0.8"):
-                assert g_first(found[arm][kind], kind) < ALPHA
-                assert np.abs(logprobs(found[arm][kind], kind)[1]).max() > 20
+                assert g_all(found[arm][kind], kind) < ALPHA
 
     def test_the_check_says_what_it_found(self, found: dict[str, Any]) -> None:
         assert found["refusal"] is None
