@@ -4,7 +4,8 @@
 
 Its own process, because vLLM frees a model's memory only by ending. Lines `progress DONE TOTAL NOTE` on stdout
 tell the parent how far it is; all other output goes to stderr. Timed is `LLM.generate` over all prompts, after a
-warm-up: no loading, no detokenization, no prefix cache. This is the one file of the student's that imports vLLM.
+warm-up: no loading, no detokenization, no prefix cache. Of the student's files
+only this one and `vllm_sampling` import vLLM.
 """
 
 from __future__ import annotations

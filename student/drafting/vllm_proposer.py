@@ -16,11 +16,14 @@ request's context always starts with what its context was before. Nothing rests 
 drafter compares the tokens themselves. The draft is one-hot and vLLM accepts a token with the target's
 probability of it, so the output is the target's at any temperature.
 
+The sampler that accepts them is vLLM's: `vllm_sampling` checks it before anything is drafted.
+
 This file needs nothing of vLLM at import; vLLM imports it.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -35,7 +38,10 @@ from student.drafting.propose import Drafter
 from student.lineage import warn_of_another_teacher
 
 if TYPE_CHECKING:
+    import torch
     from vllm.config import VllmConfig
+
+logger = logging.getLogger(__name__)
 
 OPTIONS_KEY = "llada_drafter"
 
@@ -97,8 +103,10 @@ class LladaProposer:
         self.drafter: Drafter | None = None
         self.ends: frozenset[int] = frozenset()
 
-    def load_model(self, *_args: Any, **_kwargs: Any) -> None:
-        """Load the student onto the target's device; vLLM calls this once the target is loaded.
+    def load_model(self, target: Any = None, *_args: Any, **_kwargs: Any) -> None:
+        """Check vLLM's sampler and load the student onto the target's device; vLLM calls this after loading the target.
+
+        Where the sampler is wrong and cannot be mended, nothing is loaded and nothing is ever drafted.
 
         Raises:
             CheckpointError: if the student or the teacher's tokenizer is missing or incomplete.
@@ -106,13 +114,25 @@ class LladaProposer:
         """
         import torch
 
+        from student.drafting import vllm_sampling
+
+        device = next((p.device for p in target.parameters()), None) if target is not None else None
+        device = device or torch.device("cpu")
+        refusal = vllm_sampling.refusal(device)
+        if refusal is None:
+            self.load_drafter(device)
+        else:
+            logger.error("nothing is drafted: %s, so drafts would change what the target says", refusal)
+
+    def load_drafter(self, device: torch.device) -> None:
+        """Load the student. Raises as `load_model` does."""
+        import torch
+
         from student.model.export import load_student
 
-        target = _args[0] if _args else None
-        device = next((p.device for p in target.parameters()), None) if target is not None else None
         dtype = getattr(torch, self.options.dtype) if self.options.dtype else None
         model, _ = load_student(self.options.student, dtype)
-        model = model.to(device or torch.device("cpu")).eval()  # type: ignore[arg-type]
+        model = model.to(device).eval()  # type: ignore[arg-type]
         tokenizer = _local_tokenizer(self.teacher_tokenizer)
         teacher = Vocabulary.from_tokenizer(tokenizer, self.options.teacher_roles)
         warn_of_another_teacher(Path(self.options.student), teacher)
@@ -143,8 +163,9 @@ class LladaProposer:
             num_tokens_no_spec: tokens of each row, the new ones included.
             token_ids_cpu: [rows, max_model_len].
         """
-        assert self.drafter is not None, "vLLM calls load_model before propose"
         drafts: list[list[int]] = [[] for _ in sampled_token_ids]
+        if self.drafter is None:  # load_model said why
+            return drafts
         rows = [
             row
             for row, sampled in enumerate(sampled_token_ids)

@@ -40,5 +40,5 @@ class OracleDrafter:
 class OracleProposer(LladaProposer):
     """`student` names a JSON file of sequences, prompt and response."""
 
-    def load_model(self, *_args: Any, **_kwargs: Any) -> None:
+    def load_drafter(self, _device: Any = None) -> None:
         self.drafter = OracleDrafter(json.loads(Path(self.options.student).read_text()), self.draft_tokens)  # type: ignore[assignment]

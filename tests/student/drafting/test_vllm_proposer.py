@@ -59,7 +59,7 @@ def test_requests_are_followed_through_a_moving_batch(tmp_path: Path, same_promp
     sequences = tmp_path / "sequences.json"
     sequences.write_text(json.dumps([ids.tolist() for ids in whole.values()]))
     proposer = OracleProposer(vllm_config({OPTIONS_KEY: {"student": str(sequences)}}))
-    proposer.load_model()
+    proposer.load_drafter()
     preempted: list[int] = []
     batch, waiting, at = Batch(4), list(whole), dict.fromkeys(whole, 5)
     accepted = drafted = 0
@@ -101,7 +101,7 @@ def test_no_draft_beyond_the_model_length_or_after_the_end(tmp_path: Path) -> No
     sequences = tmp_path / "sequences.json"
     sequences.write_text(json.dumps([ids.tolist()]))
     proposer = OracleProposer(vllm_config({OPTIONS_KEY: {"student": str(sequences)}}, draft_tokens=8))
-    proposer.load_model()
+    proposer.load_drafter()
     tokens = ids[None].astype(np.int32)
     assert proposer.propose([[1]], np.array([MAX_LENGTH - 3]), tokens) == [ids[-3:].tolist()]
     assert proposer.propose([[1]], np.array([MAX_LENGTH]), tokens) == [[]]
