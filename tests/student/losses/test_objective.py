@@ -126,8 +126,8 @@ def test_kl_is_zero_exactly_where_event_probabilities_agree(temperature):
     assert dense_terms(logits, shifted, KL).total > 1e-3
 
 
-def test_a_truncated_row_is_not_renormalised():
-    """Sparse KL keeps the tail's mass: renormalising the two events would call this student perfect."""
+def test_a_truncated_row_is_not_renormalized():
+    """Sparse KL keeps the tail's mass: renormalizing the two events would call this student perfect."""
     q = torch.tensor([[0.5, 0.5, 1e-9, 1e-9]], dtype=torch.float64)
     targets = targets_from_events([[(0.25, [0]), (0.25, [1])]], [0])
     terms = dense_terms(q.log(), targets, KL)
