@@ -139,9 +139,9 @@ def _ratio(
     import torch
 
     from student.evaluation.bounds import acceptance_bounds
-    from student.losses.fused import distillation_loss
+    from student.losses.chunked import distillation_loss
+    from student.losses.objective import named_sums, summarize
     from student.losses.settings import LossSettings
-    from student.losses.terms import summarize, terms_from_sums
     from student.training.module import DistillationModule
 
     if not len(chosen):
@@ -160,16 +160,16 @@ def _ratio(
         first = collate(samples, [row.at_depth(1) for row in rows], pad_id=tokenizer.pad_token_id)
         with torch.inference_mode():
             hidden_NxD = module.hidden_states(batch)
-            sums.append(distillation_loss(hidden_NxD, model.head_weight, batch.targets, settings).sums())
+            sums.append(distillation_loss(hidden_NxD, model.head_weight, batch.targets, settings).sums)
             first_logits = hidden_NxD[batch.targets.depth == 1] @ model.head_weight.T
             low, high = acceptance_bounds(first_logits, first.targets)
         lows.append(low)
         highs.append(high)
         advance(len(samples))
     total = torch.stack(sums).sum(0)
-    summary, terms = summarize(total), terms_from_sums(total)
+    summary, named = summarize(total), named_sums(total)
     return {
-        "tau": 1 + float(terms.accepted / terms.blocks),
+        "tau": 1 + float(named["accepted"] / named["blocks"]),
         "alpha_low": float(torch.cat(lows).nanmean()),
         "alpha_high": float(torch.cat(highs).nanmean()),
         "by_depth": summary["alpha_by_depth"],

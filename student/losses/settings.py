@@ -1,16 +1,21 @@
-"""Which loss is trained, resolved from the config and from what the dataset holds.
+"""Which loss is trained: its weights, and whether what the dataset holds supports it.
 
-`resolve_loss` settles `auto` and refuses a loss that the records cannot support; `LossSettings` is what the loss
-functions take. Both are plain Python: they run before any model exists.
+`resolve_loss` settles `auto` and refuses a loss that the records cannot support; `check_temperature` does the same for
+a temperature, by bounds on the tail of truncated rows (README.md of this folder). Both run before any model exists.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from shared.config import TrainConfig
 from shared.errors import ConfigError
+from student.alignment.targets import SparseTargets
 
 ResolvedLossName = Literal["ce", "kl", "hybrid"]
 
@@ -24,7 +29,7 @@ class LossChoice(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class LossSettings:
-    """Weights of the terms of METHOD 4. One position's loss is
+    """Weights of the objective's terms (README.md of this folder). One position's loss is
 
         ce:      CE
         kl:      T² KL_T               where there is a soft target, CE elsewhere
@@ -33,7 +38,7 @@ class LossSettings:
     plus `tv_weight` · TV at soft positions of depth 1; one block's is `path_weight` · (-n log(J / n)).
 
     Attributes:
-        temperature: T of the KL term; masses of events are raised to 1/T (see `reference.event_kl`).
+        temperature: T of the KL term; masses of events are raised to 1/T.
         block_length: largest depth that a position can have; the length of the per-depth sums.
     """
 
@@ -99,3 +104,43 @@ def resolve_loss(train: TrainConfig, has_distributions: bool, *, records_without
         elsewhere = f"; {records_without} records without them train with ce" if records_without else ""
         return LossChoice("kl", f"auto chose kl: the training records hold teacher distributions{elsewhere}")
     return LossChoice(train.loss, f"{train.loss}, as train.loss says")
+
+
+def tail_share_bounds(
+    targets: SparseTargets, temperature: float, vocabulary_size: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Least and largest share of the tail at `temperature`, at each soft position of `targets`, in order."""
+    power = 1 / temperature
+    positions, member_counts = len(targets.tail), np.diff(targets.member_offsets)
+    rows = np.repeat(np.arange(positions), np.diff(targets.event_offsets))
+    events = np.bincount(rows, targets.event_mass.astype(np.float64) ** power, minlength=positions)
+    outside = np.maximum(vocabulary_size - np.bincount(rows, member_counts, minlength=positions), 1)
+    soft = ~np.isnan(targets.tail)
+    concentrated = np.clip(targets.tail[soft].astype(np.float64), 0, 1) ** power
+    shares = [mass / (events[soft] + mass) for mass in (concentrated, concentrated * outside[soft] ** (1 - power))]
+    return np.minimum(*shares), np.maximum(*shares)
+
+
+def check_temperature(
+    targets: Iterable[SparseTargets], temperature: float, vocabulary_size: int, max_unknown_share: float
+) -> float:
+    """Refuse a temperature that the rows do not support; a few hundred samples' targets are plenty.
+
+    Returns: the unknown share, the distance between the means of the two `tail_share_bounds`; 0 without soft positions.
+
+    Raises:
+        ConfigError: if the unknown share is above `max_unknown_share`; the message names it and the tail's bounds.
+    """
+    bounds = np.concatenate(
+        [np.zeros((2, 0)), *(tail_share_bounds(t, temperature, vocabulary_size) for t in targets)], 1
+    )
+    positions = bounds.shape[1]
+    lower, upper = (float(bound.mean()) for bound in bounds) if positions else (0.0, 0.0)
+    if temperature != 1 and upper - lower > max_unknown_share:
+        raise ConfigError(
+            f"train.temperature is {temperature}, but the stored rows do not support it: there their tail may hold "
+            f"{lower:.1%} to {upper:.1%} of the mass (means of {positions} positions), so "
+            f"{upper - lower:.1%} is unknown, expected at most {max_unknown_share:.1%} (train.max_unknown_share): "
+            "use a temperature closer to 1, or collect with a larger collect.top_k"
+        )
+    return upper - lower

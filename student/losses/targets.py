@@ -1,6 +1,6 @@
 """The supervised positions of a micro-batch, as the losses take them.
 
-Legend: N supervised positions, E events, M members, V the student's vocabulary. Rows are CSR, exactly as in
+Legend: N supervised positions, E events, M members, K = N + E outcomes. Rows are CSR, exactly as in
 `student.alignment.targets.SparseTargets`, with positions gathered over the whole micro-batch.
 """
 
@@ -58,23 +58,18 @@ class TargetBatch:
         """int64 [M], the event of every member."""
         return _rows_of(self.member_offsets, self.members.shape[0])
 
+    def outcome_rows(self) -> Tensor:
+        """int64 [K], the position of every outcome: the tail of each position, then each event."""
+        return torch.cat([torch.arange(len(self), device=self.tail.device), self.event_rows()])
+
     def slice(self, start: int, stop: int, events: slice, members: slice) -> TargetBatch:
         """Positions `start:stop`, whose events and members the caller has looked up (one host sync for all slices)."""
-        rows = slice(start, stop)
-        return TargetBatch(
-            realized_ids=self.realized_ids[rows],
-            realized_logprob=self.realized_logprob[rows],
-            depth=self.depth[rows],
-            block=self.block[rows],
-            weight=self.weight[rows],
-            has_soft=self.has_soft[rows],
-            event_offsets=self.event_offsets[start : stop + 1] - events.start,
-            event_mass=self.event_mass[events],
-            member_offsets=self.member_offsets[events.start : events.stop + 1] - members.start,
-            members=self.members[members],
-            tail=self.tail[rows],
-            known=self.known[rows],
-        )
+        cut = {f.name: getattr(self, f.name)[start:stop] for f in fields(self)}
+        cut["event_offsets"] = self.event_offsets[start : stop + 1] - events.start
+        cut["event_mass"] = self.event_mass[events]
+        cut["member_offsets"] = self.member_offsets[events.start : events.stop + 1] - members.start
+        cut["members"] = self.members[members]
+        return TargetBatch(**cut)
 
 
 def depth_weights(depth_N: Tensor, decay: float) -> Tensor:

@@ -22,8 +22,7 @@ from shared.console import progress
 from shared.files import new_directory, write_json, write_text
 from student.data.feed import TrainingFeed
 from student.lineage import IDENTITY
-from student.losses.normalization import loss_scale, sum_over_ranks
-from student.losses.terms import summarize
+from student.losses.objective import loss_scale, sum_over_ranks, summarize
 from student.model.export import save_student
 from student.training import checkpoint
 from student.training.journal import Journal

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from student.data.batch import MicroBatch
-from student.losses import fused
+from student.losses import chunked
 from student.losses.settings import LossSettings
 from student.model.attention import AnchoredLayout
 from student.model.modeling_llada import LladaForMaskedDiffusion
@@ -33,5 +33,5 @@ class DistillationModule(nn.Module):
     def forward(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """The loss summed over the micro-batch's targets, and `LossTerms.sums` for the log."""
         hidden_NxD = self.hidden_states(batch)
-        terms = fused.distillation_loss(hidden_NxD, self.model.head_weight, batch.targets, self.settings)
-        return terms.total, terms.sums()
+        terms = chunked.distillation_loss(hidden_NxD, self.model.head_weight, batch.targets, self.settings)
+        return terms.total, terms.sums

@@ -17,8 +17,7 @@ from shared.errors import CheckpointError
 from student.alignment.sanity import check_alignment
 from student.data.feed import TrainingFeed
 from student.lineage import IDENTITY, present, read_json
-from student.losses.settings import LossChoice, LossSettings, resolve_loss
-from student.losses.support import check_temperature
+from student.losses.settings import LossChoice, LossSettings, check_temperature, resolve_loss
 from student.model.export import read_config
 from student.training import launch
 from student.training.checkpoint import require_resumable, require_same_run, run_identity

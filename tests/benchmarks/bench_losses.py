@@ -1,4 +1,4 @@
-"""Time and peak memory of the loss with its gradients, forward and backward: fused against the plain ways.
+"""Time and peak memory of the loss with its gradients, forward and backward: chunked against the plain ways.
 
     python -m tests.benchmarks.bench_losses --device cpu          # V = 126,464, d = 1,024, N up to 1,024
     python -m tests.benchmarks.bench_losses --device cuda         # V = 126,464, d = 4,096, N = 8,192, with Liger's
@@ -12,7 +12,7 @@ the CPU (reset through /proc/self/clear_refs), the allocator's on a GPU. Each wa
 and head, so the table also gives the peak beyond these.
 
 Ways: `plain` materialises logits and log-softmax and takes the tail as log(1 - sum); it does nothing else, no sums for
-the log. `reference` is `student.losses.reference`. `torch-ce` is torch's own chunked linear cross-entropy. `liger-*`
+the log. `dense` is `student.losses.dense`. `torch-ce` is torch's own chunked linear cross-entropy. `liger-*`
 are Liger's fused linear losses (Triton, GPU only); its KL needs dense target probabilities.
 """
 
@@ -36,16 +36,16 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from student.losses import fused, reference
+from student.losses import chunked, dense
 from student.losses.settings import LossSettings
 from student.losses.targets import TargetBatch
 
 BLOCK_LENGTH = 8
-CPU_WAYS = ("plain-ce", "torch-ce", "fused-ce", "plain-kl", "reference-kl", "fused-kl")
+CPU_WAYS = ("plain-ce", "torch-ce", "chunked-ce", "plain-kl", "dense-kl", "chunked-kl")
 CUDA_WAYS = (*CPU_WAYS, "liger-ce", "liger-ce-fp32", "liger-kl")
 # Each way against the one that does the same work plainly; on a GPU Liger's is compared too.
 MEASURED = ("seconds", "cpu_seconds", "peak_extra_bytes", "beyond_gradients_bytes")
-BASELINE = {"fused-ce": "plain-ce", "torch-ce": "plain-ce", "fused-kl": "plain-kl", "reference-kl": "plain-kl"}
+BASELINE = {"chunked-ce": "plain-ce", "torch-ce": "plain-ce", "chunked-kl": "plain-kl", "dense-kl": "plain-kl"}
 
 
 def make_targets(positions: int, vocabulary: int, events: int, generator: torch.Generator) -> TargetBatch:
@@ -83,24 +83,24 @@ def plain_kl(hidden: Tensor, head: Tensor, targets: TargetBatch) -> Tensor:
 def computation(way: str, hidden: Tensor, head: Tensor, targets: TargetBatch) -> Callable[[], Tensor]:
     """The forward of `way`, as a closure over its inputs."""
     name, loss = way.split("-", 1)
-    if name in ("fused", "reference"):
+    if name in ("chunked", "dense"):
         settings = LossSettings("ce" if loss == "ce" else "kl", BLOCK_LENGTH)
-        if name == "fused":
-            return lambda: fused.distillation_loss(hidden, head, targets, settings).total
-        return lambda: reference.distillation_loss(hidden @ head.T, targets, settings).total
+        if name == "chunked":
+            return lambda: chunked.distillation_loss(hidden, head, targets, settings).total
+        return lambda: dense.distillation_loss(hidden @ head.T, targets, settings).total
     if name == "plain":
         if loss == "kl":
             return lambda: plain_kl(hidden, head, targets)
         return lambda: F.cross_entropy((hidden @ head.T).float(), targets.realized_ids, reduction="sum")
     if name == "torch":
-        chunked = torch.nn.LinearCrossEntropyOptions()
-        return lambda: F.linear_cross_entropy(hidden, head, targets.realized_ids, reduction="sum", options=chunked)
+        options = torch.nn.LinearCrossEntropyOptions()
+        return lambda: F.linear_cross_entropy(hidden, head, targets.realized_ids, reduction="sum", options=options)
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy, liger_fused_linear_kl_div
 
     if loss == "kl":
-        dense = torch.zeros(len(targets), head.shape[0], device=hidden.device)
-        dense.scatter_(1, targets.members.view(len(targets), -1), targets.event_mass.view(len(targets), -1))
-        return lambda: liger_fused_linear_kl_div(hidden, head, dense, reduction="sum")
+        teacher = torch.zeros(len(targets), head.shape[0], device=hidden.device)
+        teacher.scatter_(1, targets.members.view(len(targets), -1), targets.event_mass.view(len(targets), -1))
+        return lambda: liger_fused_linear_kl_div(hidden, head, teacher, reduction="sum")
     accumulate = torch.float32 if loss == "ce-fp32" else None
     return lambda: liger_fused_linear_cross_entropy(
         hidden, head, targets.realized_ids, reduction="sum", accum_dtype=accumulate

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from student.losses import dense
+from student.losses.objective import named_sums
+from student.losses.settings import LossSettings
 from student.losses.targets import TargetBatch
 
 
@@ -79,6 +83,12 @@ def random_targets(seed: int, positions: int, vocabulary: int, block_length: int
         # Two positions of random masking, in no block.
         batch.depth[-2:], batch.block[-2:] = 0, -1
     return batch
+
+
+def dense_terms(logits_NxV: Tensor, targets: TargetBatch, settings: LossSettings) -> SimpleNamespace:
+    """`dense.distillation_loss`: its `total` and `sums`, and each of the sums under its name."""
+    terms = dense.distillation_loss(logits_NxV, targets, settings)
+    return SimpleNamespace(**named_sums(terms.sums) | terms._asdict())
 
 
 def event_probabilities(probabilities_NxV: Tensor, targets: TargetBatch) -> list[Tensor]:

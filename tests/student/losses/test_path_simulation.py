@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from student.losses import reference
 from student.losses.settings import LossSettings
-from student.losses.terms import LossTerms
-from tests.student.losses.cases import targets_from_events
+from tests.student.losses.cases import dense_terms, targets_from_events
 
 VOCABULARY, DEPTHS, DRAWS = 4, 3, 200_000
 
@@ -79,7 +78,7 @@ def toy() -> Toy:
 
 
 @pytest.fixture(scope="module")
-def stored(toy) -> LossTerms:
+def stored(toy) -> SimpleNamespace:
     """What the loss says of stored samples; the student's logits are the same for every draw."""
     tokens, logprobs = toy.sample_teacher()
     count = DRAWS * DEPTHS
@@ -89,14 +88,14 @@ def stored(toy) -> LossTerms:
     targets.weight, targets.known, targets.tail = torch.ones(count), torch.ones(count), torch.full((count,), math.nan)
     targets.has_soft = torch.zeros(count, dtype=torch.bool)
     targets.event_offsets = torch.zeros(count + 1, dtype=torch.int64)
-    return reference.distillation_loss(toy.q.log().repeat(DRAWS, 1), targets, LossSettings("ce", DEPTHS))
+    return dense_terms(toy.q.log().repeat(DRAWS, 1), targets, LossSettings("ce", DEPTHS))
 
 
 def standard_error(accepted: torch.Tensor) -> float:
     return float(accepted.std() / math.sqrt(DRAWS))
 
 
-def test_path_term_equals_simulated_ratio_verification(toy, stored):
+def test_path_term_equals_simulated_rejection_sampling(toy, stored):
     exact = toy.enumerate(lambda depth, p, token: min(float(p[token]), float(toy.q[depth, token])))
     drafts = torch.stack([torch.multinomial(q, DRAWS, True, generator=toy.generator) for q in toy.q], 1)
     simulated = toy.verify(drafts, lambda depth, p, token: p / toy.q[depth][token])

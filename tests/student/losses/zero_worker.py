@@ -1,4 +1,4 @@
-"""One rank of `test_normalization`: trains one SGD step of a small model under DeepSpeed and writes what came of it.
+"""One rank of `test_zero_stages`: trains one SGD step of a small model under DeepSpeed and writes what came of it.
 
     RANK=… WORLD_SIZE=… … python -m tests.student.losses.zero_worker OUTPUT
 
@@ -14,8 +14,8 @@ import sys
 import torch
 from torch import Tensor, nn
 
-from student.losses import fused
-from student.losses.normalization import loss_scale, sum_over_ranks
+from student.losses import chunked
+from student.losses.objective import loss_scale, sum_over_ranks
 from student.losses.settings import LossSettings
 from student.losses.targets import TargetBatch
 from tests.student.losses.cases import concatenate, random_targets
@@ -43,7 +43,9 @@ class Model(nn.Module):
     def forward(self, ids: Tensor, targets: TargetBatch) -> Tensor:
         # Two blocks in the smallest slices, so that the chunked path is really in several.
         slices = 2 * BLOCK * VOCABULARY * 4
-        return fused.distillation_loss(self.states(ids), self.head.weight, targets, SETTINGS, chunk_bytes=slices).total
+        return chunked.distillation_loss(
+            self.states(ids), self.head.weight, targets, SETTINGS, chunk_bytes=slices
+        ).total
 
 
 def make_model(tied: bool) -> Model:
@@ -70,7 +72,7 @@ def micro_batches(rank: int, world: int, accumulation: int) -> list[tuple[Tensor
 
 
 def run(stage: int, accumulation: int, tied: bool) -> dict:
-    """One step; returns the normalised global loss and the change of every parameter."""
+    """One step; returns the normalized global loss and the change of every parameter."""
     import deepspeed
 
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from shared.errors import TrainingError
-from student.losses import reference
-from student.losses.normalization import loss_scale, sum_over_ranks
+from student.losses import dense
+from student.losses.objective import loss_scale, sum_over_ranks
 from tests.student.losses import zero_worker
 from tests.student.losses.cases import concatenate
 
@@ -76,7 +76,7 @@ def plain() -> dict:
     for tied in (False, True):
         model = zero_worker.make_model(tied)
         logits = model.states(ids) @ model.head.weight.T
-        loss = reference.distillation_loss(logits, targets, zero_worker.SETTINGS).total / len(targets)
+        loss = dense.distillation_loss(logits, targets, zero_worker.SETTINGS).total / len(targets)
         loss.backward()
         results[tied] = (loss.item(), {name: p.grad for name, p in model.named_parameters()})
     return results

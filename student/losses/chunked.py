@@ -1,18 +1,9 @@
-"""The losses from hidden states and the head's weight, never holding more than a slice of the logits.
+"""The loss from hidden states and the head's weight, never holding more than a slice of the logits.
 
-Method: positions go through the head in chunks of whole blocks (the path term couples a block's positions, so it
-stays exact). Within a chunk the logits are made once; three vectors (log q of realized tokens, events, tail) are read
-off them; `reference.combine` turns these into the loss, and autograd on the small vectors alone gives its slopes g.
-With P the softmax over the tokens outside the events and G = g_realized + sum_e g_e + g_tail, the gradient of the
-chunk's logits follows in place,
-
-    dL/dz_v = P_v (g_tail - G q_tail)                      for v in no event
-    dL/dz_v = g_e (share of v in e) - G q_v                for v in event e
-    plus g_realized at the realized token,
-
-and goes into the gradients of the hidden states and the head at once, as in Liger's fused linear cross-entropy
-(arXiv:2410.10989). So there are three matrix products in all, the plain computation's number, and backward only
-scales what forward has computed.
+Positions go through the head in chunks of whole blocks (the path term couples a block's positions). A chunk's logits
+are made once; `objective` on three vectors read off them gives the loss and its slopes; the gradient of the logits
+overwrites the logits and goes into the gradients of the hidden states and the head at once (formula and source:
+README.md of this folder). Three matrix products in all, the plain computation's number; backward only scales.
 
 Half-precision parameters are multiplied as they are, but logits are float32: a logit of 4 rounded to bfloat16 moves its
 token's gradient by 1.6 %. The head's gradient is summed in float32.
@@ -20,21 +11,26 @@ token's gradient by 1.6 %. The head's gradient is summed in float32.
 Cost beyond the gradients themselves: one float32 slice of the logits of `chunk_bytes` and a little scratch
 (half-precision parameters add a half-sized slice). There is no second derivative.
 
-Legend: N positions, C positions of a chunk, V vocabulary, D hidden size, E events, M members.
+Legend: N positions, C positions of a chunk, V vocabulary, D hidden size, E events, M members, K = C + E outcomes.
 """
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from student.losses.reference import EventLogProbs, combine, segment_logsumexp, segment_softmax
+from student.losses.objective import (
+    LossTerms,
+    StudentLogProbs,
+    named_sums,
+    objective,
+    segment_logsumexp,
+    segment_softmax,
+)
 from student.losses.settings import LossSettings
 from student.losses.targets import TargetBatch
-from student.losses.terms import LossTerms, terms_from_sums
 
 # Every slice reads the head twice and its gradient once: slices so large that this costs little beside the products.
 # The GPU's is the number of positions that Liger picks for a LLaMA-sized head.
@@ -54,7 +50,7 @@ def distillation_loss(
     *,
     chunk_bytes: int | None = None,
 ) -> LossTerms:
-    """`reference.distillation_loss(hidden_NxD @ head_weight_VxD.T, …)`, chunked; equal in values and gradients.
+    """`dense.distillation_loss(hidden_NxD @ head_weight_VxD.T, …)`, chunked; equal in values and gradients.
 
     Must run inside the DeepSpeed engine's forward, where ZeRO-3 has gathered the head. A frozen head, or hidden states
     that need no gradient, cost nothing. With N = 0 the total is 0 and both gradients are zeros, so ranks stay in step.
@@ -63,48 +59,44 @@ def distillation_loss(
         chunk_bytes: bound on one float32 slice of logits; a slice has at least one block whatever it says. None takes
             the device's default.
     """
-    if torch.is_autocast_enabled(hidden_NxD.device.type):
-        dtype = torch.get_autocast_dtype(hidden_NxD.device.type)
+    device = hidden_NxD.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
         hidden_NxD, head_weight_VxD = hidden_NxD.to(dtype), head_weight_VxD.to(dtype)
     hidden_NxD = hidden_NxD.to(head_weight_VxD.dtype)
     if chunk_bytes is None:
         chunk_bytes = _by_device(DEFAULT_CHUNK_BYTES, hidden_NxD.device)
-    grad = torch.is_grad_enabled()
-    needs = (grad and hidden_NxD.requires_grad, grad and head_weight_VxD.requires_grad)
-    total, sums = _ChunkedLoss.apply(hidden_NxD, head_weight_VxD, targets, settings, chunk_bytes, needs)
-    terms = terms_from_sums(sums)
-    terms.total = total
-    return terms
+    needs_hidden, needs_head = (torch.is_grad_enabled() and t.requires_grad for t in (hidden_NxD, head_weight_VxD))
+    with torch.no_grad(), torch.autocast(device, enabled=False):
+        terms, *gradients = _forward(
+            hidden_NxD, head_weight_VxD, targets, settings, chunk_bytes, needs_hidden, needs_head
+        )
+    total = _GradientsMade.apply(hidden_NxD, head_weight_VxD, terms.total, *gradients)
+    return terms._replace(total=total)
 
 
 def _by_device(sizes: dict[str, int], device: torch.device) -> int:
     return sizes.get(device.type, sizes["cpu"])
 
 
-class _ChunkedLoss(torch.autograd.Function):
-    """Forward computes the loss and both gradients; backward scales them by the incoming scalar."""
+class _GradientsMade(torch.autograd.Function):
+    """`total` as a function of states and head, whose gradients are there already: backward scales and hands over."""
 
     @staticmethod
-    def forward(ctx, hidden_NxD, head_VxD, targets, settings, chunk_bytes, needs):  # type: ignore[no-untyped-def]
-        with torch.autocast(hidden_NxD.device.type, enabled=False):
-            result = _forward(hidden_NxD, head_VxD, targets, settings, chunk_bytes, *needs)
-        ctx.mark_non_differentiable(result.sums)
-        ctx.hidden_grad, ctx.head_grad = result.hidden_grad_NxD, result.head_grad_VxD
-        ctx.spent = False
-        return result.total, result.sums
+    def forward(ctx, _hidden_NxD, _head_VxD, total, *gradients):  # type: ignore[no-untyped-def]
+        ctx.gradients = gradients
+        return total.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_total, _grad_sums):  # type: ignore[no-untyped-def]
-        if ctx.spent:
-            raise RuntimeError("the fused loss was differentiated twice: its gradients are handed over, not kept")
-        hidden_grad, head_grad = ctx.hidden_grad, ctx.head_grad
-        ctx.hidden_grad = ctx.head_grad = None
-        ctx.spent = True
-        for gradient in (hidden_grad, head_grad):
+    def backward(ctx, grad_total):  # type: ignore[no-untyped-def]
+        if ctx.gradients is None:
+            raise RuntimeError("the chunked loss was differentiated twice: its gradients are handed over, not kept")
+        gradients, ctx.gradients = ctx.gradients, None
+        for gradient in gradients:
             if gradient is not None:
                 _scale(gradient, grad_total)
-        return hidden_grad, head_grad, None, None, None, None
+        return *gradients, None, None, None
 
 
 def _scale(gradient: Tensor, factor: Tensor) -> None:
@@ -117,14 +109,6 @@ def _scale(gradient: Tensor, factor: Tensor) -> None:
         part.copy_(part.to(factor.dtype) * factor)
 
 
-@dataclass(slots=True)
-class _Result:
-    total: Tensor
-    sums: Tensor
-    hidden_grad_NxD: Tensor | None
-    head_grad_VxD: Tensor | None
-
-
 def _forward(
     hidden_NxD: Tensor,
     head_VxD: Tensor,
@@ -133,21 +117,20 @@ def _forward(
     chunk_bytes: int,
     needs_hidden: bool,
     needs_head: bool,
-) -> _Result:
+) -> tuple[LossTerms, Tensor | None, Tensor | None]:
+    """The terms, and the total's gradients for hidden states and head where they are needed."""
     accumulate = torch.float64 if head_VxD.dtype == torch.float64 else torch.float32
     hidden_grad_NxD = torch.empty_like(hidden_NxD, memory_format=torch.contiguous_format) if needs_hidden else None
     head_grad_VxD = torch.empty(head_VxD.shape, dtype=accumulate, device=head_VxD.device) if needs_head else None
     chunks = _chunks(targets, max(1, chunk_bytes // (head_VxD.shape[0] * 4)))
     rows = max(stop - start for start, stop, _ in chunks)
     slice_CxV = head_VxD.new_empty(rows, head_VxD.shape[0], dtype=accumulate)
-    total: Tensor | None = None
-    sums: Tensor | None = None
+    parts = []
     for start, stop, chunk in chunks:
         hidden_CxD, logits_CxV = hidden_NxD[start:stop], slice_CxV[: stop - start]
         _multiply(hidden_CxD, head_VxD, logits_CxV)
         terms, slope_CxV = _chunk_terms(logits_CxV, chunk, settings, gradient=needs_hidden or needs_head)
-        total = terms.total if total is None else total + terms.total
-        sums = terms.sums() if sums is None else sums + terms.sums()
+        parts.append(terms)
         if slope_CxV is None:
             continue
         slope_CxV = slope_CxV.to(head_VxD.dtype)
@@ -156,11 +139,9 @@ def _forward(
         if head_grad_VxD is not None:
             _add_product(head_grad_VxD, slope_CxV, hidden_CxD, first=start == 0)
         del slope_CxV  # before the next one is made, where it is not the slice itself
-    assert total is not None
-    assert sums is not None
-    if head_grad_VxD is not None:
-        head_grad_VxD = head_grad_VxD.to(head_VxD.dtype)
-    return _Result(total, sums, hidden_grad_NxD, head_grad_VxD)
+    terms = LossTerms(*(sum(values[1:], values[0]) for values in zip(*parts, strict=True)))
+    named_sums(terms.sums)["total"].copy_(terms.total)  # the log shows what is differentiated, to the last digit
+    return terms, hidden_grad_NxD, None if head_grad_VxD is None else head_grad_VxD.to(head_VxD.dtype)
 
 
 def _multiply(hidden_CxD: Tensor, head_VxD: Tensor, logits_CxV: Tensor) -> None:
@@ -180,9 +161,9 @@ def _chunk_terms(
 ) -> tuple[LossTerms, Tensor | None]:
     """The chunk's terms, and d total / d logits, which lie where the logits lay, if `gradient`."""
     rows_C = torch.arange(len(targets), device=logits_CxV.device)
-    rows_E, events_M = targets.event_rows(), targets.member_events()
+    rows_K, rows_E, events_M = targets.outcome_rows(), targets.event_rows(), targets.member_events()
     rows_M = rows_E[events_M]
-    realized_C = logits_CxV[rows_C, targets.realized_ids]
+    observed_C = logits_CxV[rows_C, targets.realized_ids]
     member_M = logits_CxV[rows_M, targets.members]
 
     # The tokens outside the events. A finite floor instead of -inf keeps a row finite where there are none.
@@ -193,35 +174,36 @@ def _chunk_terms(
     # From here all logits are relative to the row's largest: at ±1e4, float32 has but three decimals.
     has_rest_C = peak_C > floor
     largest_C = peak_C.scatter_reduce(0, rows_M, member_M, "amax")
-    is_top_M = member_M == largest_C[rows_M]
-    top1_N = _lowest(torch.where(peak_C == largest_C, top1_C, _NOBODY), rows_M, is_top_M, targets.members)
-    realized_C, member_M = realized_C - largest_C, member_M - largest_C[rows_M]
+    # The lowest id of the largest logit, inside the events or outside: where a dense argmax sends ties.
+    outside_C = torch.where(peak_C == largest_C, top1_C, _NOBODY)
+    inside_M = torch.where(member_M == largest_C[rows_M], targets.members, _NOBODY)
+    top1_N = outside_C.scatter_reduce(0, rows_M, inside_M, "amin")
+    observed_C, member_M = observed_C - largest_C, member_M - largest_C[rows_M]
     rest_C = torch.where(has_rest_C, peak_C - largest_C - rest_CxV[rows_C, top1_C].log(), -torch.inf)
     event_E = segment_logsumexp(member_M, events_M, len(rows_E))
     normalizer_C = torch.logaddexp(rest_C, segment_logsumexp(event_E, rows_E, len(targets)))
 
-    student = EventLogProbs(
-        realized_N=(realized_C - normalizer_C).requires_grad_(gradient),
-        event_E=(event_E - normalizer_C[rows_E]).requires_grad_(gradient),
-        tail_N=(rest_C - normalizer_C).requires_grad_(gradient),
+    student = StudentLogProbs(
+        observed_N=(observed_C - normalizer_C).requires_grad_(gradient),
+        outcome_K=(torch.cat([rest_C, event_E]) - normalizer_C[rows_K]).requires_grad_(gradient),
         top1_N=top1_N,
     )
     with torch.set_grad_enabled(gradient):
-        terms = combine(student, targets, settings)
+        terms = objective(student, targets, settings)
     if not gradient:
         return terms, None
-    leaves = (student.realized_N, student.event_E, student.tail_N)
-    realized_g_C, event_g_E, tail_g_C = torch.autograd.grad(terms.total, leaves, materialize_grads=True)
-    terms.total = terms.total.detach()
-    sum_g_C = (realized_g_C + tail_g_C).index_add(0, rows_E, event_g_E)
+    leaves = (student.observed_N, student.outcome_K)
+    observed_g_C, outcome_g_K = torch.autograd.grad(terms.total, leaves, materialize_grads=True)
+    tail_g_C, event_g_E = outcome_g_K.split([len(rows_C), len(rows_E)])
+    sum_g_C = observed_g_C.index_add(0, rows_K, outcome_g_K)
 
     slope_CxV = rest_CxV.mul_((tail_g_C - sum_g_C * (rest_C - normalizer_C).exp())[:, None])
-    inside_M = segment_softmax(member_M, events_M, len(rows_E))
+    share_M = segment_softmax(member_M, events_M, len(rows_E))
     slope_CxV[rows_M, targets.members] = (
-        event_g_E[events_M] * inside_M - sum_g_C[rows_M] * (member_M - normalizer_C[rows_M]).exp()
+        event_g_E[events_M] * share_M - sum_g_C[rows_M] * (member_M - normalizer_C[rows_M]).exp()
     )
-    slope_CxV[rows_C, targets.realized_ids] += realized_g_C
-    return terms, slope_CxV
+    slope_CxV[rows_C, targets.realized_ids] += observed_g_C
+    return terms._replace(total=terms.total.detach()), slope_CxV
 
 
 def _softmax(logits_CxV: Tensor) -> Tensor:
@@ -243,11 +225,6 @@ def _add_product(head_grad_VxD: Tensor, slope_CxV: Tensor, hidden_CxD: Tensor, *
             part_RxD.copy_(product_RxD)
         else:
             part_RxD += product_RxD
-
-
-def _lowest(candidate_C: Tensor, rows_M: Tensor, is_top_M: Tensor, members: Tensor) -> Tensor:
-    """The lowest id of each row's `candidate_C` and its top members: ties go where a dense argmax sends them."""
-    return candidate_C.scatter_reduce(0, rows_M, torch.where(is_top_M, members, _NOBODY), "amin")
 
 
 def _chunks(targets: TargetBatch, most_rows: int) -> list[tuple[int, int, TargetBatch]]:

@@ -9,10 +9,10 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from student.losses import fused, reference
+from student.losses import chunked, dense
+from student.losses.objective import LossTerms
 from student.losses.settings import LossSettings
 from student.losses.targets import TargetBatch
-from student.losses.terms import LossTerms
 from tests.student.losses.cases import random_targets, targets_from_events
 
 EVERYTHING = LossSettings("hybrid", 4, alpha=0.4, beta=0.6, tv_weight=0.5, path_weight=0.3)
@@ -33,12 +33,12 @@ class Outcome:
     head_grad: torch.Tensor
 
     def is_finite(self) -> bool:
-        return all(t.isfinite().all() for t in (self.terms.sums(), self.hidden_grad, self.head_grad))
+        return all(t.isfinite().all() for t in (self.terms.sums, self.hidden_grad, self.head_grad))
 
 
-def fused_outcome(hidden, head, targets, loss, chunk_rows) -> Outcome:
+def chunked_outcome(hidden, head, targets, loss, chunk_rows) -> Outcome:
     h, w = hidden.clone().requires_grad_(), head.clone().requires_grad_()
-    terms = fused.distillation_loss(h, w, targets, loss, chunk_bytes=chunk_rows * len(head) * 4)
+    terms = chunked.distillation_loss(h, w, targets, loss, chunk_bytes=chunk_rows * len(head) * 4)
     return Outcome(terms, *torch.autograd.grad(terms.total, (h, w)))
 
 
@@ -46,7 +46,7 @@ def plain_outcome(hidden, head, targets, loss) -> tuple[Outcome, Outcome]:
     """The plain loss's, and one whose gradients add up the addends' sizes, the scale of rounding where they cancel."""
     h, w = hidden.clone().requires_grad_(), head.clone().requires_grad_()
     logits = h @ w.T
-    terms = reference.distillation_loss(logits, targets, loss)
+    terms = dense.distillation_loss(logits, targets, loss)
     hidden_grad, head_grad, slope = torch.autograd.grad(terms.total, (h, w, logits))
     sizes = Outcome(terms, slope.abs() @ head.abs(), slope.abs().T @ hidden.abs())
     return Outcome(terms, hidden_grad, head_grad), sizes
@@ -76,14 +76,14 @@ def test_equals_the_plain_loss(
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(positions, width, generator=generator, dtype=dtype)
     head = torch.randn(vocabulary, width, generator=generator, dtype=dtype)
-    ours = fused_outcome(hidden, head, targets, loss_settings, chunk_rows)
+    ours = chunked_outcome(hidden, head, targets, loss_settings, chunk_rows)
     theirs, sizes = plain_outcome(hidden, head, targets, loss_settings)
     tolerance = 1e-5 if dtype == torch.float32 else 1e-11
     # A KL of nearly zero is a difference of numbers around one.
     assert ours.terms.total.item() == pytest.approx(theirs.terms.total.item(), rel=tolerance, abs=tolerance / 10)
     assert relative_error(ours.hidden_grad, theirs.hidden_grad, sizes.hidden_grad) <= tolerance
     assert relative_error(ours.head_grad, theirs.head_grad, sizes.head_grad) <= tolerance
-    torch.testing.assert_close(ours.terms.sums(), theirs.terms.sums(), rtol=tolerance, atol=1e-5)
+    torch.testing.assert_close(ours.terms.sums, theirs.terms.sums, rtol=tolerance, atol=1e-5)
 
 
 @given(
@@ -105,7 +105,7 @@ def test_bfloat16_parameters_stay_near_float64(seed, positions, vocabulary, widt
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(positions, width, generator=generator).bfloat16()
     head = (torch.randn(vocabulary, width, generator=generator) / width**0.5).bfloat16()
-    ours = fused_outcome(hidden, head, targets, LossSettings(loss, 4), chunk_rows)
+    ours = chunked_outcome(hidden, head, targets, LossSettings(loss, 4), chunk_rows)
     exact, sizes = plain_outcome(hidden.double(), head.double(), targets, LossSettings(loss, 4))
     assert ours.terms.total.dtype == torch.float32
     assert ours.head_grad.dtype == ours.hidden_grad.dtype == torch.bfloat16
@@ -123,11 +123,11 @@ def test_bfloat16_of_all_terms_and_an_odd_scale(loss):
     head = (torch.randn(500, 32, generator=generator) / 6).bfloat16()
     loss_settings = LossSettings(loss, 4, tv_weight=0.2, path_weight=0.2)
     h, w = hidden.clone().requires_grad_(), head.clone().requires_grad_()
-    terms = fused.distillation_loss(h, w, targets, loss_settings, chunk_bytes=13 * 500 * 4)
+    terms = chunked.distillation_loss(h, w, targets, loss_settings, chunk_bytes=13 * 500 * 4)
     # A scale that bfloat16 cannot hold must not be rounded to it.
     gradients = torch.autograd.grad(terms.total * 1.0039, (h, w))
     exact_h, exact_w = hidden.double().requires_grad_(), head.double().requires_grad_()
-    exact = reference.distillation_loss(exact_h @ exact_w.T, targets, loss_settings)
+    exact = dense.distillation_loss(exact_h @ exact_w.T, targets, loss_settings)
     exact_gradients = torch.autograd.grad(exact.total * 1.0039, (exact_h, exact_w))
     assert terms.total.item() == pytest.approx(exact.total.item(), rel=1e-5)
     for ours, theirs in zip(gradients, exact_gradients, strict=True):
@@ -138,7 +138,7 @@ def test_bfloat16_head_gradient_does_not_lose_small_chunks():
     """512 equal contributions, one a chunk: a bfloat16 sum would stall at 256 of them."""
     targets = targets_from_events([None] * 512, [0] * 512)
     hidden, head = torch.ones(512, 1).bfloat16(), torch.zeros(2, 1).bfloat16().requires_grad_()
-    fused.distillation_loss(hidden, head, targets, LossSettings("ce", 1), chunk_bytes=1).total.backward()
+    chunked.distillation_loss(hidden, head, targets, LossSettings("ce", 1), chunk_bytes=1).total.backward()
     assert head.grad is not None
     assert head.grad.flatten().tolist() == [-256, 256]
 
@@ -153,7 +153,7 @@ def test_huge_logits_are_finite(scale, loss, temperature):
     hidden = torch.randn(24, 6, generator=torch.Generator().manual_seed(2)).sign()
     head = torch.randn(30, 6, generator=torch.Generator().manual_seed(3)).sign() * (scale // 6)
     loss_settings = LossSettings(loss, 4, temperature=temperature, tv_weight=0.5, path_weight=0.3)
-    ours = fused_outcome(hidden, head, targets, loss_settings, chunk_rows=7)
+    ours = chunked_outcome(hidden, head, targets, loss_settings, chunk_rows=7)
     theirs, _ = plain_outcome(hidden, head, targets, loss_settings)
     assert ours.is_finite()
     assert theirs.is_finite()
@@ -167,29 +167,29 @@ def test_masses_of_one_and_zero_and_impossible_teacher_tokens():
     targets = targets_from_events(events, [3, 2, 5], block_length=3, realized_logprob=[0.0, float("-inf"), -1.0])
     hidden, head = torch.randn(3, 4), torch.randn(6, 4)
     loss = LossSettings("kl", 3, temperature=1.5, tv_weight=1.0, path_weight=1.0)
-    ours, (theirs, _) = fused_outcome(hidden, head, targets, loss, 1), plain_outcome(hidden, head, targets, loss)
+    ours, (theirs, _) = chunked_outcome(hidden, head, targets, loss, 1), plain_outcome(hidden, head, targets, loss)
     assert ours.is_finite()
     assert theirs.is_finite()
     assert relative_error(ours.hidden_grad, theirs.hidden_grad) <= 1e-5
     # The whole vocabulary as one event of mass 1 says nothing: no gradient.
     lonely = targets_from_events([events[2]], [5])
-    quiet = fused_outcome(hidden[2:], head, lonely, LossSettings("kl", 1), chunk_rows=1)
+    quiet = chunked_outcome(hidden[2:], head, lonely, LossSettings("kl", 1), chunk_rows=1)
     assert quiet.terms.total.item() == pytest.approx(0, abs=1e-6)
     assert quiet.hidden_grad.abs().max() < 1e-6
 
 
 def test_no_supervised_position_gives_zero_loss_and_zero_gradients():
     hidden, head = torch.randn(5, 4, requires_grad=True), torch.randn(6, 4, requires_grad=True)
-    terms = fused.distillation_loss(hidden[:0], head, targets_from_events([], []), EVERYTHING)
+    terms = chunked.distillation_loss(hidden[:0], head, targets_from_events([], []), EVERYTHING)
     terms.total.backward()
     assert terms.total.item() == 0
     assert hidden.grad is not None
     assert head.grad is not None
     assert not hidden.grad.any()
     assert not head.grad.any()
-    dense = torch.zeros(0, 6, requires_grad=True)
-    reference.distillation_loss(dense, targets_from_events([], []), EVERYTHING).total.backward()
-    assert dense.grad is not None
+    logits = torch.zeros(0, 6, requires_grad=True)
+    dense.distillation_loss(logits, targets_from_events([], []), EVERYTHING).total.backward()
+    assert logits.grad is not None
 
 
 @pytest.fixture
@@ -204,7 +204,7 @@ def test_frozen_inputs_get_no_gradient_and_change_nothing_else(case, frozen):
     hidden, head, targets = case
     theirs, _ = plain_outcome(hidden, head, targets, EVERYTHING)
     h, w = hidden.clone().requires_grad_(frozen == "head"), head.clone().requires_grad_(frozen == "hidden")
-    terms = fused.distillation_loss(h, w, targets, EVERYTHING, chunk_bytes=6 * 17 * 4)
+    terms = chunked.distillation_loss(h, w, targets, EVERYTHING, chunk_bytes=6 * 17 * 4)
     assert terms.total.item() == pytest.approx(theirs.terms.total.item())
     assert terms.total.requires_grad == (frozen != "both")
     if frozen == "both":
@@ -220,22 +220,22 @@ def test_no_grad_evaluates_only(case):
     hidden, head, targets = case
     theirs, _ = plain_outcome(hidden, head, targets, EVERYTHING)
     with torch.no_grad():
-        terms = fused.distillation_loss(hidden.requires_grad_(), head.requires_grad_(), targets, EVERYTHING)
+        terms = chunked.distillation_loss(hidden.requires_grad_(), head.requires_grad_(), targets, EVERYTHING)
     assert not terms.total.requires_grad
-    torch.testing.assert_close(terms.sums(), theirs.terms.sums())
+    torch.testing.assert_close(terms.sums, theirs.terms.sums)
 
 
 def test_tied_head_sums_both_gradients(case):
     _, head, targets = case
     ids = torch.arange(20) % 17
     gradients = []
-    for is_fused in (True, False):
+    for is_chunked in (True, False):
         embedding = head.clone().requires_grad_()
         hidden = torch.tanh(embedding[ids])
-        if is_fused:
-            total = fused.distillation_loss(hidden, embedding, targets, EVERYTHING, chunk_bytes=300).total
+        if is_chunked:
+            total = chunked.distillation_loss(hidden, embedding, targets, EVERYTHING, chunk_bytes=300).total
         else:
-            total = reference.distillation_loss(hidden @ embedding.T, targets, EVERYTHING).total
+            total = dense.distillation_loss(hidden @ embedding.T, targets, EVERYTHING).total
         gradients.append(torch.autograd.grad(total, embedding)[0])
     torch.testing.assert_close(*gradients)
 
@@ -245,12 +245,12 @@ def test_lora_on_the_head_trains_its_factors(case):
     generator = torch.Generator().manual_seed(4)
     factors = [torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in ((17, 2), (2, 5))]
     gradients = []
-    for is_fused in (True, False):
+    for is_chunked in (True, False):
         adapted = head + factors[0] @ factors[1]
-        if is_fused:
-            total = fused.distillation_loss(hidden, adapted, targets, EVERYTHING, chunk_bytes=300).total
+        if is_chunked:
+            total = chunked.distillation_loss(hidden, adapted, targets, EVERYTHING, chunk_bytes=300).total
         else:
-            total = reference.distillation_loss(hidden @ adapted.T, targets, EVERYTHING).total
+            total = dense.distillation_loss(hidden @ adapted.T, targets, EVERYTHING).total
         gradients.append(torch.autograd.grad(total, factors))
     torch.testing.assert_close(*gradients)
 
@@ -260,13 +260,13 @@ def test_gradients_add_up_over_backwards_and_scale(case):
     theirs, _ = plain_outcome(hidden, head, targets, EVERYTHING)
     w = head.clone().requires_grad_()
     for factor in (0.25, 0.5):
-        (factor * fused.distillation_loss(hidden, w, targets, EVERYTHING).total).backward()
+        (factor * chunked.distillation_loss(hidden, w, targets, EVERYTHING).total).backward()
     torch.testing.assert_close(w.grad, 0.75 * theirs.head_grad)
 
 
 def test_differentiating_twice_is_refused(case):
     hidden, head, targets = case
-    total = fused.distillation_loss(hidden.clone().requires_grad_(), head, targets, EVERYTHING).total
+    total = chunked.distillation_loss(hidden.clone().requires_grad_(), head, targets, EVERYTHING).total
     total.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="differentiated twice"):
         total.backward()
@@ -275,10 +275,10 @@ def test_differentiating_twice_is_refused(case):
 def test_autocast_takes_the_products_in_bfloat16_and_returns_float32_gradients():
     targets = random_targets(11, 32, 100, block_length=4, most_events=4)
     hidden, head = torch.randn(32, 16, requires_grad=True), torch.randn(100, 16, requires_grad=True)
-    exact = reference.distillation_loss(hidden @ head.T, targets, EVERYTHING)
+    exact = dense.distillation_loss(hidden @ head.T, targets, EVERYTHING)
     expected = torch.autograd.grad(exact.total, head)[0]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        terms = fused.distillation_loss(hidden, head, targets, EVERYTHING)
+        terms = chunked.distillation_loss(hidden, head, targets, EVERYTHING)
     terms.total.backward()
     assert head.grad is not None
     assert head.grad.dtype == torch.float32
@@ -292,7 +292,7 @@ def test_no_tensor_of_the_logits_size_is_made():
     targets = random_targets(1, positions, vocabulary, 4, most_events=4)
     hidden, head = torch.randn(positions, width, requires_grad=True), torch.randn(vocabulary, width, requires_grad=True)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        fused.distillation_loss(hidden, head, targets, EVERYTHING, chunk_bytes=rows * vocabulary * 4).total.backward()
+        chunked.distillation_loss(hidden, head, targets, EVERYTHING, chunk_bytes=rows * vocabulary * 4).total.backward()
     largest = max(event.self_cpu_memory_usage for event in profile.events())
     assert rows * vocabulary * 4 <= largest <= 2 * rows * vocabulary * 4
     assert largest < positions * vocabulary * 4 / 8
