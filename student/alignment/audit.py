@@ -17,7 +17,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from shared.config import EventsName, PrepareConfig
+from shared.config import PrepareConfig
 from shared.records import Record
 from shared.vocabulary import Vocabulary
 from student.alignment.align import Aligner
@@ -71,17 +71,14 @@ def audit(
     limit: int = 200,
     split: str | None = None,
     rule: str | None = None,
-    events: EventsName = "spelled",
 ) -> Audit:
     """Align `limit` records (of a split, of a decoding rule) for `tokenizer` and print what a person wants to know.
-
-    `events` is `prepare.events`.
 
     Raises:
         DatasetError, VocabularyError: if one of them is missing, damaged, or not what the other expects.
         AlignmentError: if rows and text do not belong together; the figures are printed first.
     """
-    source = open_source(dataset, tokenizer, PrepareConfig(events=events))
+    source = open_source(dataset, tokenizer, PrepareConfig())
     records = list(islice(source.dataset.records(split, rule), limit))
     report, samples = measure(source.aligner, records)
     console.print(render(report, source.aligner.tables.teacher, source.aligner.tables.student))
@@ -101,7 +98,9 @@ def measure(aligner: Aligner, records: list[Record]) -> tuple[Audit, list[Aligne
     samples: list[AlignedSample] = []
     unmatched: Counter[int] = Counter()
     mass, matched_mass = 0.0, 0.0
-    is_shared = np.array([token in student.ids for token in teacher.tokens]) | (tables.special_of >= 0)
+    is_shared = np.array([token in student.ids for token in teacher.tokens]) | teacher.is_special & (
+        np.diff(tables.tokenization_offsets) > 0
+    )
     for record in records:
         sample, met = aligner.align_counted(record)
         for name, value in met.items():
@@ -136,7 +135,7 @@ def measure(aligner: Aligner, records: list[Record]) -> tuple[Audit, list[Aligne
         teacher_information=teacher_information / max(1, size),
         target_information=sum(_information(s) for s in samples) / max(1, size),
         unmatched=[
-            (teacher.tokens[v] or teacher.texts[v].encode(), count, [student.tokens[s] for s in tables.spelling(v)])
+            (teacher.tokens[v] or teacher.texts[v].encode(), count, [student.tokens[s] for s in tables.tokenization(v)])
             for v, count in unmatched.most_common(20)
         ],
         digits=(_longest_digits(teacher), _longest_digits(student)),

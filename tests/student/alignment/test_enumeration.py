@@ -1,4 +1,4 @@
-"""Event targets against enumeration of every text that a toy teacher can write (METHOD 2d)."""
+"""Event targets against enumeration of every text that a toy teacher can write."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from shared.records import Distributions
 from shared.vocabulary import Encoder, Vocabulary
-from student.alignment.fast import FastAlignment
-from student.alignment.reference import ReferenceAlignment
+from student.alignment.kernels.compute import TargetKernels
 from student.alignment.spans import lay_spans
+from tests.student.alignment.reference import ReferenceAlignment
 from tests.student.alignment.toys import ToyTeacher, assert_same_targets, random_merges, toy_aligner, toy_tokenizer
 
 EXACT = 1e-9
@@ -41,7 +41,7 @@ class Enumeration:
 
     def __init__(self, teacher: ToyTeacher, student: tuple[Vocabulary, Encoder], cache: Path) -> None:
         self.teacher, self.student = teacher, student
-        self.aligner = toy_aligner((teacher.vocabulary, teacher.encoder), student, cache, reference=True)
+        self.aligner = toy_aligner((teacher.vocabulary, teacher.encoder), student, cache)
 
     def alignment(self, sequence: tuple[int, ...]) -> ReferenceAlignment:
         record = self.teacher.record(sequence)
@@ -263,16 +263,16 @@ def starts_alike(world: Enumeration, text: tuple[int, ...], realized: tuple[int,
     k=st.integers(1, 12),
     min_known=st.sampled_from([0.0, 0.5, 0.9]),
 )
-def test_the_fast_path_gives_the_same_numbers(
+def test_the_kernels_give_the_same_numbers(
     seed: int, teacher_merges: int, student_merges: int, k: int, min_known: float, tmp_path: Path
 ) -> None:
     world = world_of(seed, teacher_merges, student_merges, tmp_path)
-    fast = FastAlignment(world.aligner.tables, min_known)
+    kernels = TargetKernels(world.aligner.tables, min_known)
     for sequence in some_texts(world, seed, 4):
         distributions = truncated(world.teacher.record(sequence).distributions, k)
         spans = lay_spans(world.aligner.tables, np.array(sequence, np.int32))
         expected = ReferenceAlignment(world.aligner.tables, spans, distributions, min_known).compute()
-        assert_same_targets(fast.compute(spans, distributions), expected)
+        assert_same_targets(kernels.compute(spans, distributions), expected)
 
 
 def truncated(distributions: Distributions, k: int) -> Distributions:
