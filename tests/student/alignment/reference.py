@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from shared.records import Distributions
 from student.alignment.kernels.rows import LOGPROB_TOLERANCE, TAIL_TOLERANCE
