@@ -6,9 +6,8 @@ Aligns a sample of the records and reads nothing but them. Shifted rows are refu
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,7 @@ from student.alignment.prepare import REASONS, open_source
 from student.alignment.sanity import check_alignment, realized_masses
 from student.alignment.targets import AlignedSample
 
-_COLOURS = ("on grey27", "on dark_blue", "on dark_green", "on dark_red", "on purple4")
+_COLORS = ("on grey27", "on dark_blue", "on dark_green", "on dark_red", "on purple4")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +37,10 @@ class Audit:
         chunk_bytes, chunk_teacher, chunk_student: mean size of the stretch between common boundaries.
         full, partial, without: shares of positions whose target is a whole row, a row inside a teacher token, none.
         mapped_mass: mean mass in events. events: their mean number at positions with a target.
-        teacher_information: of the sampled tokens' own logprobs. target_information: of the realised student tokens
+        teacher_information: of the sampled tokens' own logprobs. target_information: of the observed student tokens
             under their targets. Events that hold several tokens tell less than the tokens would, so it may be lower.
-        realized: mean probability of the realised tokens.
-        unmatched: the most frequent teacher tokens that are not student tokens: bytes, count, student's spelling.
+        realized: mean probability of the observed tokens.
+        unmatched: the most frequent teacher tokens that are not student tokens: bytes, count, student's tokens.
         digits: longest run of digits in one token, teacher and student.
     """
 
@@ -86,7 +85,7 @@ def audit(
     if shown is not None:
         console.print(side_by_side(shown, source.aligner.tables.teacher, source.aligner.tables.student))
     realized = check_alignment(samples)
-    console.print(f"rows and text belong together: the realised tokens have a mean probability of {realized:.3f}")
+    console.print(f"rows and text belong together: the observed tokens have a mean probability of {realized:.3f}")
     return report
 
 
@@ -152,7 +151,7 @@ def _longest_digits(vocabulary: Vocabulary) -> int:
 
 
 def _information(sample: AlignedSample) -> float:
-    """-log of the mass of the events that hold the realised tokens; their own logprob where there is no target."""
+    """-log of the mass of the events that hold the observed tokens; their own logprob where there is no target."""
     mass = realized_masses(sample)
     with np.errstate(divide="ignore"):
         own = np.where(np.isnan(mass), sample.realized_logprob, np.log(np.maximum(mass, 1e-30)))
@@ -187,36 +186,31 @@ def render(report: Audit, teacher: Vocabulary, student: Vocabulary) -> Renderabl
             figures.add_row(text, f"{report.counts[name]:,}")
     parts: list[RenderableType] = [figures]
     if report.unmatched:
-        frequent = Table("teacher's token", "times", "student's spelling", title="most frequent unmatched tokens")
-        for token, count, spelling in report.unmatched:
-            frequent.add_row(_visible(token), str(count), " · ".join(_visible(piece) for piece in spelling) or "–")
+        frequent = Table("teacher's token", "times", "student's tokens", title="most frequent unmatched tokens")
+        for token, count, tokens in report.unmatched:
+            frequent.add_row(_visible(token), str(count), " · ".join(_visible(piece) for piece in tokens) or "–")
         parts.append(frequent)
     return Group(*parts)
 
 
 def side_by_side(sample: AlignedSample, teacher: Vocabulary, student: Vocabulary, tokens: int = 120) -> RenderableType:
-    """The start of one response in both tokenizations; one colour per token."""
+    """The start of one response in both tokenizations; one color per token."""
     student_ids = sample.input_ids[sample.prompt_length :][:tokens]
     parts = [
         Panel(
-            _coloured([teacher.tokens[v] or teacher.texts[v].encode() for v in sample.teacher_ids[:tokens]]),
+            _colored([teacher.tokens[v] or teacher.texts[v].encode() for v in sample.teacher_ids[:tokens]]),
             title="teacher",
         ),
-        Panel(_coloured([student.tokens[s] or student.texts[s].encode() for s in student_ids]), title="student"),
+        Panel(_colored([student.tokens[s] or student.texts[s].encode() for s in student_ids]), title="student"),
     ]
     return Group(*parts)
 
 
-def _coloured(tokens: list[bytes]) -> Text:
+def _colored(tokens: list[bytes]) -> Text:
     line = Text()
-    for token, colour in zip(tokens, _cycle(), strict=False):
-        line.append(_visible(token).replace("␤", "␤\n"), style=colour)
+    for token, color in zip(tokens, cycle(_COLORS), strict=False):
+        line.append(_visible(token).replace("␤", "␤\n"), style=color)
     return line
-
-
-def _cycle() -> Iterator[str]:
-    while True:
-        yield from _COLOURS
 
 
 def _visible(token: bytes) -> str:

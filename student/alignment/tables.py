@@ -160,7 +160,7 @@ def pair_tables(
 
 
 def special_counterparts(teacher: Vocabulary, student: Vocabulary) -> NDArray[np.int32]:
-    """int32 [V_T], the student's special of the same role, -1 elsewhere; never by id or spelling."""
+    """int32 [V_T], the student's special of the same role, -1 elsewhere; never by id or name."""
     counterparts = np.full(len(teacher), -1, dtype=np.int32)
     for index, role in teacher.role_of.items():
         counterparts[index] = student.roles.get(role, -1)

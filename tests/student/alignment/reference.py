@@ -27,9 +27,9 @@ PositionEvents = tuple[list[Event], float, float]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One teacher row: candidates with their probabilities, the realised token always among them where known.
+    """One teacher row: candidates with their probabilities, the observed token always among them where known.
 
-    `usable` is False where the tail is unknown or does not fit the candidates. `contradicts`: the realised token's own
+    `usable` is False where the tail is unknown or does not fit the candidates. `contradicts`: the observed token's own
     logprob is not what the row says of it, or, outside the top k, more than the tail holds; then it is another row's,
     it is not added, and `realized_logprob` is NaN. `least`: the smallest stored probability, which none
     outside exceeds.
@@ -45,7 +45,7 @@ class Row:
 
 
 def read_row(distributions: Distributions, position: int, realized: int) -> Row:
-    """Row `position`, the realised token added by its own logprob where it is outside the top k."""
+    """Row `position`, the observed token added by its own logprob where it is outside the top k."""
     stored_ids, logprobs = distributions.row(position)
     ids, mass = [int(v) for v in stored_ids], [math.exp(float(p)) for p in logprobs]
     tail, sampled = float(distributions.tail[position]), float(distributions.sampled[position])
@@ -86,7 +86,7 @@ class ReferenceAlignment:
         sparse = pack([self.events(i, float(logprob)) for i, logprob in enumerate(anchor)])
         return Targets(sparse, realized, anchor, self.counts)
 
-    def spelling(self, row: int, candidate: int) -> list[int]:
+    def tokenization(self, row: int, candidate: int) -> list[int]:
         """Student tokens of `candidate` in place of y_row, from the student token that covers its first byte."""
         start = int(self.spans.starts[self.base[row]])
         before = self.text[start : self.spans.teacher_starts[row]]
@@ -96,7 +96,7 @@ class ReferenceAlignment:
 
     def reaches(self, row: int, candidate: int, position: int) -> bool:
         """`candidate` in place of y_row has the text's bytes up to the start of student token `position`, and perhaps
-        more, and is spelt with the realised student tokens up to there."""
+        more, and has the observed student tokens up to there."""
         a = int(self.spans.teacher_starts[row])
         u = int(self.spans.ends[position - 1]) if position else 0
         token = self.tables.teacher.tokens[candidate]
@@ -105,7 +105,7 @@ class ReferenceAlignment:
         if candidate == self.spans.teacher_ids[row]:
             return True  # it happened
         base = self.base[row]
-        return self.spelling(row, candidate)[: position - base] == self.spans.ids[base:position].tolist()
+        return self.tokenization(row, candidate)[: position - base] == self.spans.ids[base:position].tolist()
 
     def reaches_over(self, row: int, candidate: int, position: int) -> bool:
         """`reaches`, and `candidate` goes on after that."""
@@ -161,13 +161,13 @@ class ReferenceAlignment:
             return self.tables.tokenization(v).tolist()
         related = set(self.tables.extensions_after(fixed, v).tolist())
         skip = i - self.base[j] if fixed else 0
-        spelling = self.spelling(j, v) if fixed else self.tables.tokenization(v).tolist()
-        if not fixed or spelling[:skip] == self.spans.ids[self.base[j] : i].tolist():
-            related.add(spelling[skip])
+        tokens = self.tokenization(j, v) if fixed else self.tables.tokenization(v).tolist()
+        if not fixed or tokens[:skip] == self.spans.ids[self.base[j] : i].tolist():
+            related.add(tokens[skip])
         return sorted(related)
 
     def split_realized(self, i: int, j: int, events: list[Event], probability: float) -> list[Event]:
-        """A realised student token that reaches past y_j has its own probability and its own event.
+        """An observed student token that reaches past y_j has its own probability and its own event.
 
         The probability is that of the text's bytes up to the end of x_i. Where x_i ends with a teacher token, longer
         student tokens that go on through the same teacher tokens are part of that, so they are in the event too.
@@ -198,7 +198,7 @@ class ReferenceAlignment:
         possible = min(row.tail, outside * row.least)
         return min(possible, row.tail * outside / max(1, len(ids) - len(inside))), possible
 
-    # --- realised probabilities ------------------------------------------------------------------------------
+    # --- observed probabilities ------------------------------------------------------------------------------
 
     def realized_logprobs(self, i: int) -> tuple[float, float]:
         """log p(x_i | x_<i), and the same where the teacher tokens before y_j are known to have ended."""
@@ -228,7 +228,7 @@ class ReferenceAlignment:
 
     def _first_row(self, j: int, start: int, i: int) -> int:
         """The earliest row from `start` on whose candidates may reach over the start of x_i; stops at a row whose
-        realised logprob is unknown."""
+        observed logprob is unknown."""
         spans, first = self.spans, j
         while (
             first > start
@@ -241,7 +241,7 @@ class ReferenceAlignment:
     def _path_mass(self, first: int, stop: int, position: int) -> float:
         """W at the start of student token `position`, relative to the start of row `first`; rows end at `stop`.
 
-        NaN if a realised logprob that it needs is unknown.
+        NaN if an observed logprob that it needs is unknown.
         """
         spans = self.spans
         c = int(spans.ends[position - 1]) if position else 0

@@ -65,7 +65,7 @@ def check_accounting(sample: AlignedSample, record: Record) -> None:
             targets.member_offsets[targets.event_offsets[i]] : targets.member_offsets[targets.event_offsets[i + 1]]
         ]
         assert len(np.unique(members)) == len(members), "events overlap"
-    assert (realized_masses(sample)[soft] > 0).all(), "a realised token is in no event"
+    assert (realized_masses(sample)[soft] > 0).all(), "an observed token is in no event"
     assert record.distributions is not None
     assert sample.realized_logprob.sum() == pytest.approx(record.distributions.sampled.sum(), rel=1e-4)
 
@@ -87,7 +87,7 @@ def test_equal_vocabularies_give_the_stored_rows(cache: Path) -> None:
         events = events_at(sample, j)
         assert [members for _, members in events[: len(ids)]] == [[v] for v in ids]
         np.testing.assert_allclose([mass for mass, _ in events[: len(ids)]], np.exp(logprobs), rtol=2e-6)
-        # The realised token is always an event, by its own logprob where it is outside the row.
+        # The observed token is always an event, by its own logprob where it is outside the row.
         extra = [members for _, members in events[len(ids) :]]
         assert extra == ([] if record.response_ids[j] in ids else [[record.response_ids[j]]])
         outside = 0.0 if not extra else math.exp(record.distributions.sampled[j])
@@ -282,7 +282,7 @@ def test_an_unknown_sampled_logprob_makes_its_own_positions_unknown_only(cache: 
     ids, logprobs = record.distributions.row(j)
     inside = record.response_ids[j] in ids
     keep = np.ones(len(record.distributions.ids), bool)
-    if inside:  # take the realised token out of its row, so that nothing says how likely it was
+    if inside:  # take the observed token out of its row, so that nothing says how likely it was
         place = int(record.distributions.offsets[j]) + ids.tolist().index(record.response_ids[j])
         keep[place] = False
     offsets = record.distributions.offsets - np.r_[np.zeros(j + 1), np.full(len(sampled) - j, inside)].astype(np.int64)

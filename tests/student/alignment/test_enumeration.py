@@ -26,9 +26,9 @@ EXACT = 1e-9
 
 @dataclass(frozen=True)
 class Outcome:
-    """One text that has the realised teacher tokens before y_j, and goes on over u inside token j if y_j does.
+    """One text that has the observed teacher tokens before y_j, and goes on over u inside token j if y_j does.
 
-    `student_token` is the one at u; None if the student's tokens before u are not the realised ones.
+    `student_token` is the one at u; None if the student's tokens before u are not the observed ones.
     """
 
     sequence: tuple[int, ...]
@@ -37,7 +37,7 @@ class Outcome:
 
 
 class Enumeration:
-    """Every text of a toy teacher, and what it says about one realised response."""
+    """Every text of a toy teacher, and what it says about one observed response."""
 
     def __init__(self, teacher: ToyTeacher, student: tuple[Vocabulary, Encoder], cache: Path) -> None:
         self.teacher, self.student = teacher, student
@@ -142,7 +142,7 @@ def event_of_text(alignment: ReferenceAlignment, i: int, sequence: tuple[int, ..
 
 
 def follows_path(alignment: ReferenceAlignment, i: int, sequence: tuple[int, ...]) -> bool:
-    """The text has x_i's bytes next, through the realised teacher tokens, or a last one that reaches over its end."""
+    """The text has x_i's bytes next, through the observed teacher tokens, or a last one that reaches over its end."""
     spans = alignment.spans
     for row in range(int(spans.teacher_index[i]), len(sequence)):
         if spans.teacher_starts[row] == spans.ends[i]:
@@ -233,7 +233,7 @@ def test_realized_probabilities_are_a_chain(
 
 def test_realized_probability_of_a_prefix_is_the_enumerated_one(tmp_path: Path) -> None:
     """With single bytes, exp of the chain up to a boundary is the probability that a text starts with those bytes,
-    in teacher tokens that leave the realised ones only with the token that reaches the boundary."""
+    in teacher tokens that leave the observed ones only with the token that reaches the boundary."""
     for seed in range(10):
         world = world_of(seed, 5, 0, tmp_path)
         for sequence in some_texts(world, seed, 3):
@@ -275,8 +275,23 @@ def test_the_kernels_give_the_same_numbers(
         assert_same_targets(kernels.compute(spans, distributions), expected)
 
 
+def test_forgotten_answers_are_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the tables remember is bounded, and the bound changes no number."""
+    worlds = [world_of(1, 6, 6, tmp_path)]
+    monkeypatch.setattr("student.alignment.tables._REMEMBERED", 1)
+    worlds.append(world_of(1, 6, 6, tmp_path))
+    for sequence in some_texts(worlds[0], 1, 20):
+        made = [world.aligner.align(world.teacher.record(sequence)) for world in worlds]
+        for other in made[1:]:
+            np.testing.assert_array_equal(made[0].targets.members, other.targets.members)
+            np.testing.assert_array_equal(made[0].targets.event_mass, other.targets.event_mass)
+            np.testing.assert_array_equal(made[0].realized_logprob, other.realized_logprob)
+    assert worlds[2].aligner.tables.tokenization_after.cache_info().currsize == 1
+    assert worlds[0].aligner.tables.tokenization_after.cache_info().currsize > 1
+
+
 def truncated(distributions: Distributions, k: int) -> Distributions:
-    """The k most probable candidates of every row; the realised token may fall outside."""
+    """The k most probable candidates of every row; the observed token may fall outside."""
     kept = [np.arange(a, min(b, a + k)) for a, b in pairwise(distributions.offsets)]
     places = np.concatenate(kept)
     logprobs = distributions.logprobs[places]
