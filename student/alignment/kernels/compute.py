@@ -91,12 +91,11 @@ class TargetKernels:
 
     def _continue_longer(self, spans: Spans) -> Csr:
         """Continuations of the observed tokens that reach past their teacher token, one row per position."""
-        none = np.empty(0, np.int32)
-        is_longer = ~spans.is_special & (spans.ends > spans.teacher_ends[spans.teacher_index])
-        return _csr(
-            self.tables.continuations(*covered_path(spans, i)) if longer else none
-            for i, longer in enumerate(is_longer.tolist())
-        )
+        counts = np.zeros(len(spans.ids), np.int64)
+        longer = np.flatnonzero(~spans.is_special & (spans.ends > spans.teacher_ends[spans.teacher_index]))
+        found = _csr(self.tables.continuations(*covered_path(spans, i)) for i in longer.tolist())
+        counts[longer] = np.diff(found.offsets)
+        return Csr(offsets_of(counts), found.values)
 
 
 def _table_heads(tables: PairTables) -> Heads:

@@ -48,6 +48,9 @@ def build_events(
     members = np.empty(most_members, np.int32)
     tail, known = np.full(count, np.nan), np.full(count, np.nan)
     disagreements, events_total, members_total = 0, 0, 0
+    parent, sums, sizes, slot, related, runs = work
+    row_ids, mass, of_teacher, extension_ids = rows.ids, rows.mass, heads.of_teacher, heads.extensions
+    round_ = scratch.round[0]
     for i in range(count):
         j, x = spans.teacher_index[i], spans.ids[i]
         is_inside = _is_inside(spans, i)
@@ -63,42 +66,42 @@ def build_events(
             known[i] = 1 - rows.tail[j]
             norm, whole = 1.0, 0.0
             for n in range(first, stop):
-                whole += rows.mass[n]
+                whole += mass[n]
         disagreements += _relate(
-            is_inside, first, stop, x, rows.place[j], rows, heads, inside, extensions, scratch, work
+            is_inside, first, stop, x, rows.place[j], rows, heads, inside, extensions, scratch, round_, work
         )
         owner = -1 if is_inside else heads.owners[x]
-        met_x = _is_new(scratch.seen[x], scratch) or (owner >= 0 and _is_new(scratch.met[owner], scratch))
-        scratch.round[0] += 1
+        met_x = _is_new(scratch.seen[x], round_) or (owner >= 0 and _is_new(scratch.met[owner], round_))
+        round_ += 1
 
         # Masses and sizes of the components.
         width = stop - first
         for q in range(width):
             n = inside.found[first + q] if is_inside else first + q
-            root, size = _root(work.parent, q), work.sizes[q] + work.runs[q + 1] - work.runs[q]
-            work.sizes[q] = 0
-            work.sums[root] += rows.mass[n] * norm
-            work.sizes[root] += size
+            root, size = _root(parent, q), sizes[q] + runs[q + 1] - runs[q]
+            sizes[q] = 0
+            sums[root] += mass[n] * norm
+            sizes[root] += size
         # The events, in order of their first candidate.
         first_event, first_member = events_total, members_total
         for q in range(width):
-            if work.sizes[q]:
-                event_mass[events_total], member_counts[events_total] = work.sums[q], work.sizes[q]
-                work.slot[q] = members_total
+            if sizes[q]:
+                event_mass[events_total], member_counts[events_total] = sums[q], sizes[q]
+                slot[q] = members_total
                 events_total += 1
-                members_total += work.sizes[q]
+                members_total += sizes[q]
         for q in range(width):
-            root = _root(work.parent, q)
-            at = work.slot[root]
+            root = _root(parent, q)
+            at = slot[root]
             if not is_inside:
-                v = rows.ids[first + q]
-                for k in range(heads.of_teacher[v, 2], heads.of_teacher[v, 3]):
-                    members[at] = heads.extensions[k]
+                v = row_ids[first + q]
+                for k in range(of_teacher[v, 2], of_teacher[v, 3]):
+                    members[at] = extension_ids[k]
                     at += 1
-            for r in range(work.runs[q], work.runs[q + 1]):
-                members[at] = work.related[r]
+            for r in range(runs[q], runs[q + 1]):
+                members[at] = related[r]
                 at += 1
-            work.slot[root] = at
+            slot[root] = at
         offset = first_member
         for e in range(first_event, events_total):
             _sort(members, offset, offset + member_counts[e])
@@ -115,6 +118,7 @@ def build_events(
         for e in range(first_event, events_total):
             assigned += event_mass[e]
         tail[i] = max(0.0, 1 - assigned)
+    scratch.round[0] = round_
     return Events(
         event_counts, event_mass[:events_total], member_counts[:events_total], members[:members_total].copy(),
         tail, known, disagreements,
@@ -161,59 +165,64 @@ def _allocate(spans: Spans, rows: Rows, heads: Heads, inside: Inside, extensions
 @njit(cache=True)
 def _relate(
     is_inside: bool, first: int, stop: int, x: int, place: int, rows: Rows, heads: Heads, inside: Inside,
-    extensions: Csr, scratch: Scratch, work: _Components,
+    extensions: Csr, scratch: Scratch, round_: int, work: _Components,
 ) -> int:  # fmt: skip
     """Join all candidates that share a student token. The observed pair belongs together: 1 if nothing else says so."""
+    # Arrays leave their tuples once, not in the loops: each time costs a reference count.
+    met, seen, parent, related, runs = scratch.met, scratch.seen, work.parent, work.related, work.runs
+    sums, sizes, slot, row_ids, of_teacher = work.sums, work.sizes, work.slot, rows.ids, heads.of_teacher
     width, total, disagreements = stop - first, 0, 0
     for q in range(width):
-        work.parent[q], work.sums[q], work.sizes[q], work.slot[q] = q, 0.0, 0, -1
+        parent[q], sums[q], sizes[q], slot[q] = q, 0.0, 0, -1
         if not is_inside:
-            scratch.met[rows.ids[first + q]] = (scratch.round[0] << _PLACE_BITS) | q
+            met[row_ids[first + q]] = (round_ << _PLACE_BITS) | q
     owner_of_x = -1 if is_inside else heads.owners[x]
     for q in range(width):
-        work.runs[q] = total
+        runs[q] = total
         if is_inside:
             n, token, owner, has_x = inside.found[first + q], inside.following[first + q], -1, False
             for s in extensions.values[extensions.offsets[first + q] : extensions.offsets[first + q + 1]]:
                 has_x = has_x or s == x
-                total = _note(s, q, scratch, work, total)
+                total = _note(s, q, seen, round_, parent, related, total)
         else:
-            n, v = first + q, rows.ids[first + q]
-            token, owner, has_x = heads.of_teacher[v, 0], heads.of_teacher[v, 1], owner_of_x == v
-            work.sizes[q] = heads.of_teacher[v, 3] - heads.of_teacher[v, 2]
+            n, v = first + q, row_ids[first + q]
+            token, owner, has_x = of_teacher[v, 0], of_teacher[v, 1], owner_of_x == v
+            sizes[q] = of_teacher[v, 3] - of_teacher[v, 2]
         if token >= 0:
             has_x = has_x or token == x
-            total = _meet(token, owner, q, scratch, work, total)
+            total = _meet(token, owner, q, met, seen, round_, parent, related, total)
         if n == place and not has_x:
             disagreements += 1
-            total = _meet(x, owner_of_x, q, scratch, work, total)
-    work.runs[width] = total
+            total = _meet(x, owner_of_x, q, met, seen, round_, parent, related, total)
+    runs[width] = total
     return disagreements
 
 
 @njit(cache=True)
-def _is_new(mark: int, scratch: Scratch) -> bool:
+def _is_new(mark: int, round_: int) -> bool:
     """The mark was made in this round."""
-    return mark >> _PLACE_BITS == scratch.round[0]
+    return mark >> _PLACE_BITS == round_
 
 
 @njit(cache=True)
-def _meet(s: int, owner: int, q: int, scratch: Scratch, work: _Components, total: int) -> int:
+def _meet(
+    s: int, owner: int, q: int, met: Ints, seen: Ints, round_: int, parent: Ints, related: Ids, total: int
+) -> int:  # fmt: skip
     """Note that candidate q and student token s belong together, and so q and the candidate in whose list s is."""
-    if owner >= 0 and _is_new(scratch.met[owner], scratch):
-        _join(work.parent, q, scratch.met[owner] & ((1 << _PLACE_BITS) - 1))
+    if owner >= 0 and _is_new(met[owner], round_):
+        _join(parent, q, met[owner] & ((1 << _PLACE_BITS) - 1))
         return total
-    return _note(s, q, scratch, work, total)
+    return _note(s, q, seen, round_, parent, related, total)
 
 
 @njit(cache=True)
-def _note(s: int, q: int, scratch: Scratch, work: _Components, total: int) -> int:
+def _note(s: int, q: int, seen: Ints, round_: int, parent: Ints, related: Ids, total: int) -> int:
     """Note that candidate q and student token s belong together; returns the new number of tokens met."""
-    if _is_new(scratch.seen[s], scratch):
-        _join(work.parent, q, scratch.seen[s] & ((1 << _PLACE_BITS) - 1))
+    if _is_new(seen[s], round_):
+        _join(parent, q, seen[s] & ((1 << _PLACE_BITS) - 1))
         return total
-    scratch.seen[s] = (scratch.round[0] << _PLACE_BITS) | q
-    work.related[total] = s
+    seen[s] = (round_ << _PLACE_BITS) | q
+    related[total] = s
     return total + 1
 
 

@@ -21,6 +21,7 @@ def survivors(spans: Spans, rows: Rows, candidates: Candidates, tokens: TeacherT
     offsets = np.zeros(count + 1, np.int64)
     found, following = np.empty(bound, np.int64), np.empty(bound, np.int32)
     kept, scale, known = np.zeros(count), np.ones(count), np.full(count, np.nan)
+    row_ids, mass, matches, starts = rows.ids, rows.mass, candidates.matches, tokens.offsets
     total = 0
     for i in range(count):
         j = spans.teacher_index[i]
@@ -30,8 +31,8 @@ def survivors(spans: Spans, rows: Rows, candidates: Candidates, tokens: TeacherT
             continue
         first, alike = total, 0
         for n in range(rows.offsets[j], rows.offsets[j + 1]):
-            v = rows.ids[n]
-            if candidates.matches[n] < fixed or tokens.offsets[v + 1] - tokens.offsets[v] <= fixed:
+            v = row_ids[n]
+            if matches[n] < fixed or starts[v + 1] - starts[v] <= fixed:
                 continue
             alike += 1
             same, token = _tokenized_alike(n, v, i - spans.base[j], spans, spans.base[j], candidates)
@@ -39,10 +40,10 @@ def survivors(spans: Spans, rows: Rows, candidates: Candidates, tokens: TeacherT
                 continue
             found[total], following[total] = n, token
             total += 1
-            kept[i] += rows.mass[n]
+            kept[i] += mass[n]
         # The tail inside the token: what can be expected there, and the most that there can be.
         v = spans.teacher_ids[j]
-        longer = _count_longer(tokens, tokens.offsets[v], fixed) - alike
+        longer = _count_longer(tokens, starts[v], fixed) - alike
         outside = max(1, len(tokens.in_order) - (rows.offsets[j + 1] - rows.offsets[j]))
         possible = min(rows.tail[j], longer * rows.least[j])
         known[i] = kept[i] / (kept[i] + possible)
@@ -155,27 +156,30 @@ def _path_mass(
 
     NaN if an observed logprob that it needs is unknown.
     """
+    # Arrays leave their tuples once, not in the loops: each time costs a reference count.
+    starts, ends, observed, matches = spans.teacher_starts, spans.teacher_ends, rows.observed, candidates.matches
+    ids, mass, place, offsets = rows.ids, rows.mass, rows.place, tokens.offsets
     c = spans.ends[position - 1] if position else 0
     total, path = 0.0, 0.0
     for row in range(first, stop):
-        a = spans.teacher_starts[row]
+        a = starts[row]
         if a >= c:
             break
-        if np.isnan(rows.observed[row]):
+        if np.isnan(observed[row]):
             return np.nan
-        over = spans.teacher_ends[row] > c
+        over = ends[row] > c
         if over or candidates.reach[row] >= c:
             width = c - a
             # A candidate of the same bytes as y_row is not another path.
-            shortest = width if over else spans.teacher_ends[row] - a + 1
+            shortest = width if over else ends[row] - a + 1
             for n in range(rows.offsets[row], rows.offsets[row + 1]):
-                v = rows.ids[n]
-                length = tokens.offsets[v + 1] - tokens.offsets[v]
-                if n == rows.place[row] or candidates.matches[n] < width or length < shortest:
+                v = ids[n]
+                length = offsets[v + 1] - offsets[v]
+                if n == place[row] or matches[n] < width or length < shortest:
                     continue
                 if _tokenized_alike(n, v, position - spans.base[row], spans, spans.base[row], candidates)[0]:
-                    total += np.exp(path) * rows.mass[n]
-        path += rows.observed[row]
+                    total += np.exp(path) * mass[n]
+        path += observed[row]
         if over:
             break
     return total + np.exp(path)

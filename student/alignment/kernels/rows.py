@@ -60,16 +60,17 @@ def read_rows(offsets: Ints, ids: Ids, logprobs: Floats, tails: Floats, sampled:
 @njit(cache=True)
 def match_lengths(spans: Spans, rows: Rows, tokens: TeacherTokens) -> tuple[Ids, Ints]:
     """`Candidates.matches` and `Candidates.reach`."""
+    text, blob, starts, row_ids = spans.text, tokens.blob, tokens.offsets, rows.ids
     matches = np.zeros(len(rows.ids), np.int32)
     reach = np.full(len(rows.tail), -1, np.int64)
     for j in range(len(rows.tail)):
         a, stop = spans.teacher_starts[j], spans.teacher_ends[spans.run_stop[j] - 1]
         width = spans.teacher_ends[j] - a
         for n in range(rows.offsets[j], rows.offsets[j + 1]):
-            first = tokens.offsets[rows.ids[n]]
-            length = tokens.offsets[rows.ids[n] + 1] - first
+            first = starts[row_ids[n]]
+            length = starts[row_ids[n] + 1] - first
             limit, m = min(length, stop - a), 0
-            while m < limit and tokens.blob[first + m] == spans.text[a + m]:
+            while m < limit and blob[first + m] == text[a + m]:
                 m += 1
             matches[n] = m
             if width and m >= width and length > width:
