@@ -28,7 +28,12 @@ from shared.records import decoding_rule
 
 Split = Literal["train", "held_out"]
 LossName = Literal["auto", "ce", "kl", "hybrid"]
-EventsName = Literal["spelled", "exact"]
+
+CHANGED_KEYS = {
+    "prepare.events": "removed: events are always what `spelled` named; delete this line",
+    "prepare.search_width": "removed with `prepare.events: exact`, the only setting that used it; delete this line",
+}
+"""Keys of earlier versions, without the numbers of list items: what became of them and what to do."""
 
 
 class Section(BaseModel):
@@ -167,7 +172,7 @@ class StudentConfig(Section):
 
 
 class PrepareConfig(Section):
-    """How stored rows become targets over the student's vocabulary (METHOD 2)."""
+    """How stored rows become targets over the student's vocabulary (`student/alignment/README.md`)."""
 
     min_known_mass: float = Field(
         0.5, ge=0, le=1, description="Below this known conditional mass a position has no soft target."
@@ -175,16 +180,6 @@ class PrepareConfig(Section):
     changed_text: Literal["drop", "encode"] = Field(
         "encode",
         description="Text that the student's normalizer would change: drop the response, or encode its exact bytes.",
-    )
-    events: EventsName = Field(
-        "spelled",
-        description="Student tokens of a candidate: those that spell it if nothing follows, or all that some text "
-        "gives it. `exact` masses are certain whatever follows; its first answers take the tokenizers longer.",
-    )
-    search_width: PositiveInt = Field(
-        1000,
-        description="Most tokens that an `exact` search asks about at one place; beyond, a relation is taken for true, "
-        "which makes events coarser and the search shorter.",
     )
     workers: PositiveInt | None = Field(None, description="Parallel processes; null uses the machine's cores.")
     store: bool = Field(True, description="Store the targets; false keeps an index and aligns while training.")
@@ -359,11 +354,15 @@ def apply_override(tree: dict[str, Any], override: str, option: str = "--set", e
 
 
 def _explain(error: ValidationError) -> list[str]:
-    """One line a problem: the key, the value seen and what was expected; near misses of unknown keys are named."""
+    """One line a problem: the key, the value seen and what was expected. For an unknown key: what became of it, if an
+    earlier version had it, or a near miss."""
     lines = []
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"])
-        if problem["type"] == "extra_forbidden":
+        named = ".".join(part for part in problem["loc"] if isinstance(part, str))
+        if problem["type"] == "extra_forbidden" and named in CHANGED_KEYS:
+            lines.append(f"  {key}: {CHANGED_KEYS[named]}")
+        elif problem["type"] == "extra_forbidden":
             known = _known_keys(problem["loc"][:-1])
             near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"

@@ -20,7 +20,6 @@ import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 
 from shared.errors import VocabularyError
-from shared.pretokens import BYTES, Cuts
 from shared.roles import PRECEDENCE, find_roles
 from shared.tokenizer_files import (
     SPACE_SYMBOL,
@@ -31,8 +30,6 @@ from shared.tokenizer_files import (
     with_merges,
 )
 
-_PROBES = 1000
-"""Pairs of tokens on which the direct cut of short texts is compared with the tokenizer's."""
 _SCHEMA = pa.schema([("bytes", pa.binary()), ("text", pa.string()), ("is_special", pa.bool_())])
 
 
@@ -191,8 +188,6 @@ class Encoder:
             part["type"] == "ByteLevel" for key in ("pre_tokenizer", "decoder") for part in components(tree.get(key))
         )
         self._byte_ids = self._single_bytes()
-        self._cuts = self._find_cuts(tree)
-        self._merge = self._backend.model.tokenize
 
     @classmethod
     def from_tokenizer(cls, path: str | Path, vocabulary: Vocabulary | None = None, **reading: Any) -> Encoder:
@@ -222,10 +217,10 @@ class Encoder:
         ids = [[index for _ in parts for index in next(spelled)] for parts in runs]
         return [np.array(row, dtype=np.int32) for row in self._verified(ids, data, partial=False)]
 
-    def encode_fragments(self, texts: Sequence[bytes], *, partial: bool = False) -> list[NDArray[np.int32]]:
+    def encode_fragments(self, texts: Sequence[bytes], *, partial: bool = False) -> list[list[int]]:
         """`encode` of pieces of words: those that are not whole characters go through the merges undivided.
 
-        A token may start or end inside a character. In its text it stands in one word with its neighbours, so it
+        A token may start or end inside a character. In its text it stands in one word with its neighbors, so it
         must not be cut where the characters are.
 
         Args:
@@ -235,30 +230,7 @@ class Encoder:
         Raises:
             VocabularyError: if the vocabulary has no tokens for some of the bytes.
         """
-        return [np.array(ids, dtype=np.int32) for ids in self.spell_fragments(texts, partial=partial)]
-
-    def spell_fragments(self, texts: Sequence[bytes], *, partial: bool = False) -> list[list[int]]:
-        """`encode_fragments` as lists, for those who ask about a few tokens of very many texts."""
-        spelled = [
-            [token.id for piece in pieces or () for token in self._merge(piece)]
-            for pieces in map(self._cuts.pieces, texts)
-        ]
-        uncut = [n for n, ids in enumerate(spelled) if not ids]
-        for n, ids in zip(uncut, self._spell([_whole(texts[n]) for n in uncut]), strict=True):
-            spelled[n] = ids
-        return self._verified(spelled, texts, partial)
-
-    def first_of_fragments(self, texts: Sequence[bytes]) -> NDArray[np.int32]:
-        """int32 [texts], the first id of each as `encode_fragments` gives it; -1 where the vocabulary cannot spell
-        the bytes. Tables over whole vocabularies ask for this alone, and the first piece of a text tells it."""
-        pieces = list(map(self._cuts.first, texts))
-        first_of = {piece: -1 if piece is None else self._merge(piece)[0].id for piece in set(pieces)}
-        first = list(map(first_of.__getitem__, pieces))
-        uncut = [n for n, index in enumerate(first) if index < 0]
-        whole = self._spell([_whole(texts[n]) for n in uncut])
-        for n, ids in zip(uncut, self._verified(whole, [texts[n] for n in uncut], partial=True), strict=True):
-            first[n] = ids[0] if ids else -1
-        return np.array(first, dtype=np.int32)
+        return self._verified(self._spell(list(map(_whole, texts))), texts, partial)
 
     def _spell(self, pieces: Sequence[str | bytes]) -> list[list[int]]:
         """Ids of every piece: of text by the tokenizer, all in one call, of other bytes by its merges alone."""
@@ -280,16 +252,6 @@ class Encoder:
                     raise VocabularyError(self._missing(ids, text))
                 spelled[at] = []
         return spelled
-
-    def _find_cuts(self, tree: dict[str, Any]) -> Cuts:
-        """The tokenizer's cuts, if they are seen to be its own on pairs of its tokens; else those of no text."""
-        # Merges drop bytes that have no token, which only the whole of a text's ids shows.
-        if not self._byte_ids.keys() >= BYTES:
-            return Cuts(None)
-        cuts, tokens = Cuts.of(tree), self.vocabulary.tokens
-        drawn = np.random.default_rng(0).integers(len(tokens), size=(_PROBES, 2)).tolist()
-        agrees = cuts.agrees(self._backend.pre_tokenizer, [tokens[a] + tokens[b] for a, b in drawn])
-        return cuts if agrees else Cuts(None)
 
     def changed_by_normalizer(self, text: str | bytes) -> bool:
         """Whether the tokenizer's own normalizer (NFC, lower-casing, …) would change the text."""

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from shared.config import EventsName, load_config
+from shared.config import load_config
 from shared.console import ConfigArgument, LogLevelOption, SetOption, application, configure_logging, run, stdout
 
 app = application("Fine-tune LLaDA into a draft model from a teacher's shards, measure it and decode with it.")
@@ -90,16 +90,13 @@ def audit(
     limit: Annotated[int, typer.Option("--limit", min=1, help="Records to look at.")] = 200,
     split: Annotated[str | None, typer.Option("--split", help="train or held_out; default both.")] = None,
     rule: Annotated[str | None, typer.Option("--rule", help="greedy, sample or filtered; default all.")] = None,
-    events: Annotated[
-        EventsName, typer.Option("--events", help="As `prepare.events`; exact takes minutes.")
-    ] = "spelled",
     log_level: LogLevelOption = "info",
 ) -> None:
     """How a dataset's distributions carry over to a tokenizer: overlap, targets, information, side by side."""
     configure_logging(log_level)
     from student.alignment.audit import audit as audit_dataset
 
-    audit_dataset(dataset, tokenizer, stdout, limit, split, rule, events)
+    audit_dataset(dataset, tokenizer, stdout, limit, split, rule)
 
 
 @app.command()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,18 +11,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from shared.config import PrepareConfig
-from shared.errors import VocabularyError
 from shared.records import Distributions, Record
 from shared.vocabulary import Encoder, Vocabulary
-from student.alignment.exact import ExactEvents
-from student.alignment.joint import JointSearch
-from student.alignment.reference import ReferenceAlignment, Targets
 from student.alignment.spans import Spans, lay_spans, transliterate
 from student.alignment.tables import PairTables, pair_tables
-from student.alignment.targets import AlignedSample, SparseTargets
+from student.alignment.targets import AlignedSample, SparseTargets, Targets
 
 if TYPE_CHECKING:
-    from student.alignment.fast import FastAlignment
+    from student.alignment.kernels.compute import TargetKernels
 
 
 class Aligner:
@@ -34,12 +29,10 @@ class Aligner:
         encoder: the student's.
         prepare: settings; None takes the defaults.
         teacher_encoder: the teacher's. Without it the teacher's tokenization of student tokens is taken as greedy.
-        reference: compute with the readable reference instead of the fast path, which gives the same numbers.
         cache: directory of the pair tables; None takes the user's cache.
 
     Raises:
-        VocabularyError: if one tokenizer has no tokens for bytes of the other, or `prepare.events` is `exact` and the
-            teacher's tokenizer is not known.
+        VocabularyError: if one tokenizer has no tokens for bytes of the other.
     """
 
     def __init__(
@@ -50,21 +43,10 @@ class Aligner:
         prepare: PrepareConfig | None = None,
         *,
         teacher_encoder: Encoder | None = None,
-        reference: bool = False,
         cache: Path | None = None,
     ) -> None:
         self.prepare = prepare or PrepareConfig()
         self.tables: PairTables = pair_tables(teacher, student, encoder, teacher_encoder, cache)
-        self.reference = reference
-        # Equal tokenizers give a text the same tokens, so there is nothing to search.
-        self._search: JointSearch | None = None
-        if self.prepare.events == "exact" and not self.tables.identity:
-            if teacher_encoder is None:
-                raise VocabularyError(
-                    "prepare.events is exact, which searches the texts of both tokenizers, but the dataset holds no "
-                    "tokenizer of the teacher; import it again with --tokenizer, or set prepare.events=spelled"
-                )
-            self._search = JointSearch(self.tables, self.prepare.search_width)
 
     def align(self, record: Record) -> AlignedSample | None:
         """The aligned sample, or None for a record that has nothing to learn from or must not be used.
@@ -79,7 +61,7 @@ class Aligner:
         Counts of records: `records`, and, where they are refused, `empty`, `bytes_mismatch`, `outside_vocabulary`,
         `dropped_changed_text`; `changed_text` and `cut_character` for those that are kept.
         Counts of positions: `positions`, `soft`, `conditional` (inside a teacher token), `disagreements`,
-        `below_known_mass`, `unsettled`, `unusable_rows`, `unknown_realized`; of tokens: `teacher_tokens`,
+        `below_known_mass`, `unusable_rows`, `unknown_realized`; of tokens: `teacher_tokens`,
         `dropped_specials`, `inner_specials`; sums: `mapped_mass` over soft positions.
         """
         counts: Counter[str] = Counter(records=1)
@@ -156,33 +138,14 @@ class Aligner:
         return None
 
     def _targets(self, distributions: Distributions | None, spans: Spans) -> Targets:
-        if distributions is None:
-            return _no_targets(len(spans.ids))
-        if self._search is None and not self.reference:
-            return self._fast.compute(spans, distributions)
-        alignment = ReferenceAlignment(self.tables, spans, distributions, self.prepare.min_known_mass)
-        targets = alignment.compute() if self.reference else self._fast.compute(spans, distributions)
-        if self._search is None:
-            return targets
-        exact = ExactEvents(alignment, self._search)
-        return replace(targets, sparse=exact.sparse_targets(), counts=exact.counts)
+        if distributions is not None:
+            return self._kernels.compute(spans, distributions)
+        sparse = SparseTargets.none(len(spans.ids))
+        return Targets(sparse, sparse.tail, sparse.tail, Counter())
 
     @cached_property
-    def _fast(self) -> FastAlignment:
-        # Imported here: compiling takes seconds, and the reference or a plain conversation does not need it.
-        from student.alignment.fast import FastAlignment
+    def _kernels(self) -> TargetKernels:
+        # Imported here: compiling takes seconds, and a plain conversation does not need it.
+        from student.alignment.kernels.compute import TargetKernels
 
-        return FastAlignment(self.tables, self.prepare.min_known_mass)
-
-
-def _no_targets(count: int) -> Targets:
-    unknown: NDArray[np.float32] = np.full(count, np.nan, np.float32)
-    sparse = SparseTargets(
-        event_offsets=np.zeros(count + 1, np.int64),
-        event_mass=np.empty(0, np.float32),
-        member_offsets=np.zeros(1, np.int64),
-        members=np.empty(0, np.int32),
-        tail=unknown,
-        known=unknown,
-    )
-    return Targets(sparse, unknown, unknown, Counter())
+        return TargetKernels(self.tables, self.prepare.min_known_mass)

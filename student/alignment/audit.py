@@ -6,9 +6,8 @@ Aligns a sample of the records and reads nothing but them. Shifted rows are refu
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from shared.config import EventsName, PrepareConfig
+from shared.config import PrepareConfig
 from shared.records import Record
 from shared.vocabulary import Vocabulary
 from student.alignment.align import Aligner
@@ -25,7 +24,7 @@ from student.alignment.prepare import REASONS, open_source
 from student.alignment.sanity import check_alignment, realized_masses
 from student.alignment.targets import AlignedSample
 
-_COLOURS = ("on grey27", "on dark_blue", "on dark_green", "on dark_red", "on purple4")
+_COLORS = ("on grey27", "on dark_blue", "on dark_green", "on dark_red", "on purple4")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +37,10 @@ class Audit:
         chunk_bytes, chunk_teacher, chunk_student: mean size of the stretch between common boundaries.
         full, partial, without: shares of positions whose target is a whole row, a row inside a teacher token, none.
         mapped_mass: mean mass in events. events: their mean number at positions with a target.
-        teacher_information: of the sampled tokens' own logprobs. target_information: of the realised student tokens
+        teacher_information: of the sampled tokens' own logprobs. target_information: of the observed student tokens
             under their targets. Events that hold several tokens tell less than the tokens would, so it may be lower.
-        realized: mean probability of the realised tokens.
-        unmatched: the most frequent teacher tokens that are not student tokens: bytes, count, student's spelling.
+        realized: mean probability of the observed tokens.
+        unmatched: the most frequent teacher tokens that are not student tokens: bytes, count, student's tokens.
         digits: longest run of digits in one token, teacher and student.
     """
 
@@ -71,17 +70,14 @@ def audit(
     limit: int = 200,
     split: str | None = None,
     rule: str | None = None,
-    events: EventsName = "spelled",
 ) -> Audit:
     """Align `limit` records (of a split, of a decoding rule) for `tokenizer` and print what a person wants to know.
-
-    `events` is `prepare.events`.
 
     Raises:
         DatasetError, VocabularyError: if one of them is missing, damaged, or not what the other expects.
         AlignmentError: if rows and text do not belong together; the figures are printed first.
     """
-    source = open_source(dataset, tokenizer, PrepareConfig(events=events))
+    source = open_source(dataset, tokenizer, PrepareConfig())
     records = list(islice(source.dataset.records(split, rule), limit))
     report, samples = measure(source.aligner, records)
     console.print(render(report, source.aligner.tables.teacher, source.aligner.tables.student))
@@ -89,7 +85,7 @@ def audit(
     if shown is not None:
         console.print(side_by_side(shown, source.aligner.tables.teacher, source.aligner.tables.student))
     realized = check_alignment(samples)
-    console.print(f"rows and text belong together: the realised tokens have a mean probability of {realized:.3f}")
+    console.print(f"rows and text belong together: the observed tokens have a mean probability of {realized:.3f}")
     return report
 
 
@@ -101,7 +97,9 @@ def measure(aligner: Aligner, records: list[Record]) -> tuple[Audit, list[Aligne
     samples: list[AlignedSample] = []
     unmatched: Counter[int] = Counter()
     mass, matched_mass = 0.0, 0.0
-    is_shared = np.array([token in student.ids for token in teacher.tokens]) | (tables.special_of >= 0)
+    is_shared = np.array([token in student.ids for token in teacher.tokens]) | teacher.is_special & (
+        np.diff(tables.tokenization_offsets) > 0
+    )
     for record in records:
         sample, met = aligner.align_counted(record)
         for name, value in met.items():
@@ -136,7 +134,7 @@ def measure(aligner: Aligner, records: list[Record]) -> tuple[Audit, list[Aligne
         teacher_information=teacher_information / max(1, size),
         target_information=sum(_information(s) for s in samples) / max(1, size),
         unmatched=[
-            (teacher.tokens[v] or teacher.texts[v].encode(), count, [student.tokens[s] for s in tables.spelling(v)])
+            (teacher.tokens[v] or teacher.texts[v].encode(), count, [student.tokens[s] for s in tables.tokenization(v)])
             for v, count in unmatched.most_common(20)
         ],
         digits=(_longest_digits(teacher), _longest_digits(student)),
@@ -153,7 +151,7 @@ def _longest_digits(vocabulary: Vocabulary) -> int:
 
 
 def _information(sample: AlignedSample) -> float:
-    """-log of the mass of the events that hold the realised tokens; their own logprob where there is no target."""
+    """-log of the mass of the events that hold the observed tokens; their own logprob where there is no target."""
     mass = realized_masses(sample)
     with np.errstate(divide="ignore"):
         own = np.where(np.isnan(mass), sample.realized_logprob, np.log(np.maximum(mass, 1e-30)))
@@ -189,36 +187,31 @@ def render(report: Audit, teacher: Vocabulary, student: Vocabulary) -> Renderabl
             figures.add_row(text, f"{report.counts[name]:,}")
     parts: list[RenderableType] = [figures]
     if report.unmatched:
-        frequent = Table("teacher's token", "times", "student's spelling", title="most frequent unmatched tokens")
-        for token, count, spelling in report.unmatched:
-            frequent.add_row(_visible(token), str(count), " · ".join(_visible(piece) for piece in spelling) or "–")
+        frequent = Table("teacher's token", "times", "student's tokens", title="most frequent unmatched tokens")
+        for token, count, tokens in report.unmatched:
+            frequent.add_row(_visible(token), str(count), " · ".join(_visible(piece) for piece in tokens) or "–")
         parts.append(frequent)
     return Group(*parts)
 
 
 def side_by_side(sample: AlignedSample, teacher: Vocabulary, student: Vocabulary, tokens: int = 120) -> RenderableType:
-    """The start of one response in both tokenizations; one colour per token."""
+    """The start of one response in both tokenizations; one color per token."""
     student_ids = sample.input_ids[sample.prompt_length :][:tokens]
     parts = [
         Panel(
-            _coloured([teacher.tokens[v] or teacher.texts[v].encode() for v in sample.teacher_ids[:tokens]]),
+            _colored([teacher.tokens[v] or teacher.texts[v].encode() for v in sample.teacher_ids[:tokens]]),
             title="teacher",
         ),
-        Panel(_coloured([student.tokens[s] or student.texts[s].encode() for s in student_ids]), title="student"),
+        Panel(_colored([student.tokens[s] or student.texts[s].encode() for s in student_ids]), title="student"),
     ]
     return Group(*parts)
 
 
-def _coloured(tokens: list[bytes]) -> Text:
+def _colored(tokens: list[bytes]) -> Text:
     line = Text()
-    for token, colour in zip(tokens, _cycle(), strict=False):
-        line.append(_visible(token).replace("␤", "␤\n"), style=colour)
+    for token, color in zip(tokens, cycle(_COLORS), strict=False):
+        line.append(_visible(token).replace("␤", "␤\n"), style=color)
     return line
-
-
-def _cycle() -> Iterator[str]:
-    while True:
-        yield from _COLOURS
 
 
 def _visible(token: bytes) -> str:

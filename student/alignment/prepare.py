@@ -364,7 +364,6 @@ REASONS = {
     "contradictions": "positions whose text is impossible by its own row: rows and tokens may be shifted",
     "unknown_realized": "positions where the teacher's probability of the text is unknown",
     "below_known_mass": "positions below prepare.min_known_mass",
-    "unsettled": "positions where only what follows would tell how a candidate's text before them was split",
     "disagreements": "positions where the text was split in a way that its tokens alone would not be",
     "dropped_specials": "special tokens whose role the student lacks",
     "inner_specials": "special tokens inside a response",

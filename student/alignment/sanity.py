@@ -1,7 +1,7 @@
 """Do the stored distributions belong to the text? A one-position shift is silent otherwise, and ruins training.
 
 Text sampled at temperature 1 gives its tokens E[p(y)] = E[Σ p²], the collision probability, which every row knows of
-itself; greedy text gives them more. Rows shifted by a position give the realised tokens next to nothing. So the
+itself; greedy text gives them more. Rows shifted by a position give the observed tokens next to nothing. So the
 ratio of the two means is about 1 or above where rows belong to their text, whatever the teacher's entropy, and far
 below where they do not.
 """
@@ -17,11 +17,11 @@ from shared.errors import AlignmentError
 from student.alignment.targets import AlignedSample
 
 MIN_RATIO = 0.6
-"""Mean probability of the realised tokens over mean collision probability; rows below it are taken as shifted."""
+"""Mean probability of the observed tokens over mean collision probability; rows below it are taken as shifted."""
 
 
 def check_alignment(samples: Iterable[AlignedSample]) -> float:
-    """Mean probability that the targets give to the realised student tokens, through the events that hold them.
+    """Mean probability that the targets give to the observed student tokens, through the events that hold them.
 
     NaN where no position has a soft target.
 
@@ -34,7 +34,7 @@ def check_alignment(samples: Iterable[AlignedSample]) -> float:
     mean, collision = float(realized.mean()), float(expected.mean())
     if mean < MIN_RATIO * collision:
         raise AlignmentError(
-            f"the stored rows give the realised tokens a mean probability of {mean:.3f}, where rows of this sharpness "
+            f"the stored rows give the observed tokens a mean probability of {mean:.3f}, where rows of this sharpness "
             f"give {collision:.3f} to their own text: rows and tokens do not belong together, as after a shift by one "
             "position; check how the dataset was collected (`shards validate`), collect it again and prepare again"
         )
@@ -42,7 +42,7 @@ def check_alignment(samples: Iterable[AlignedSample]) -> float:
 
 
 def probabilities(samples: Iterable[AlignedSample]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """(mass of the event that holds the realised token, sum of squared event masses) of all anchors with a target.
+    """(mass of the event that holds the observed token, sum of squared event masses) of all anchors with a target.
 
     Only anchors: inside a teacher token, what is left of the row is certain too often to tell anything.
     """

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,8 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from student.alignment.tables import PairTables
 
 
-@dataclass(frozen=True, slots=True)
-class Spans:
+class Spans(NamedTuple):
     """S student and T teacher tokens over the same B bytes; positions are bytes within the response.
 
     Attributes:
@@ -30,6 +29,7 @@ class Spans:
         run_start: int32 [T], the teacher token that starts the run of text which each token belongs to; a special
             is a run of its own.
         run_stop: int32 [T], one after the run's last.
+        base: int64 [T], the student token that covers the teacher token's first byte; -1 for specials.
     """
 
     text: NDArray[np.uint8]
@@ -43,6 +43,7 @@ class Spans:
     teacher_ends: NDArray[np.int64]
     run_start: NDArray[np.int32]
     run_stop: NDArray[np.int32]
+    base: NDArray[np.int64]
 
     @property
     def is_anchor(self) -> NDArray[np.bool_]:
@@ -66,7 +67,7 @@ def lay_spans(tables: PairTables, teacher_ids: NDArray[np.int32]) -> Spans:
     for first, stop in _runs(teacher.is_special[teacher_ids]):
         run_start[first:stop], run_stop[first:stop] = first, stop
         if teacher.is_special[teacher_ids[first]]:
-            counterpart = tables.spelling(int(teacher_ids[first]))
+            counterpart = tables.tokenization(int(teacher_ids[first]))
             ids.append(counterpart)
             special_rows.append(np.full(len(counterpart), first, np.int32))
             continue
@@ -89,22 +90,23 @@ def lay_spans(tables: PairTables, teacher_ids: NDArray[np.int32]) -> Spans:
         ends=student_ends,
         is_special=specials >= 0,
         teacher_index=np.where(specials >= 0, specials, covering).astype(np.int32),
-        teacher_ids=np.asarray(teacher_ids, dtype=np.int32),
+        teacher_ids=np.array(teacher_ids, dtype=np.int32),  # a copy: writable, as the kernels' other arrays
         teacher_starts=starts,
         teacher_ends=ends,
         run_start=run_start,
         run_stop=run_stop,
+        base=_covering_tokens(student_ends, specials < 0, starts, ends),
     )
 
 
-def base_tokens(spans: Spans) -> NDArray[np.int64]:
-    """int64 [T], the student token that covers each teacher token's first byte; -1 for specials."""
-    widths = spans.teacher_ends - spans.teacher_starts
-    texts = np.flatnonzero(~spans.is_special)
-    if not len(texts):
-        return np.full(len(widths), -1, np.int64)
-    found = np.searchsorted(spans.ends[texts], spans.teacher_starts, side="right")
-    return np.where(widths > 0, texts[np.minimum(found, len(texts) - 1)], -1)
+def covered_path(spans: Spans, i: int) -> tuple[int, int, tuple[int, ...]]:
+    """Bytes of y_j that are fixed at x_i, x_i, and the teacher tokens from y_j on that x_i covers; no tokens if the
+    last of them goes on after x_i."""
+    j = int(spans.teacher_index[i])
+    stop = int(np.searchsorted(spans.teacher_ends, spans.ends[i], side="left")) + 1
+    whole = spans.teacher_ends[stop - 1] == spans.ends[i]
+    fixed = int(spans.starts[i] - spans.teacher_starts[j])
+    return fixed, int(spans.ids[i]), tuple(spans.teacher_ids[j:stop].tolist()) if whole else ()
 
 
 def transliterate(tables: PairTables, teacher_ids: ArrayLike, counts: Counter[str] | None = None) -> NDArray[np.int32]:
@@ -122,6 +124,16 @@ def transliterate(tables: PairTables, teacher_ids: ArrayLike, counts: Counter[st
     if counts is not None:
         counts["dropped_specials"] += int(tables.teacher.is_special[ids].sum() - spans.is_special.sum())
     return spans.ids
+
+
+def _covering_tokens(
+    ends: NDArray[np.int64], is_text: NDArray[np.bool_], starts: NDArray[np.int64], stops: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    texts = np.flatnonzero(is_text)
+    if not len(texts):
+        return np.full(len(starts), -1, np.int64)
+    found = np.searchsorted(ends[texts], starts, side="right")
+    return np.where(stops > starts, texts[np.minimum(found, len(texts) - 1)], -1)
 
 
 def _runs(is_special: NDArray[np.bool_]) -> Iterator[tuple[int, int]]:

@@ -6,15 +6,16 @@ Legend: S response tokens of the student, T of the teacher, E events, M members.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 
 @dataclass(frozen=True, slots=True)
 class SparseTargets:
-    """Event targets of S positions (METHOD 2).
+    """Event targets of S positions; `README.md` of this folder has their formulas.
 
     Position i has the events `event_offsets[i]:event_offsets[i + 1]`; event e has probability
     `event_mass[e]` and is the set of student tokens `members[member_offsets[e]:member_offsets[e + 1]]`.
@@ -27,7 +28,7 @@ class SparseTargets:
         member_offsets: int64 [E + 1].
         members: int32 [M], student token ids.
         tail: float32 [S], probability of all that is in no event.
-        known: float32 [S], the known conditional mass m of METHOD 2.1, before any threshold.
+        known: float32 [S], the known conditional mass m, before any threshold.
     """
 
     event_offsets: NDArray[np.int64]
@@ -37,13 +38,31 @@ class SparseTargets:
     tail: NDArray[np.float32]
     known: NDArray[np.float32]
 
+    @classmethod
+    def none(cls, count: int) -> SparseTargets:
+        """`count` positions without a soft target."""
+        unknown: NDArray[np.float32] = np.full(count, np.nan, np.float32)
+        no_mass, no_members = np.empty(0, np.float32), np.empty(0, np.int32)
+        return cls(np.zeros(count + 1, np.int64), no_mass, np.zeros(1, np.int64), no_members, unknown, unknown)
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """What the kernels compute: sparse targets, `realized_logprob` and `anchor_logprob` (float32 [S], as in
+    `AlignedSample`), and what was met on the way."""
+
+    sparse: SparseTargets
+    realized_logprob: NDArray[np.float32]
+    anchor_logprob: NDArray[np.float32]
+    counts: Counter[str]
+
 
 @dataclass(frozen=True, slots=True)
 class AlignedSample:
     """One response over the student's vocabulary.
 
     Attributes:
-        input_ids: int32 [P + S], the prompt transliterated (text re-encoded, specials by role), then the response.
+        input_ids: int32 [P + S], the prompt re-tokenized (text encoded again, specials by role), then the response.
         prompt_length: P.
         byte_ends: int64 [S], end of each response token in the response's bytes; a special token has no bytes.
         is_anchor: bool [S], token i starts at a byte end common to both tokenizations: a block may start here.
@@ -74,3 +93,8 @@ class AlignedSample:
     teacher_byte_ends: NDArray[np.int64]
     teacher_sampled_logprob: NDArray[np.float32]
     anchor_logprob: NDArray[np.float32]
+
+
+def offsets_of(counts: ArrayLike) -> NDArray[np.int64]:
+    """int64 [n + 1], where each of n rows of these lengths starts, and where the last one ends."""
+    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)

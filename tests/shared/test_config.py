@@ -29,6 +29,8 @@ def test_overrides_are_yaml_values_at_dotted_keys() -> None:
 MISTAKES = {
     "train.los=kl": r"train\.los: unknown key; did you mean 'loss'\?",
     "train.qqqqq=1": r"train\.qqqqq: unknown key; known keys: loss, alpha",
+    "prepare.events=exact": r"prepare\.events: removed: events are always what `spelled` named; delete this line",
+    "prepare.search_width=30": r"prepare\.search_width: removed with `prepare\.events: exact`.*; delete this line",
     "train.loss=mse": r"train\.loss: .*'auto', 'ce', 'kl' or 'hybrid' \(got 'mse'\)",
     "collect.top_k=0": r"collect\.top_k: .*greater than 0 \(got 0\)",
     "name=../x": r"name: .*pattern.*\(got '\.\./x'\)",

@@ -261,17 +261,38 @@ def test_another_tokenizer_is_refused(tmp_path: Path, llama3: tuple[Vocabulary, 
         llama3[0].decode([1, 128256])
 
 
-def test_bytes_without_tokens_are_refused(tmp_path: Path) -> None:
+def letters(directory: Path) -> Path:
+    """Byte-level, with tokens for `a` and `b` alone."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     tokenizer = Tokenizer(models.BPE({"a": 0, "b": 1}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    _, encoder = load_tokenizer(tmp_path)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    return directory
+
+
+def test_bytes_without_tokens_are_refused(tmp_path: Path) -> None:
+    _, encoder = load_tokenizer(letters(tmp_path))
     assert encoder.encode("ab").tolist() == [0, 1]
     with pytest.raises(VocabularyError, match="no tokens for"):
         encoder.encode("abc")
+
+
+def test_fragments_are_not_cut_where_characters_are(llama3: tuple[Vocabulary, Encoder]) -> None:
+    """Tokens that start or end inside a character are themselves; whole characters are as `encode` gives them."""
+    vocabulary, encoder = llama3
+    stray = [v for v, token in enumerate(vocabulary.tokens) if token.decode("utf-8", "ignore").encode() != token]
+    assert len(stray) > 500
+    assert encoder.encode_fragments([vocabulary.tokens[v] for v in stray]) == [[v] for v in stray]
+    assert encoder.encode_fragments([text.encode() for text in TEXTS]) == [encoder.encode(t).tolist() for t in TEXTS]
+
+
+def test_a_fragment_without_tokens_is_refused_or_left_out(tmp_path: Path) -> None:
+    _, encoder = load_tokenizer(letters(tmp_path))
+    with pytest.raises(VocabularyError, match="no tokens for"):
+        encoder.encode_fragments([b"ab", b"c"])
+    assert encoder.encode_fragments([b"ab", b"c", b"a\xff"], partial=True) == [[0, 1], [], []]
 
 
 def test_a_rank_file_without_its_pattern_has_bytes_but_no_encoder() -> None:

@@ -94,7 +94,7 @@ def corpus(files: int) -> list[str]:
 
 
 class RowMaker:
-    """Rows of k candidates around a realised token: frequent tokens, relatives that start alike, rare ones."""
+    """Rows of k candidates around an observed token: frequent tokens, relatives that start alike, rare ones."""
 
     def __init__(self, vocabulary: Vocabulary, encoder: Encoder, seed: int = 0) -> None:
         self.vocabulary, self.encoder = vocabulary, encoder
@@ -124,7 +124,7 @@ class RowMaker:
             others = [v for v in dict.fromkeys(wanted) if v != y][: k + 4]
             weights = np.sort(self.random.dirichlet(np.full(len(others) + 1, 0.08)) + 3e-4)[::-1]
             weights /= weights.sum()
-            # The realised token takes the place that it would have as a draw from the row.
+            # The observed token takes the place that it would have as a draw from the row.
             rank = int(self.random.choice(len(weights), p=weights))
             row = [others[n] for n in self.random.permutation(len(others))]
             row.insert(rank, y)

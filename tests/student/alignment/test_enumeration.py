@@ -1,4 +1,4 @@
-"""Event targets against enumeration of every text that a toy teacher can write (METHOD 2d)."""
+"""Event targets against enumeration of every text that a toy teacher can write."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from shared.records import Distributions
 from shared.vocabulary import Encoder, Vocabulary
-from student.alignment.fast import FastAlignment
-from student.alignment.reference import ReferenceAlignment
+from student.alignment.kernels.compute import TargetKernels
 from student.alignment.spans import lay_spans
+from tests.student.alignment.reference import ReferenceAlignment
 from tests.student.alignment.toys import ToyTeacher, assert_same_targets, random_merges, toy_aligner, toy_tokenizer
 
 EXACT = 1e-9
@@ -26,9 +26,9 @@ EXACT = 1e-9
 
 @dataclass(frozen=True)
 class Outcome:
-    """One text that has the realised teacher tokens before y_j, and goes on over u inside token j if y_j does.
+    """One text that has the observed teacher tokens before y_j, and goes on over u inside token j if y_j does.
 
-    `student_token` is the one at u; None if the student's tokens before u are not the realised ones.
+    `student_token` is the one at u; None if the student's tokens before u are not the observed ones.
     """
 
     sequence: tuple[int, ...]
@@ -37,11 +37,11 @@ class Outcome:
 
 
 class Enumeration:
-    """Every text of a toy teacher, and what it says about one realised response."""
+    """Every text of a toy teacher, and what it says about one observed response."""
 
     def __init__(self, teacher: ToyTeacher, student: tuple[Vocabulary, Encoder], cache: Path) -> None:
         self.teacher, self.student = teacher, student
-        self.aligner = toy_aligner((teacher.vocabulary, teacher.encoder), student, cache, reference=True)
+        self.aligner = toy_aligner((teacher.vocabulary, teacher.encoder), student, cache)
 
     def alignment(self, sequence: tuple[int, ...]) -> ReferenceAlignment:
         record = self.teacher.record(sequence)
@@ -142,7 +142,7 @@ def event_of_text(alignment: ReferenceAlignment, i: int, sequence: tuple[int, ..
 
 
 def follows_path(alignment: ReferenceAlignment, i: int, sequence: tuple[int, ...]) -> bool:
-    """The text has x_i's bytes next, through the realised teacher tokens, or a last one that reaches over its end."""
+    """The text has x_i's bytes next, through the observed teacher tokens, or a last one that reaches over its end."""
     spans = alignment.spans
     for row in range(int(spans.teacher_index[i]), len(sequence)):
         if spans.teacher_starts[row] == spans.ends[i]:
@@ -233,7 +233,7 @@ def test_realized_probabilities_are_a_chain(
 
 def test_realized_probability_of_a_prefix_is_the_enumerated_one(tmp_path: Path) -> None:
     """With single bytes, exp of the chain up to a boundary is the probability that a text starts with those bytes,
-    in teacher tokens that leave the realised ones only with the token that reaches the boundary."""
+    in teacher tokens that leave the observed ones only with the token that reaches the boundary."""
     for seed in range(10):
         world = world_of(seed, 5, 0, tmp_path)
         for sequence in some_texts(world, seed, 3):
@@ -263,20 +263,36 @@ def starts_alike(world: Enumeration, text: tuple[int, ...], realized: tuple[int,
     k=st.integers(1, 12),
     min_known=st.sampled_from([0.0, 0.5, 0.9]),
 )
-def test_the_fast_path_gives_the_same_numbers(
+def test_the_kernels_give_the_same_numbers(
     seed: int, teacher_merges: int, student_merges: int, k: int, min_known: float, tmp_path: Path
 ) -> None:
     world = world_of(seed, teacher_merges, student_merges, tmp_path)
-    fast = FastAlignment(world.aligner.tables, min_known)
+    kernels = TargetKernels(world.aligner.tables, min_known)
     for sequence in some_texts(world, seed, 4):
         distributions = truncated(world.teacher.record(sequence).distributions, k)
         spans = lay_spans(world.aligner.tables, np.array(sequence, np.int32))
         expected = ReferenceAlignment(world.aligner.tables, spans, distributions, min_known).compute()
-        assert_same_targets(fast.compute(spans, distributions), expected)
+        assert_same_targets(kernels.compute(spans, distributions), expected)
+
+
+def test_forgotten_answers_are_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the tables remember is bounded, and the bound changes no number."""
+    roomy = world_of(1, 6, 6, tmp_path)
+    monkeypatch.setattr("student.alignment.tables._REMEMBERED", 1)
+    narrow = world_of(1, 6, 6, tmp_path)
+    for sequence in some_texts(roomy, 1, 20):
+        left, right = (world.aligner.align(world.teacher.record(sequence)) for world in (roomy, narrow))
+        assert left is not None
+        assert right is not None
+        for name in ("event_mass", "members", "tail"):
+            np.testing.assert_array_equal(getattr(left.targets, name), getattr(right.targets, name))
+        np.testing.assert_array_equal(left.realized_logprob, right.realized_logprob)
+    assert roomy.aligner.tables.tokenization_after.cache_info().currsize > 1
+    assert narrow.aligner.tables.tokenization_after.cache_info().currsize == 1
 
 
 def truncated(distributions: Distributions, k: int) -> Distributions:
-    """The k most probable candidates of every row; the realised token may fall outside."""
+    """The k most probable candidates of every row; the observed token may fall outside."""
     kept = [np.arange(a, min(b, a + k)) for a, b in pairwise(distributions.offsets)]
     places = np.concatenate(kept)
     logprobs = distributions.logprobs[places]

@@ -14,7 +14,7 @@ from shared.records import Distributions, Record, Sampling
 from shared.tokenizer_files import TokenizerFile
 from shared.vocabulary import Encoder, Vocabulary
 from student.alignment.align import Aligner
-from student.alignment.reference import Targets
+from student.alignment.targets import Targets
 
 LETTERS = "abc"
 

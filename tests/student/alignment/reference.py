@@ -1,32 +1,7 @@
-"""Event targets and realised probabilities, written as the formulas read. The fast path is held to this by test.
+"""The formulas of `student/alignment/README.md` as they read, position by position: what the kernels are held to.
 
-Notation of METHOD 2: student token x_i starts at byte u inside teacher token y_j, whose bytes a_j…u are h.
-
-*What is known at u.* The teacher tokens before y_j, and the student tokens from the one that covers byte a_j up to
-x_{i-1}. A candidate v of row j *survives* if its bytes start with h and go on, and the student would spell it with
-exactly those tokens. With h empty every candidate survives.
-
-*Events.* A surviving candidate and a student token belong together if
-  (a) the student spells v (in this context) with s next, or
-  (b) s reaches at least to the end of v and the teacher's tokenization of h + s starts with v.
-Events are the connected components of this relation; an event is the set of its student tokens and has the mass of
-its candidates, so it is disjoint from the others by construction. If the realised pair (y_j, x_i) is not related,
-because the text went on in a way that changed a tokenization, it is joined, and counted as a disagreement.
-
-*When this is exact.* Call a text's pair its first teacher token from a_j on and the student token at u. If every text
-that the teacher can produce has a related pair, event and candidates happen together, so the event's mass is its
-probability. In general the error is at most the probability of texts with an unrelated pair. Related pairs are all
-there is if both tokenizations are canonical and the first token does not depend on what follows the shorter of the
-two: always with one-byte tokens on either side (digits, bytes), and for BPE except where text that follows inside
-the same word pulls the boundary.
-
-*Realised probabilities.* W(c) is the probability that the text has the bytes up to student boundary c, spelt as
-realised: the realised teacher tokens if they have an end at c, plus all candidates of their rows that start like the
-text, reach c or over it, and are spelt so by the student. Then p(x_i | x_<i) = W(c_i) / W(c_{i-1}), a product that
-telescopes to the teacher's probability of the response. A block that starts at a boundary of the teacher knows that
-the teacher's token ended there, so its first token has `anchor_logprob`, in which only rows from j on count. Rows
-exist for the realised teacher tokens alone, so a second tokenization of the same bytes that goes on over c through
-several tokens is not in W: a lower bound, and exact where the bytes leave one path.
+About a millisecond a position. Letters are the README's: student token x_i starts at byte u inside teacher token y_j,
+whose bytes up to u are h.
 """
 
 from __future__ import annotations
@@ -37,17 +12,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from shared.records import Distributions
-from student.alignment.spans import Spans, base_tokens
-from student.alignment.tables import PairTables
-from student.alignment.targets import SparseTargets
-
-# A row's own tail and 1 - sum of its probabilities may differ by what quantised logprobs lose, not by more.
-TAIL_TOLERANCE = 0.02
-# The same for the realised token's logprob against its own in the row, in nats.
-LOGPROB_TOLERANCE = 0.1
+from student.alignment.kernels.rows import LOGPROB_TOLERANCE, TAIL_TOLERANCE
+from student.alignment.spans import Spans, covered_path
+from student.alignment.tables import PairTables, range_of
+from student.alignment.targets import SparseTargets, Targets, offsets_of
 
 Event = tuple[float, list[int]]
 """Mass and members."""
@@ -56,20 +26,10 @@ PositionEvents = tuple[list[Event], float, float]
 
 
 @dataclass(frozen=True, slots=True)
-class Targets:
-    """What both paths compute: sparse targets, realised logprobs (float32 [S]) and what was met on the way."""
-
-    sparse: SparseTargets
-    realized_logprob: NDArray[np.float32]
-    anchor_logprob: NDArray[np.float32]
-    counts: Counter[str]
-
-
-@dataclass(frozen=True, slots=True)
 class Row:
-    """One teacher row: candidates with their probabilities, the realised token always among them where known.
+    """One teacher row: candidates with their probabilities, the observed token always among them where known.
 
-    `usable` is False where the tail is unknown or does not fit the candidates. `contradicts`: the realised token's own
+    `usable` is False where the tail is unknown or does not fit the candidates. `contradicts`: the observed token's own
     logprob is not what the row says of it, or, outside the top k, more than the tail holds; then it is another row's,
     it is not added, and `realized_logprob` is NaN. `least`: the smallest stored probability, which none
     outside exceeds.
@@ -85,7 +45,7 @@ class Row:
 
 
 def read_row(distributions: Distributions, position: int, realized: int) -> Row:
-    """Row `position`, the realised token added by its own logprob where it is outside the top k."""
+    """Row `position`, the observed token added by its own logprob where it is outside the top k."""
     stored_ids, logprobs = distributions.row(position)
     ids, mass = [int(v) for v in stored_ids], [math.exp(float(p)) for p in logprobs]
     tail, sampled = float(distributions.tail[position]), float(distributions.sampled[position])
@@ -115,7 +75,7 @@ class ReferenceAlignment:
         self.text = spans.text.tobytes()
         self.counts: Counter[str] = Counter()
         self.longest = int(tables.teacher.byte_lengths.max(initial=1))
-        self.base = base_tokens(spans).tolist()
+        self.base = spans.base.tolist()
 
     def compute(self) -> Targets:
         """Targets of all S positions."""
@@ -126,17 +86,17 @@ class ReferenceAlignment:
         sparse = pack([self.events(i, float(logprob)) for i, logprob in enumerate(anchor)])
         return Targets(sparse, realized, anchor, self.counts)
 
-    def spelling(self, row: int, candidate: int) -> list[int]:
+    def tokenization(self, row: int, candidate: int) -> list[int]:
         """Student tokens of `candidate` in place of y_row, from the student token that covers its first byte."""
         start = int(self.spans.starts[self.base[row]])
         before = self.text[start : self.spans.teacher_starts[row]]
         if before:
-            return self.tables.spelling_after(before, candidate).tolist()
-        return self.tables.spelling(candidate).tolist()
+            return self.tables.tokenization_after(before, candidate).tolist()
+        return self.tables.tokenization(candidate).tolist()
 
     def reaches(self, row: int, candidate: int, position: int) -> bool:
         """`candidate` in place of y_row has the text's bytes up to the start of student token `position`, and perhaps
-        more, and is spelt with the realised student tokens up to there."""
+        more, and has the observed student tokens up to there."""
         a = int(self.spans.teacher_starts[row])
         u = int(self.spans.ends[position - 1]) if position else 0
         token = self.tables.teacher.tokens[candidate]
@@ -145,7 +105,7 @@ class ReferenceAlignment:
         if candidate == self.spans.teacher_ids[row]:
             return True  # it happened
         base = self.base[row]
-        return self.spelling(row, candidate)[: position - base] == self.spans.ids[base:position].tolist()
+        return self.tokenization(row, candidate)[: position - base] == self.spans.ids[base:position].tolist()
 
     def reaches_over(self, row: int, candidate: int, position: int) -> bool:
         """`reaches`, and `candidate` goes on after that."""
@@ -198,16 +158,16 @@ class ReferenceAlignment:
     def related(self, j: int, v: int, i: int, fixed: int) -> list[int]:
         """Student tokens at position i that belong to candidate v of row j."""
         if self.tables.teacher.is_special[v]:
-            return self.tables.spelling(v).tolist()
+            return self.tables.tokenization(v).tolist()
         related = set(self.tables.extensions_after(fixed, v).tolist())
         skip = i - self.base[j] if fixed else 0
-        spelling = self.spelling(j, v) if fixed else self.tables.spelling(v).tolist()
-        if not fixed or spelling[:skip] == self.spans.ids[self.base[j] : i].tolist():
-            related.add(spelling[skip])
+        tokens = self.tokenization(j, v) if fixed else self.tables.tokenization(v).tolist()
+        if not fixed or tokens[:skip] == self.spans.ids[self.base[j] : i].tolist():
+            related.add(tokens[skip])
         return sorted(related)
 
     def split_realized(self, i: int, j: int, events: list[Event], probability: float) -> list[Event]:
-        """METHOD 2.3: a realised student token that reaches past y_j has its own probability and its own event.
+        """An observed student token that reaches past y_j has its own probability and its own event.
 
         The probability is that of the text's bytes up to the end of x_i. Where x_i ends with a teacher token, longer
         student tokens that go on through the same teacher tokens are part of that, so they are in the event too.
@@ -217,7 +177,7 @@ class ReferenceAlignment:
             return events
         at = next(n for n, (_, members) in enumerate(events) if x in members)
         mass, members = events[at]
-        own = {x, *self.tables.continuations(*path_of(self.spans, i))}.intersection(members)
+        own = {x, *self.tables.continuations(*covered_path(self.spans, i))}.intersection(members)
         others = [s for s in members if s not in own]
         if not others:
             return events
@@ -233,12 +193,12 @@ class ReferenceAlignment:
         h = self.text[self.spans.teacher_starts[j] : self.spans.starts[i]]
         inside = set(row.ids)
         tokens, ids = self.tables.sorted_teacher
-        first, stop = self.tables.teacher_range(h)
+        first, stop = range_of(tokens, h)
         outside = sum(1 for k in range(first, stop) if ids[k] not in inside and len(tokens[k]) > len(h))
         possible = min(row.tail, outside * row.least)
         return min(possible, row.tail * outside / max(1, len(ids) - len(inside))), possible
 
-    # --- realised probabilities ------------------------------------------------------------------------------
+    # --- observed probabilities ------------------------------------------------------------------------------
 
     def realized_logprobs(self, i: int) -> tuple[float, float]:
         """log p(x_i | x_<i), and the same where the teacher tokens before y_j are known to have ended."""
@@ -268,7 +228,7 @@ class ReferenceAlignment:
 
     def _first_row(self, j: int, start: int, i: int) -> int:
         """The earliest row from `start` on whose candidates may reach over the start of x_i; stops at a row whose
-        realised logprob is unknown."""
+        observed logprob is unknown."""
         spans, first = self.spans, j
         while (
             first > start
@@ -281,7 +241,7 @@ class ReferenceAlignment:
     def _path_mass(self, first: int, stop: int, position: int) -> float:
         """W at the start of student token `position`, relative to the start of row `first`; rows end at `stop`.
 
-        NaN if a realised logprob that it needs is unknown.
+        NaN if an observed logprob that it needs is unknown.
         """
         spans = self.spans
         c = int(spans.ends[position - 1]) if position else 0
@@ -307,9 +267,9 @@ def pack(found: Sequence[PositionEvents]) -> SparseTargets:
     """The events of every position as arrays."""
     events = [event for position, _, _ in found for event in position]
     return SparseTargets(
-        event_offsets=np.concatenate([[0], np.cumsum([len(e) for e, _, _ in found])]).astype(np.int64),
+        event_offsets=offsets_of([len(e) for e, _, _ in found]),
         event_mass=np.array([mass for mass, _ in events], dtype=np.float32),
-        member_offsets=np.concatenate([[0], np.cumsum([len(members) for _, members in events])]).astype(np.int64),
+        member_offsets=offsets_of([len(members) for _, members in events]),
         members=np.array([s for _, members in events for s in members], dtype=np.int32),
         tail=np.array([tail for _, tail, _ in found], dtype=np.float32),
         known=np.array([known for _, _, known in found], dtype=np.float32),
@@ -347,13 +307,3 @@ def join_events(parts: Iterable[tuple[float, Iterable[int]]]) -> list[Event]:
 def log(value: float) -> float:
     """Natural log; NaN of what is not known or not possible."""
     return math.log(value) if value > 0 else math.nan
-
-
-def path_of(spans: Spans, i: int) -> tuple[int, int, tuple[int, ...]]:
-    """Bytes of y_j that are fixed at x_i, x_i, and the teacher tokens from y_j on that x_i covers; no tokens if the
-    last of them goes on after x_i."""
-    j = int(spans.teacher_index[i])
-    stop = int(np.searchsorted(spans.teacher_ends, spans.ends[i], side="left")) + 1
-    whole = spans.teacher_ends[stop - 1] == spans.ends[i]
-    fixed = int(spans.starts[i] - spans.teacher_starts[j])
-    return fixed, int(spans.ids[i]), tuple(spans.teacher_ids[j:stop].tolist()) if whole else ()
