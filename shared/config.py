@@ -45,19 +45,23 @@ class Section(BaseModel):
 class TeacherConfig(Section):
     """Which model teaches and how vLLM holds it."""
 
-    model: str = Field(description="Directory or hub name of the teacher's checkpoint.")
-    revision: str | None = None
+    model: str = Field(
+        description="Directory or hub name of the teacher's checkpoint.", examples=["meta-llama/Llama-3.3-70B-Instruct"]
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub name; null is its default branch.")
     gguf: str | None = Field(
         None, description="GGUF file, or PACKAGE/FILE inside an installed package; converted once into `model`."
     )
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    tensor_parallel: PositiveInt = 1
-    pipeline_parallel: PositiveInt = 1
-    max_model_len: PositiveInt = 8192
-    max_num_seqs: PositiveInt = 256
-    gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
+    dtype: Literal["bfloat16", "float16", "float32"] = Field(
+        "bfloat16", description="Of the weights and the computation."
+    )
+    tensor_parallel: PositiveInt = Field(1, description="GPUs that share each layer; within a node.")
+    pipeline_parallel: PositiveInt = Field(1, description="Stages of layers, each on its own GPUs; across nodes.")
+    max_model_len: PositiveInt = Field(8192, description="Longest prompt and answer together, in the teacher's tokens.")
+    max_num_seqs: PositiveInt = Field(256, description="Requests that decode at once.")
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="Share of each GPU's memory that vLLM takes.")
     kv_cache_gib: PositiveFloat | None = Field(None, description="CPU only: memory for the KV cache, in GiB.")
-    enforce_eager: bool = False
+    enforce_eager: bool = Field(False, description="Skip compilation and CUDA graphs: starts sooner, decodes slower.")
     fp32_head: bool = Field(
         True, description="Compute the output head in float32, so that logprobs are not rounded to bf16."
     )
@@ -66,11 +70,11 @@ class TeacherConfig(Section):
 class DecodingConfig(Section):
     """One decoding rule under which responses are collected. `temperature: 0` is greedy."""
 
-    split: Split
-    temperature: NonNegativeFloat = 1.0
-    top_p: float = Field(1.0, gt=0, le=1)
+    split: Split = Field(description="Which prompts are answered: train or held_out.", examples=["train"])
+    temperature: NonNegativeFloat = Field(1.0, description="0 is greedy, 1 the teacher's own distribution.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling; 1 keeps every token.")
     top_k: int = Field(0, ge=0, description="0 keeps every token.")
-    max_tokens: PositiveInt = 256
+    max_tokens: PositiveInt = Field(256, description="Longest answer.")
     samples: PositiveInt = Field(1, description="Responses per prompt.")
 
     @property
@@ -89,15 +93,21 @@ class DecodingConfig(Section):
 class CollectConfig(Section):
     """What is asked of the teacher and what is kept of its answers."""
 
-    prompts: Path
-    system_prompt: str | None = None
+    prompts: Path = Field(
+        description="JSONL, one prompt or conversation a line (`teacher/README.md`).", examples=["data/prompts.jsonl"]
+    )
+    system_prompt: str | None = Field(
+        None, description="Put before conversations that do not begin with a system turn."
+    )
     held_out: float = Field(0.1, ge=0, lt=1, description="Share of the prompts that training never sees.")
-    top_k: PositiveInt = 64
+    top_k: PositiveInt = Field(64, description="Most candidates kept per token.")
     retained_mass: float | None = Field(
         None, gt=0, lt=1, description="Stop a token's candidates where they hold this mass; top_k stays the cap."
     )
     unit_prompts: PositiveInt = Field(64, description="Prompts per unit of work, the unit of resume.")
-    decoding: list[DecodingConfig] = Field(min_length=1)
+    decoding: list[DecodingConfig] = Field(
+        min_length=1, description="Decoding rules, each for one split.", examples=[[{"split": "train"}]]
+    )
     template_arguments: dict[str, Any] = Field(
         default_factory=dict, description="Passed to the chat template; pin what it would take from the clock."
     )
@@ -132,7 +142,9 @@ class CollectConfig(Section):
 class StudentTokenizerConfig(Section):
     """The student's vocabulary: its own, trained on the dataset's training text, or an existing one."""
 
-    kind: Literal["trained", "checkpoint", "teacher"] = "checkpoint"
+    kind: Literal["trained", "checkpoint", "teacher"] = Field(
+        "checkpoint", description="Trained on the dataset's training text, the student checkpoint's, or the teacher's."
+    )
     vocab_size: PositiveInt = Field(8192, description="Of a trained tokenizer: its tokens, specials included.")
     individual_digits: bool = Field(False, description="Of a trained tokenizer: every digit is its own token.")
     mask_token: str | None = Field(
@@ -143,9 +155,9 @@ class StudentTokenizerConfig(Section):
 class LoraConfig(Section):
     """Low-rank adapters: only they are trained, and they are merged when the student is saved."""
 
-    rank: PositiveInt = 16
+    rank: PositiveInt = Field(16, description="Of each adapter.")
     alpha: PositiveInt = Field(32, description="The adapters are scaled by alpha / rank.")
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(0.0, ge=0, lt=1, description="Of the adapters' inputs.")
     targets: list[str] = Field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out"],
         description="Layers of LLaDA's block, by their own names.",
@@ -156,9 +168,10 @@ class StudentConfig(Section):
     """How the student starts. `checkpoint` may be a LLaDA or any LLaMA-architecture checkpoint, or null for random."""
 
     checkpoint: str | None = Field(
-        description="LLaDA or LLaMA-architecture checkpoint to start from; null starts random."
+        description="LLaDA or LLaMA-architecture checkpoint to start from; null starts random.",
+        examples=["GSAI-ML/LLaDA-8B-Instruct"],
     )
-    revision: str | None = None
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub name; null is its default branch.")
     layers: list[int] | None = Field(None, description="Layers of the checkpoint to keep, in order; null keeps all.")
     shape: dict[str, Any] | Path = Field(
         default_factory=dict, description="LladaConfig fields for a random start, or a YAML file of them."
@@ -166,9 +179,9 @@ class StudentConfig(Section):
     weight_tying: bool | None = Field(
         None, description="false gives a checkpoint that ties its embeddings a head of its own; null keeps what it has."
     )
-    tokenizer: StudentTokenizerConfig = StudentTokenizerConfig()
+    tokenizer: StudentTokenizerConfig = Field(StudentTokenizerConfig(), description="The student's vocabulary.")
     lora: LoraConfig | None = Field(None, description="Train adapters only; null trains every weight.")
-    max_sequence_length: PositiveInt = 4096
+    max_sequence_length: PositiveInt = Field(4096, description="Longest sequence of the student, in its tokens.")
 
 
 class PrepareConfig(Section):
@@ -188,38 +201,48 @@ class PrepareConfig(Section):
 class TrainConfig(Section):
     """The student's training. Rates are per step; a step is `global_batch` sequences over all ranks."""
 
-    loss: LossName = "auto"
+    loss: LossName = Field(
+        "auto", description="ce, kl, hybrid (alpha CE + beta KL), or auto: kl where there are distributions, else ce."
+    )
     alpha: NonNegativeFloat = Field(0.5, description="Weight of cross-entropy in `hybrid`.")
     beta: NonNegativeFloat = Field(0.5, description="Weight of KL in `hybrid`.")
-    temperature: PositiveFloat = 1.0
+    temperature: PositiveFloat = Field(
+        1.0, description="Of both distributions in KL; the loss is scaled by its square."
+    )
     max_unknown_share: float = Field(
-        0.1, ge=0, le=1, description="Refuse a temperature at which the rows leave more than this share in the dark."
+        0.1, ge=0, le=1, description="Refuse a temperature at which more than this share of the mass is unknown."
     )
     tv_weight: NonNegativeFloat = Field(0.0, description="Weight of total variation at depth 1.")
     path_weight: NonNegativeFloat = Field(0.0, description="Weight of the path term -log J.")
     depth_decay: float = Field(1.0, gt=0, le=1, description="Weight of depth d is depth_decay^(d-1).")
-    block_length: PositiveInt = 8
+    block_length: PositiveInt = Field(8, description="Masked tokens per block: the longest draft, in student tokens.")
     anchors: PositiveInt = Field(8, description="Masked blocks per sequence and forward.")
-    steps: PositiveInt | None = None
-    epochs: PositiveFloat | None = None
-    global_batch: PositiveInt = 32
-    micro_batch: PositiveInt = 8
-    max_length: PositiveInt = 4096
-    learning_rate: PositiveFloat = 2e-5
+    steps: PositiveInt | None = Field(None, description="Optimizer steps; set this or epochs.")
+    epochs: PositiveFloat | None = Field(None, description="Passes over the training samples; set this or steps.")
+    global_batch: PositiveInt = Field(32, description="Sequences per step, over all ranks.")
+    micro_batch: PositiveInt = Field(8, description="Sequences per forward on one rank.")
+    max_length: PositiveInt = Field(
+        4096, description="Blocks that would end beyond so many student tokens are left out."
+    )
+    learning_rate: PositiveFloat = Field(2e-5, description="The peak, after the warm-up; a cosine follows.")
     min_learning_rate: float = Field(0.1, ge=0, le=1, description="Share of the rate that the cosine ends on.")
     warmup: float = Field(0.05, ge=0, lt=1, description="Share of the steps that warm up.")
-    weight_decay: NonNegativeFloat = 0.0
-    grad_clip: PositiveFloat = 1.0
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    weight_decay: NonNegativeFloat = Field(0.0, description="Of AdamW.")
+    grad_clip: PositiveFloat = Field(1.0, description="Largest norm of a step's gradient.")
+    dtype: Literal["bfloat16", "float32"] = Field(
+        "bfloat16", description="Of the weights in forward and backward; the optimizer keeps float32."
+    )
     world_size: PositiveInt | None = Field(
         None, description="Ranks that `make train` launches; null uses the GPUs present."
     )
-    deepspeed: Path = Path("configs/deepspeed/zero2.json")
-    activation_checkpointing: bool = False
+    deepspeed: Path = Field(Path("configs/deepspeed/zero2.json"), description="DeepSpeed's own configuration.")
+    activation_checkpointing: bool = Field(
+        False, description="Compute activations again in the backward: less memory, a third more time."
+    )
     checkpoint_steps: PositiveInt | None = Field(
         None, description="Save every so many steps; null saves at the end only."
     )
-    keep_checkpoints: PositiveInt = 2
+    keep_checkpoints: PositiveInt = Field(2, description="Newest checkpoints that are kept.")
 
     @model_validator(mode="after")
     def _has_an_end(self) -> TrainConfig:
@@ -233,16 +256,16 @@ class EvaluateConfig(Section):
 
     rule: Literal["greedy", "sample"] = Field("greedy", description="Decoding rule that the headline tau is for.")
     draft_tokens: PositiveInt = Field(4, description="Teacher tokens drafted per target forward.")
-    max_samples: PositiveInt | None = None
-    batch: PositiveInt = 16
+    max_samples: PositiveInt | None = Field(None, description="Held-out responses per decoding rule; null takes all.")
+    batch: PositiveInt = Field(16, description="Responses per forward.")
 
 
 class SpeculateConfig(Section):
     """Real speculative decoding of the held-out prompts, and the same without a draft."""
 
     draft_tokens: PositiveInt = Field(4, description="Teacher tokens drafted per target forward.")
-    max_tokens: PositiveInt = 64
-    max_prompts: PositiveInt | None = None
+    max_tokens: PositiveInt = Field(64, description="Longest answer.")
+    max_prompts: PositiveInt | None = Field(None, description="Held-out prompts that are decoded; null takes all.")
     max_num_seqs: PositiveInt = Field(8, description="Requests in flight, in both runs.")
     max_context: PositiveInt | None = Field(
         None, description="Longest context that is drafted for, in student tokens; null is the student's limit."
@@ -255,9 +278,13 @@ class SpeculateConfig(Section):
 class PipelineConfig(Section):
     """The whole file."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    runs: Path = Path("runs")
-    seed: int = Field(0, ge=0, lt=1 << 63)
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="The run: everything of it lies in RUNS/NAME.",
+        examples=["my-run"],
+    )
+    runs: Path = Field(Path("runs"), description="Directory of all runs.")
+    seed: int = Field(0, ge=0, lt=1 << 63, description="Of sampling, order of data, masks and random starts.")
     teacher: TeacherConfig
     collect: CollectConfig
     student: StudentConfig

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from shared.config import DecodingConfig, dump_config, load_config
+from shared.config import DecodingConfig, PipelineConfig, Section, dump_config, load_config
+from shared.config_reference import reference, section_of
 from shared.errors import ConfigError
 
-DEMO = Path(__file__).parents[2] / "configs/demo.yaml"
+CONFIGS = Path(__file__).parents[2] / "configs"
+DEMO = CONFIGS / "demo.yaml"
 
 
 def test_the_demo_config_loads_and_its_dump_loads_again(tmp_path: Path) -> None:
@@ -79,3 +81,17 @@ def test_training_needs_an_end(tmp_path: Path) -> None:
 )
 def test_a_decoding_rule_has_its_name(settings: dict[str, float], rule: str) -> None:
     assert DecodingConfig.model_validate({"split": "train", **settings}).rule == rule
+
+
+def test_the_reference_names_every_key_with_its_meaning_and_is_itself_a_config() -> None:
+    path = CONFIGS / "reference.yaml"
+    assert path.read_text(encoding="utf-8") == reference(), "python -m shared.config_reference > configs/reference.yaml"
+    load_config(path, ["train.steps=1"])
+
+    def meanings(model: type[Section]) -> list[str | None]:
+        fields = model.model_fields.values()
+        sections = [s for s in map(section_of, (f.annotation for f in fields)) if s is not None]
+        own = [f.description for f in fields if section_of(f.annotation) is None]
+        return own + [text for section in sections for text in (section.__doc__, *meanings(section))]
+
+    assert all(meanings(PipelineConfig))

@@ -125,8 +125,10 @@ def test_a_token_outside_its_row_must_fit_below_it() -> None:
 def test_missing_and_foreign_files_are_named(tmp_path: Path) -> None:
     write_dataset(tmp_path / "d", small_units())
     whole = contents(tmp_path / "d")
+    (tmp_path / "d/README.md").unlink()  # the card belongs to whoever keeps the dataset
+    assert not validate_dataset(tmp_path / "d").problems
     for name in whole:
-        if name != "manifest.json":
+        if name not in ("manifest.json", "README.md"):
             (tmp_path / "d" / name).unlink()
             problems = validate_dataset(tmp_path / "d").problems
             assert any(f"{name} is missing, but the manifest names it" in problem for problem in problems), name
