@@ -66,7 +66,7 @@ collect-logits: setup ## the teacher answers the prompts; its top-k distribution
 	$(say)
 	@teacher collect $(CONFIG) $(ARGS)
 
-train: setup ## initialise the student, align the shards to its vocabulary, train it
+train: setup ## initialize the student, align the shards to its vocabulary, train it
 	$(say)
 	@student init $(CONFIG) $(ARGS)
 	@student prepare $(CONFIG) $(ARGS)

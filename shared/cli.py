@@ -95,7 +95,7 @@ def import_json(
     ] = None,
     log_level: LogLevelOption = "info",
 ) -> None:
-    """Make a dataset of the older JSON layout: prompt, response, logits, token, tokenID; or of plain conversations."""
+    """Make a dataset of the legacy JSON layout: prompt, response, logits, token, tokenID; or of plain conversations."""
     configure_logging(log_level)
     from shared.config import apply_override
     from shared.json_files import import_json as import_file
@@ -122,7 +122,7 @@ def export_json(
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many records.")] = None,
     log_level: LogLevelOption = "info",
 ) -> None:
-    """Write records in the older JSON layout; importing the file again gives the same records."""
+    """Write records in the legacy JSON layout; importing the file again gives the same records."""
     configure_logging(log_level)
     from shared.json_files import export_json as export_file
 

@@ -1,4 +1,4 @@
-"""Whole files of the older JSON layout into a dataset and back, an entry at a time.
+"""Whole files of the legacy JSON layout into a dataset and back, an entry at a time.
 
 An import reads the file twice: everything is checked before a directory is made, whatever `shards validate` would find
 included, so that a bad entry leaves nothing behind. Memory holds one unit of entries a split, whatever the file's size.

@@ -1,4 +1,4 @@
-"""The older JSON layout of this project's users: one entry to one record, and back.
+"""The legacy JSON layout of this project's users: one entry to one record, and back.
 
 An entry has `prompt` (text, or a list of messages), `response`, and `logits`, one row per response token: the whole
 vocabulary, or one value per candidate with the candidates' ids in `tokenID` or their strings in `token`. Entries with
@@ -211,7 +211,7 @@ class EntryReader:
 
 
 def to_entry(record: Record, vocabulary: Vocabulary) -> dict[str, Any]:
-    """The entry of one record: the older layout's keys, and those that make the way back exact."""
+    """The entry of one record: the legacy JSON's keys, and those that make the way back exact."""
     entry: dict[str, Any] = {
         "id": record.sample_id,
         "prompt_id": record.prompt_id,

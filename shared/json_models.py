@@ -15,7 +15,7 @@ from shared.errors import UserError
 from shared.json_input import is_schematic
 from shared.records import FinishReason, Message, Sampling
 
-ENTRY_EXAMPLE = "a JSON list of entries, or one a line, as in configs/examples/older-layout.json"
+ENTRY_EXAMPLE = "a JSON list of entries, or one a line, as in configs/examples/legacy.json"
 
 
 def _whole_characters(text: str) -> str:
@@ -75,7 +75,7 @@ class SamplingSettings(Strict):
 
 
 class Entry(Strict):
-    """One entry of the older layout; `shared.json_layout` says what the keys mean. Foreign keys are left out."""
+    """One entry of the legacy JSON; `shared.json_layout` says what the keys mean. Foreign keys are left out."""
 
     model_config = ConfigDict(extra="ignore")
 

@@ -1,4 +1,4 @@
-"""Rows of logits, as the older JSON layout has them, to distributions.
+"""Rows of logits, as the legacy JSON layout has them, to distributions.
 
 Rows of one width are checked and normalized together, as arrays. Numbers are numbers of JSON: text and booleans, which
 numpy would turn into some, are refused. What is said twice must agree: `token` and `tokenID`, `tail` and the values,

@@ -8,7 +8,7 @@
     DIR/README.md            the dataset card, made of the rest for people and for `datasets`; nothing of ours reads it
     DIR/manifest.json        written last: every file with its sha256; readers trust nothing else
 
-A file's bytes must be exactly what its content serialises to, so a flip of any byte is found, in white space too.
+A file's bytes must be exactly what its content serializes to, so a flip of any byte is found, in white space too.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ DATA = "data"
 COMMITS = "commits"
 
 _CHECKSUM = "checksum"
-# What may change between two sittings of one collection: it says who ran it, not what was collected.
+# What may change between two sessions of one collection: it says who ran it, not what was collected.
 _INFORMATIVE = frozenset({"git_commit", "created", "config"})
 
 
@@ -78,7 +78,7 @@ class _Document(BaseModel):
 
 
 class Provenance(_Document):
-    """Where a dataset's distributions come from. Two sittings that differ in anything but the last three are refused.
+    """Where a dataset's distributions come from. Two sessions that differ in anything but the last three are refused.
 
     Attributes:
         teacher: the checkpoint's name; revision: of it.
@@ -183,8 +183,8 @@ class Manifest(_Document):
 def dump(document: BaseModel) -> bytes:
     """`document` as JSON that carries its own checksum."""
     tree = document.model_dump(mode="json")
-    tree[_CHECKSUM] = hashlib.sha256(_serialise(tree)).hexdigest()
-    return _serialise(tree)
+    tree[_CHECKSUM] = hashlib.sha256(_serialize(tree)).hexdigest()
+    return _serialize(tree)
 
 
 def load(kind: type[Any], data: bytes, source: str) -> Any:
@@ -203,8 +203,8 @@ def load(kind: type[Any], data: bytes, source: str) -> Any:
     if isinstance(tree, dict) and isinstance(tree.get("schema_version"), int):
         check_version(tree["schema_version"], source)
     seen = tree.pop(_CHECKSUM, None) if isinstance(tree, dict) else None
-    expected = hashlib.sha256(_serialise(tree)).hexdigest()
-    if seen != expected or data != _serialise({**tree, _CHECKSUM: seen}):
+    expected = hashlib.sha256(_serialize(tree)).hexdigest()
+    if seen != expected or data != _serialize({**tree, _CHECKSUM: seen}):
         raise DatasetError(
             f"{source} is damaged: its content has the checksum {expected[:12]}, it says {str(seen)[:12]}; "
             "copy it again from where the dataset was collected"
@@ -217,7 +217,7 @@ def load(kind: type[Any], data: bytes, source: str) -> Any:
         raise DatasetError(f"{source} is not a {kind.__name__.lower()} of this project: {error}") from error
 
 
-def _serialise(tree: Any) -> bytes:
+def _serialize(tree: Any) -> bytes:
     return (json.dumps(tree, indent=1, ensure_ascii=False) + "\n").encode()
 
 

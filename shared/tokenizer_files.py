@@ -150,7 +150,7 @@ class _ByteLevel:
 
 
 class _SentencePiece:
-    """Bytes of a token spelt as text with ▁ for the space, and `<0xNN>` for a byte if the model has byte fallback."""
+    """Bytes of a token spelled as text with ▁ for the space, and `<0xNN>` for a byte if the model has byte fallback."""
 
     def __init__(self, byte_fallback: bool) -> None:
         self.byte_fallback = byte_fallback

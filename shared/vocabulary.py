@@ -147,7 +147,7 @@ class Vocabulary:
 
 
 class Encoder:
-    """Bytes → ids of one tokenizer: no special tokens added, none recognised in the text, no byte changed.
+    """Bytes → ids of one tokenizer: no special tokens added, none recognized in the text, no byte changed.
 
     Text that is not UTF-8 (a response cut inside a character) is encoded up to the cut, and the rest byte by
     byte through the same merges.

@@ -29,7 +29,7 @@ from teacher.capture import response_columns, to_distributions
 from teacher.checkpoints import check_checkpoint, ensure_checkpoint, fingerprint, load_tokenizer, vocabulary_size
 from teacher.engine import Answer, Engine, Request, engine_version, prepare_environment
 from teacher.prompts import Prompt, Renderer, load_prompts, prompts_fingerprint, split_prompts
-from teacher.summary import Summary, measure_capture, read_summary, summarise
+from teacher.summary import Summary, measure_capture, read_summary, summarize
 from teacher.units import Task, Unit, cut_units
 
 log = logging.getLogger(__name__)
@@ -285,11 +285,11 @@ def run(config: PipelineConfig, units: Sequence[Unit], renderer: Renderer, promp
     manifest: Manifest = writer.finish(names)
     if not missing:
         return (
-            before if before.tokens == manifest.tokens else summarise(config, Dataset.open(config.shards_dir), before)
+            before if before.tokens == manifest.tokens else summarize(config, Dataset.open(config.shards_dir), before)
         )
     rate = tokens / seconds if seconds else None
     before = Summary(tokens_per_s=rate, capture_ratio=ratio)
-    return summarise(config, Dataset.open(config.shards_dir), before)
+    return summarize(config, Dataset.open(config.shards_dir), before)
 
 
 def _work(

@@ -1,7 +1,7 @@
 """What a collection will cost, before it is paid: units, tokens, bytes and hours.
 
 Counts come from the prompts and the config. Rates come, in this order, from the command line, from a collect.json that
-an earlier sitting measured in this run, or not at all: hours without a rate stay unknown, they are not guessed.
+an earlier session measured in this run, or not at all: hours without a rate stay unknown, they are not guessed.
 """
 
 from __future__ import annotations

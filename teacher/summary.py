@@ -32,7 +32,7 @@ class Summary(BaseModel):
 
     Attributes:
         responses, tokens: in the dataset. bytes_per_token: all shards over all response tokens.
-        tokens_per_s: of the last sitting that collected anything, from its first request to its last shard.
+        tokens_per_s: of the last session that collected anything, from its first request to its last shard.
         mean_topk_mass: probability inside the stored candidates, mean over response tokens.
         capture_ratio: tokens per second with logprobs over without, by `measure_capture`.
     """
@@ -70,7 +70,7 @@ def read_summary(run_dir: Path) -> Summary:
         return Summary()
 
 
-def summarise(config: PipelineConfig, dataset: Dataset, rates: Summary) -> Summary:
+def summarize(config: PipelineConfig, dataset: Dataset, rates: Summary) -> Summary:
     """Count the dataset, take the rates from `rates`, and write collect.json in one step."""
     kept, counted = 0.0, 0
     for table in dataset.tables(["tail_mass"]):

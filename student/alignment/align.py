@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from shared.config import PrepareConfig
 from shared.records import Distributions, Record
 from shared.vocabulary import Encoder, Vocabulary
-from student.alignment.spans import Spans, lay_spans, transliterate
+from student.alignment.spans import Spans, lay_spans, retokenize
 from student.alignment.tables import PairTables, pair_tables
 from student.alignment.targets import AlignedSample, SparseTargets, Targets
 
@@ -61,7 +61,7 @@ class Aligner:
         Counts of records: `records`, and, where they are refused, `empty`, `bytes_mismatch`, `outside_vocabulary`,
         `dropped_changed_text`; `changed_text` and `cut_character` for those that are kept.
         Counts of positions: `positions`, `soft`, `conditional` (inside a teacher token), `disagreements`,
-        `below_known_mass`, `unusable_rows`, `unknown_realized`; of tokens: `teacher_tokens`,
+        `below_known_mass`, `unusable_rows`, `unknown_observed`; of tokens: `teacher_tokens`,
         `dropped_specials`, `inner_specials`; sums: `mapped_mass` over soft positions.
         """
         counts: Counter[str] = Counter(records=1)
@@ -72,14 +72,14 @@ class Aligner:
         spans = lay_spans(self.tables, record.response_ids)
         targets = self._targets(record.distributions, spans)
         counts += targets.counts
-        prompt_ids = transliterate(self.tables, record.prompt_ids, counts)
+        prompt_ids = retokenize(self.tables, record.prompt_ids, counts)
         soft = ~np.isnan(targets.sparse.tail)
         inner = self.tables.teacher.is_special[record.response_ids[:-1]].sum()
         counts += Counter(
             positions=len(spans.ids),
             soft=int(soft.sum()),
             conditional=int((~spans.is_anchor).sum()),
-            unknown_realized=int(np.isnan(targets.realized_logprob).sum()),
+            unknown_observed=int(np.isnan(targets.observed_logprob).sum()),
             teacher_tokens=len(record.response_ids),
             dropped_specials=int(self.tables.teacher.is_special[record.response_ids].sum() - spans.is_special.sum()),
             inner_specials=int(inner),
@@ -97,7 +97,7 @@ class Aligner:
             byte_ends=spans.ends,
             is_anchor=spans.is_anchor,
             teacher_index=spans.teacher_index,
-            realized_logprob=targets.realized_logprob,
+            observed_logprob=targets.observed_logprob,
             targets=targets.sparse,
             teacher_ids=np.asarray(record.response_ids, dtype=np.int32),
             teacher_byte_ends=spans.teacher_ends,
@@ -106,13 +106,13 @@ class Aligner:
         )
         return sample, counts
 
-    def transliterate(self, teacher_ids: ArrayLike) -> NDArray[np.int32]:
+    def retokenize(self, teacher_ids: ArrayLike) -> NDArray[np.int32]:
         """The student's ids of a text in the teacher's ids: text re-encoded, specials by role or left out.
 
         Raises:
             VocabularyError: if an id is outside the teacher's vocabulary.
         """
-        return transliterate(self.tables, teacher_ids)
+        return retokenize(self.tables, teacher_ids)
 
     def _refusal(self, record: Record, counts: Counter[str]) -> str | None:
         teacher = self.tables.teacher

@@ -21,7 +21,7 @@ from shared.records import Record
 from shared.vocabulary import Vocabulary
 from student.alignment.align import Aligner
 from student.alignment.prepare import REASONS, open_source
-from student.alignment.sanity import check_alignment, realized_masses
+from student.alignment.sanity import check_alignment, observed_masses
 from student.alignment.targets import AlignedSample
 
 _COLORS = ("on grey27", "on dark_blue", "on dark_green", "on dark_red", "on purple4")
@@ -39,7 +39,7 @@ class Audit:
         mapped_mass: mean mass in events. events: their mean number at positions with a target.
         teacher_information: of the sampled tokens' own logprobs. target_information: of the observed student tokens
             under their targets. Events that hold several tokens tell less than the tokens would, so it may be lower.
-        realized: mean probability of the observed tokens.
+        observed: mean probability of the observed tokens.
         unmatched: the most frequent teacher tokens that are not student tokens: bytes, count, student's tokens.
         digits: longest run of digits in one token, teacher and student.
     """
@@ -84,8 +84,8 @@ def audit(
     shown = next((sample for sample in samples if len(sample.teacher_ids) >= 20), samples[0] if samples else None)
     if shown is not None:
         console.print(side_by_side(shown, source.aligner.tables.teacher, source.aligner.tables.student))
-    realized = check_alignment(samples)
-    console.print(f"rows and text belong together: the observed tokens have a mean probability of {realized:.3f}")
+    observed = check_alignment(samples)
+    console.print(f"rows and text belong together: the observed tokens have a mean probability of {observed:.3f}")
     return report
 
 
@@ -152,9 +152,9 @@ def _longest_digits(vocabulary: Vocabulary) -> int:
 
 def _information(sample: AlignedSample) -> float:
     """-log of the mass of the events that hold the observed tokens; their own logprob where there is no target."""
-    mass = realized_masses(sample)
+    mass = observed_masses(sample)
     with np.errstate(divide="ignore"):
-        own = np.where(np.isnan(mass), sample.realized_logprob, np.log(np.maximum(mass, 1e-30)))
+        own = np.where(np.isnan(mass), sample.observed_logprob, np.log(np.maximum(mass, 1e-30)))
     return -float(np.nansum(own))
 
 

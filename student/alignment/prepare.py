@@ -362,9 +362,9 @@ REASONS = {
     "cut_character": "responses cut inside a character",
     "unusable_rows": "positions whose row has an unknown tail, or probabilities that do not add up",
     "contradictions": "positions whose text is impossible by its own row: rows and tokens may be shifted",
-    "unknown_realized": "positions where the teacher's probability of the text is unknown",
+    "unknown_observed": "positions where the teacher's probability of the text is unknown",
     "below_known_mass": "positions below prepare.min_known_mass",
-    "disagreements": "positions where the text was split in a way that its tokens alone would not be",
+    "disagreements": "positions where the teacher's token and the student's are unrelated by their vocabularies alone",
     "dropped_specials": "special tokens whose role the student lacks",
     "inner_specials": "special tokens inside a response",
 }

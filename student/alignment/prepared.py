@@ -29,7 +29,7 @@ from shared.manifest import check_unit_name
 from student.alignment.targets import AlignedSample, SparseTargets
 from student.lineage import IDENTITY, prepared_identity, present, require_current_start, require_same
 
-VERSION = 1
+VERSION = 2
 MANIFEST, INDEX = "manifest.json", "index.parquet"
 _AGAIN = "run `student prepare` again"
 _OPEN_UNITS = 16
@@ -40,7 +40,7 @@ _ARRAYS: dict[str, pa.DataType] = {
     "byte_ends": pa.int64(),
     "is_anchor": pa.uint8(),
     "teacher_index": pa.int32(),
-    "realized_logprob": pa.float32(),
+    "observed_logprob": pa.float32(),
     "anchor_logprob": pa.float32(),
     "teacher_ids": pa.int32(),
     "teacher_byte_ends": pa.int64(),
@@ -225,7 +225,7 @@ def sample_to_batch(sample: AlignedSample) -> pa.RecordBatch:
         "byte_ends": sample.byte_ends,
         "is_anchor": sample.is_anchor.astype(np.uint8),
         "teacher_index": sample.teacher_index,
-        "realized_logprob": sample.realized_logprob,
+        "observed_logprob": sample.observed_logprob,
         "anchor_logprob": np.asarray(sample.anchor_logprob),
         "teacher_ids": sample.teacher_ids,
         "teacher_byte_ends": sample.teacher_byte_ends,
@@ -267,7 +267,7 @@ def batch_to_sample(batch: pa.RecordBatch) -> AlignedSample:
         byte_ends=array("byte_ends"),
         is_anchor=array("is_anchor").astype(np.bool_),
         teacher_index=array("teacher_index"),
-        realized_logprob=array("realized_logprob"),
+        observed_logprob=array("observed_logprob"),
         targets=targets,
         teacher_ids=array("teacher_ids"),
         teacher_byte_ends=array("teacher_byte_ends"),

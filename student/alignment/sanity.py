@@ -28,10 +28,10 @@ def check_alignment(samples: Iterable[AlignedSample]) -> float:
     Raises:
         AlignmentError: if the mean is so low that rows and text cannot belong together.
     """
-    realized, expected = probabilities(samples)
-    if not len(realized):
+    observed, expected = probabilities(samples)
+    if not len(observed):
         return float("nan")
-    mean, collision = float(realized.mean()), float(expected.mean())
+    mean, collision = float(observed.mean()), float(expected.mean())
     if mean < MIN_RATIO * collision:
         raise AlignmentError(
             f"the stored rows give the observed tokens a mean probability of {mean:.3f}, where rows of this sharpness "
@@ -46,17 +46,17 @@ def probabilities(samples: Iterable[AlignedSample]) -> tuple[NDArray[np.float64]
 
     Only anchors: inside a teacher token, what is left of the row is certain too often to tell anything.
     """
-    realized, expected = [np.empty(0)], [np.empty(0)]
+    observed, expected = [np.empty(0)], [np.empty(0)]
     for sample in samples:
         targets = sample.targets
         chosen = sample.is_anchor & ~np.isnan(targets.tail)
         squares = np.concatenate([[0.0], np.cumsum(targets.event_mass.astype(np.float64) ** 2)])
-        realized.append(realized_masses(sample)[chosen])
+        observed.append(observed_masses(sample)[chosen])
         expected.append((squares[targets.event_offsets[1:]] - squares[targets.event_offsets[:-1]])[chosen])
-    return np.concatenate(realized), np.concatenate(expected)
+    return np.concatenate(observed), np.concatenate(expected)
 
 
-def realized_masses(sample: AlignedSample) -> NDArray[np.float64]:
+def observed_masses(sample: AlignedSample) -> NDArray[np.float64]:
     """float64 [S], mass of the event that holds x_i: 0 where no event does, NaN where there is no target."""
     targets = sample.targets
     count = len(targets.tail)

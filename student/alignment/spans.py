@@ -109,7 +109,7 @@ def covered_path(spans: Spans, i: int) -> tuple[int, int, tuple[int, ...]]:
     return fixed, int(spans.ids[i]), tuple(spans.teacher_ids[j:stop].tolist()) if whole else ()
 
 
-def transliterate(tables: PairTables, teacher_ids: ArrayLike, counts: Counter[str] | None = None) -> NDArray[np.int32]:
+def retokenize(tables: PairTables, teacher_ids: ArrayLike, counts: Counter[str] | None = None) -> NDArray[np.int32]:
     """The student's ids of a text in the teacher's ids: runs of text re-encoded, specials by role.
 
     Specials whose role the student lacks are left out, and counted in `counts["dropped_specials"]`.

@@ -43,7 +43,7 @@ class MicroBatch:
     @property
     def target_count(self) -> int:
         """N, this micro-batch's part of the number that the step's loss is divided by."""
-        return len(self.targets.realized_ids)
+        return len(self.targets.observed_ids)
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same micro-batch on `device`."""
@@ -100,16 +100,16 @@ def _target_batch(
     depth_decay: float,
 ) -> TargetBatch:
     chosen = [take_positions(s.targets, r.response_positions) for s, r in zip(samples, rows, strict=True)]
-    realized_ids = [s.input_ids[s.prompt_length + r.response_positions] for s, r in zip(samples, rows, strict=True)]
+    observed_ids = [s.input_ids[s.prompt_length + r.response_positions] for s, r in zip(samples, rows, strict=True)]
     # At its anchor a block knows that the teacher's token before it has ended; deeper it does not.
-    realized_logprob = [
-        np.where(r.depth == 1, s.anchor_logprob[r.response_positions], s.realized_logprob[r.response_positions])
+    observed_logprob = [
+        np.where(r.depth == 1, s.anchor_logprob[r.response_positions], s.observed_logprob[r.response_positions])
         for s, r in zip(samples, rows, strict=True)
     ]
     tail = _joined([t.tail for t in chosen], np.float32)
     return TargetBatch(
-        realized_ids=torch.from_numpy(_joined(realized_ids, np.int64)),
-        realized_logprob=torch.from_numpy(_joined(realized_logprob, np.float32)),
+        observed_ids=torch.from_numpy(_joined(observed_ids, np.int64)),
+        observed_logprob=torch.from_numpy(_joined(observed_logprob, np.float32)),
         depth=torch.from_numpy(depth),
         block=torch.from_numpy(block),
         weight=depth_weights(torch.from_numpy(depth), depth_decay),

@@ -1,4 +1,4 @@
-"""The byte bridge: the teacher's context as student tokens, the student's draft as teacher tokens (METHOD 6).
+"""The byte bridge: the teacher's context as student tokens, the student's draft as teacher tokens.
 
 Both vocabularies spell the same bytes. The context's text is re-encoded by the student's own tokenization and its
 special tokens go over by role. A draft's bytes are encoded by the teacher's own tokenization *in context*: with
@@ -77,7 +77,7 @@ class ByteBridge:
                 f"student's {student.roles}; name the tokens in their tokenizer settings or chat templates"
             )
         self._boundary = _boundary_pattern(teacher, student)
-        self._growing = _growing_tokens(teacher)
+        self._extendable = _extendable_tokens(teacher)
 
     @property
     def draftable_ids(self) -> NDArray[np.int64]:
@@ -144,12 +144,12 @@ class ByteBridge:
 
     # --- draft: student → teacher --------------------------------------------------------------------------
 
-    def to_teacher(self, context: BridgedContext, draft: ArrayLike, keep_growing: bool = False) -> list[int]:
+    def to_teacher(self, context: BridgedContext, draft: ArrayLike, keep_extendable: bool = False) -> list[int]:
         """The teacher's tokens of a draft after `context`.
 
         The draft ends at its first special token; the end of a turn or text is proposed by role, any other is
         not. Withheld: bytes of an incomplete character, and a last token that further bytes could still merge
-        into a longer one (unless `keep_growing`).
+        into a longer one (unless `keep_extendable`).
 
         Args:
             draft: student ids, as drafted from `context.student_ids`.
@@ -168,7 +168,7 @@ class ByteBridge:
         if end is not None:
             # A turn does not end inside a character: such a draft contradicts itself.
             return tokens if cut_short else [*tokens, end]
-        if tokens and self._growing[tokens[-1]] and not keep_growing:
+        if tokens and self._extendable[tokens[-1]] and not keep_extendable:
             tokens.pop()
         return tokens
 
@@ -203,18 +203,18 @@ def _boundary_pattern(*vocabularies: Vocabulary) -> re.Pattern[str]:
     return re.compile(f"(?s:.*){_LETTER}(?=[{re.escape(''.join(splitters))}])")
 
 
-def _growing_tokens(vocabulary: Vocabulary) -> NDArray[np.bool_]:
+def _extendable_tokens(vocabulary: Vocabulary) -> NDArray[np.bool_]:
     """bool [V]: some longer token starts with this one's bytes."""
     order = sorted(range(len(vocabulary)), key=vocabulary.tokens.__getitem__)
-    growing = np.zeros(len(vocabulary), dtype=np.bool_)
+    extendable = np.zeros(len(vocabulary), dtype=np.bool_)
     # In order of bytes, a token's extensions follow it; equal tokens stand between.
     following = b""
     for index, after in zip(reversed(order), [None, *reversed(order)], strict=False):
         token = vocabulary.tokens[index]
         if after is not None and vocabulary.tokens[after] != token:
             following = vocabulary.tokens[after]
-        growing[index] = bool(token) and len(following) > len(token) and following.startswith(token)
-    return growing
+        extendable[index] = bool(token) and len(following) > len(token) and following.startswith(token)
+    return extendable
 
 
 def _whole_characters(text: bytes) -> int:

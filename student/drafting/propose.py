@@ -65,7 +65,7 @@ class Drafter:
         slots: requests whose keys and values are kept at most; more than that in one call are drafted in turns.
         max_length: longest context, in student tokens, block included; null is the model's own limit. A longer
             context gets no draft. Memory grows to slots x max_length at most, as requests need it.
-        keep_growing: also propose a last token that further bytes could still merge.
+        keep_extendable: also propose a last token that further bytes could still merge.
         cached: False recomputes every context, for comparison.
     """
 
@@ -78,7 +78,7 @@ class Drafter:
         *,
         slots: int = 64,
         max_length: int | None = None,
-        keep_growing: bool = False,
+        keep_extendable: bool = False,
         cached: bool = True,
     ) -> None:
         import torch
@@ -87,7 +87,7 @@ class Drafter:
 
         self.model, self.bridge = model, bridge
         self.draft_tokens, self.block_length = draft_tokens, block_length
-        self.slots, self.cached, self.keep_growing = slots, cached, keep_growing
+        self.slots, self.cached, self.keep_extendable = slots, cached, keep_extendable
         limit = model.config.max_sequence_length
         self.max_length = min(limit, max_length or limit)
         rows, dtype, device = model.head_weight.shape[0], model.head_weight.dtype, model.head_weight.device
@@ -114,7 +114,7 @@ class Drafter:
         *,
         slots: int = 64,
         max_length: int | None = None,
-        keep_growing: bool = False,
+        keep_extendable: bool = False,
     ) -> Drafter:
         """A drafter for `teacher` of a loaded student and the tokenizer in its `directory`.
 
@@ -133,7 +133,9 @@ class Drafter:
                 "train it, or pass a block length"
             )
         bridge = ByteBridge(teacher, Encoder.from_tokenizer(teacher_tokenizer, teacher), *load_tokenizer(directory))
-        return cls(model, bridge, draft_tokens, length, slots=slots, max_length=max_length, keep_growing=keep_growing)
+        return cls(
+            model, bridge, draft_tokens, length, slots=slots, max_length=max_length, keep_extendable=keep_extendable
+        )
 
     def propose(self, request_ids: Sequence[Hashable], contexts: Sequence[ArrayLike]) -> list[list[int]]:
         """Up to `draft_tokens` teacher tokens for each request.
@@ -152,7 +154,7 @@ class Drafter:
             jobs = self._admit(request_ids[start:stop], contexts[start:stop], start)
             for group in self._groups(jobs):
                 for job, drafted in zip(group, self._forward(group), strict=True):
-                    proposed = self.bridge.to_teacher(job.request.context, drafted, self.keep_growing)
+                    proposed = self.bridge.to_teacher(job.request.context, drafted, self.keep_extendable)
                     drafts[job.row] = proposed[: self.draft_tokens]
         return drafts
 

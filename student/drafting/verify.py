@@ -1,4 +1,4 @@
-"""Which verification rule keeps speculative decoding lossless, picked by how the draft was made (METHOD 5).
+"""Which verification rule keeps speculative decoding lossless, picked by how the draft was made.
 
 Two kinds of draft, two rules:
 
@@ -38,10 +38,10 @@ class OneHotDraft:
         return float(target_V[self.tokens[depth]])
 
     def residual(self, depth: int, target_V: Probabilities) -> Probabilities:
-        """Distribution [V] of the token put in a rejected one's place: p without x, renormalised."""
+        """Distribution [V] of the token put in a rejected one's place: p without x, renormalized."""
         rest_V = target_V.copy()
         rest_V[self.tokens[depth]] = 0.0
-        return _normalised(rest_V)
+        return _normalized(rest_V)
 
 
 class FactorizedDraft:
@@ -82,8 +82,8 @@ class FactorizedDraft:
         return float(min(1.0, target_V[token] / self.rows_GxV[depth, token]))
 
     def residual(self, depth: int, target_V: Probabilities) -> Probabilities:
-        """Distribution [V] of the token put in a rejected one's place: max(0, p - q), renormalised."""
-        return _normalised(np.maximum(target_V - self.rows_GxV[depth], 0.0))
+        """Distribution [V] of the token put in a rejected one's place: max(0, p - q), renormalized."""
+        return _normalized(np.maximum(target_V - self.rows_GxV[depth], 0.0))
 
 
 Draft = OneHotDraft | FactorizedDraft
@@ -114,7 +114,7 @@ def verify(draft: Draft, target: Target, generator: np.random.Generator, context
     return Verified(len(tokens), (*tokens, int(generator.choice(len(target_V), p=target_V))))
 
 
-def _normalised(weights_V: Probabilities) -> Probabilities:
+def _normalized(weights_V: Probabilities) -> Probabilities:
     # No mass left means that rejection had probability zero; any distribution is right then, NaN is not.
     total = weights_V.sum()
     return weights_V / total if total > 0 else np.full_like(weights_V, 1.0 / len(weights_V))

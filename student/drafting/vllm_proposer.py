@@ -57,7 +57,7 @@ class DrafterOptions:
         block_length: null is the student's own.
         slots: requests whose contexts stay cached; null is vLLM's `max_num_seqs`.
         max_length: longest context that is drafted for, in student tokens; null is the student's limit.
-        keep_growing: also propose a last token that further bytes could still merge.
+        keep_extendable: also propose a last token that further bytes could still merge.
         dtype: of the student's weights; null is the checkpoint's.
     """
 
@@ -67,7 +67,7 @@ class DrafterOptions:
     block_length: int | None = None
     slots: int | None = None
     max_length: int | None = None
-    keep_growing: bool = False
+    keep_extendable: bool = False
     dtype: str | None = None
 
     @classmethod
@@ -145,7 +145,7 @@ class LladaProposer:
             self.options.block_length,
             slots=self.slots,
             max_length=self.options.max_length,
-            keep_growing=self.options.keep_growing,
+            keep_extendable=self.options.keep_extendable,
         )
         self.ends = frozenset(teacher.roles[role] for role in ("end_of_turn", "end_of_text") if role in teacher.roles)
 

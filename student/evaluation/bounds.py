@@ -1,4 +1,4 @@
-"""Bounds on the acceptance rate α of the ratio rule at depth 1, from truncated rows (METHOD 4).
+"""Bounds on the acceptance rate α of the ratio rule at depth 1, from truncated rows (`student/README.md`, Evaluation).
 
 α = Σ_s min(p(s), q(s)) needs p of every student token. What is stored is p of events: sets of tokens whose inner split
 is unknown, and the tail. Over all splits that the events allow, α lies in

@@ -3,7 +3,7 @@
 Two measurements, each from the shards alone. *One-hot*: the walk of `student.evaluation.walk` with the very drafter
 that serving uses, in teacher tokens, on text of each decoding rule; its tau is what greedy (or T = 1) speculative
 decoding with these drafts would show. *Ratio*: teacher-forced blocks at every anchor of text sampled at T = 1, for
-1 + J and the bounds on α (METHOD 4), in student tokens.
+1 + J and the bounds on α (`student/README.md`, Evaluation), in student tokens.
 """
 
 from __future__ import annotations

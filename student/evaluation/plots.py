@@ -59,10 +59,10 @@ def acceptance_curve(entries: Sequence[dict[str, Any]], path: Path) -> Path:
     steps = [entry["step"] for entry in entries]
     figure, axes = plt.subplots(figsize=(6.4, 3.6))
     depths = len(entries[0]["match_by_depth"])
-    colours = plt.get_cmap("viridis")(np.linspace(0.1, 0.85, depths))
+    colors = plt.get_cmap("viridis")(np.linspace(0.1, 0.85, depths))
     for depth in range(depths):
         hits = [entry["match_by_depth"][depth] or 0.0 for entry in entries]
-        axes.plot(steps, _smooth(hits, max(len(hits) // 40, 1)), color=colours[depth], label=f"first {depth + 1}")
+        axes.plot(steps, _smooth(hits, max(len(hits) // 40, 1)), color=colors[depth], label=f"first {depth + 1}")
     axes.set(
         xlabel="step", ylabel="share of blocks", ylim=(0, None), title="Leading student tokens right, training text"
     )
@@ -77,9 +77,9 @@ def depth_bars(before: Sequence[float], after: Sequence[float], served: Sequence
         series.append(("vLLM, measured", served, SERVED))
     figure, axes = plt.subplots(figsize=(6.4, 3.6))
     width = 0.8 / len(series)
-    for number, (label, values, colour) in enumerate(series):
+    for number, (label, values, color) in enumerate(series):
         depths = np.arange(1, len(values) + 1)
-        axes.bar(depths + (number - (len(series) - 1) / 2) * width, values, width, label=label, color=colour)
+        axes.bar(depths + (number - (len(series) - 1) / 2) * width, values, width, label=label, color=color)
     axes.set(
         xlabel="teacher tokens accepted, at least", ylabel="share of drafts", title="Acceptance on held-out prompts"
     )

@@ -101,10 +101,10 @@ def walk(
     return WalkResult(accepted, proposed, {record.sample_id: record.skill for record in records}, draft_tokens)
 
 
-def leading_matches(draft: Sequence[int], realized: Sequence[int] | np.ndarray) -> int:
-    """How many tokens of `draft` stand at the start of `realized`."""
-    return next(_mismatches(draft, realized), min(len(draft), len(realized)))
+def leading_matches(draft: Sequence[int], observed: Sequence[int] | np.ndarray) -> int:
+    """How many tokens of `draft` stand at the start of `observed`."""
+    return next(_mismatches(draft, observed), min(len(draft), len(observed)))
 
 
-def _mismatches(draft: Sequence[int], realized: Sequence[int] | np.ndarray) -> Iterator[int]:
-    return (i for i, (a, b) in enumerate(zip(draft, realized, strict=False)) if a != b)
+def _mismatches(draft: Sequence[int], observed: Sequence[int] | np.ndarray) -> Iterator[int]:
+    return (i for i, (a, b) in enumerate(zip(draft, observed, strict=False)) if a != b)

@@ -163,7 +163,7 @@ def _chunk_terms(
     rows_C = torch.arange(len(targets), device=logits_CxV.device)
     rows_K, rows_E, events_M = targets.outcome_rows(), targets.event_rows(), targets.member_events()
     rows_M = rows_E[events_M]
-    observed_C = logits_CxV[rows_C, targets.realized_ids]
+    observed_C = logits_CxV[rows_C, targets.observed_ids]
     member_M = logits_CxV[rows_M, targets.members]
 
     # The tokens outside the events. A finite floor instead of -inf keeps a row finite where there are none.
@@ -202,7 +202,7 @@ def _chunk_terms(
     slope_CxV[rows_M, targets.members] = (
         event_g_E[events_M] * share_M - sum_g_C[rows_M] * (member_M - normalizer_C[rows_M]).exp()
     )
-    slope_CxV[rows_C, targets.realized_ids] += observed_g_C
+    slope_CxV[rows_C, targets.observed_ids] += observed_g_C
     return terms._replace(total=terms.total.detach()), slope_CxV
 
 

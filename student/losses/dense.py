@@ -39,7 +39,7 @@ def student_log_probs(logits_NxV: Tensor, targets: TargetBatch) -> StudentLogPro
     rest_N = (rest_NxV - peak_N[:, None]).logsumexp(dim=1) + peak_N
     tail_N = (rest_N - normalizer_N).masked_fill(full_N, -torch.inf)
     return StudentLogProbs(
-        observed_N=logits_NxV.gather(1, targets.realized_ids[:, None]).squeeze(1) - normalizer_N,
+        observed_N=logits_NxV.gather(1, targets.observed_ids[:, None]).squeeze(1) - normalizer_N,
         outcome_K=torch.cat([tail_N, event_E - normalizer_N[rows_E]]),
         top1_N=logits_NxV.argmax(dim=1),
     )

@@ -84,7 +84,7 @@ def objective(student: StudentLogProbs, targets: TargetBatch, settings: LossSett
     kl_N = of_position(outcome_kl(log_p_K, log_q_K, rows_K, len(targets), settings.temperature))
     tv_N = 0.5 * of_position((mass_K - log_q_K.exp()).abs())
     to_blocks = block_layout(targets, settings.block_length)
-    path_B, accepted_B, log_prefix_BxG, usable_BxG = path_term(student.observed_N, targets.realized_logprob, to_blocks)
+    path_B, accepted_B, log_prefix_BxG, usable_BxG = path_term(student.observed_N, targets.observed_logprob, to_blocks)
 
     # Cross-entropy has the same expected gradient as the KL that is missing.
     soft_or_hard_N = torch.where(soft_N, settings.temperature**2 * kl_N, ce_N)
@@ -102,7 +102,7 @@ def objective(student: StudentLogProbs, targets: TargetBatch, settings: LossSett
         total = total + settings.path_weight * path_B.sum()
 
     with torch.no_grad():
-        hit_N = student.top1_N == targets.realized_ids
+        hit_N = student.top1_N == targets.observed_ids
         sums = {
             "total": total,
             "ce": _sum(ce_N),

@@ -17,8 +17,8 @@ class TargetBatch:
     """Targets of N supervised positions; positions of one masked block are consecutive and in order.
 
     Attributes:
-        realized_ids: int64 [N], the student token that stands there.
-        realized_logprob: float32 [N], the teacher's log p of it; NaN where unknown.
+        observed_ids: int64 [N], the student token that stands there.
+        observed_logprob: float32 [N], the teacher's log p of it; NaN where unknown.
         depth: int64 [N], 1 for the first position of a block; 0 where the position is in no block (random masking).
         block: int64 [N], number of the block in the micro-batch; -1 where the position is in no block.
         weight: float32 [N], multiplies every per-position term (depth weight, 1/p of random masking).
@@ -28,8 +28,8 @@ class TargetBatch:
         known: float32 [N]: the known conditional mass, for logging.
     """
 
-    realized_ids: Tensor
-    realized_logprob: Tensor
+    observed_ids: Tensor
+    observed_logprob: Tensor
     depth: Tensor
     block: Tensor
     weight: Tensor
@@ -42,7 +42,7 @@ class TargetBatch:
     known: Tensor
 
     def __len__(self) -> int:
-        return self.realized_ids.shape[0]
+        return self.observed_ids.shape[0]
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> TargetBatch:
         """The same targets on `device`."""

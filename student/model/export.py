@@ -1,6 +1,6 @@
 """Loading and saving a student: strict about keys and shapes, and self-contained on disk.
 
-A saved student is safetensors, tokenizer, config.json and the modelling files, so that
+A saved student is safetensors, tokenizer, config.json and the modeling files, so that
 `AutoModel.from_pretrained(directory, trust_remote_code=True)` needs torch and transformers only. Keys and config
 fields are upstream's, so upstream's code loads it too, and `load_student` loads upstream's checkpoints.
 """

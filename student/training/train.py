@@ -1,6 +1,6 @@
 """`student train`: check everything that can be checked, then start the ranks and train.
 
-The order of the data is a function of (seed, step) and the loss is normalised by the targets of the whole step, so
+The order of the data is a function of (seed, step) and the loss is normalized by the targets of the whole step, so
 neither the number of ranks nor an interruption changes what is learnt (up to the order of floating-point sums).
 """
 
@@ -78,7 +78,7 @@ def check(config: PipelineConfig, world_size: int) -> TrainingFeed:
         targets = (sample.targets for sample in samples)
         check_temperature(targets, config.train.temperature, vocabulary_size, config.train.max_unknown_share)
     logger.info("loss: %s", reason)
-    logger.info("sanity: the stored rows give the realised tokens a mean probability of %.3f", probability)
+    logger.info("sanity: the stored rows give the observed tokens a mean probability of %.3f", probability)
     return feed
 
 

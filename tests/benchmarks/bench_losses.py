@@ -11,7 +11,7 @@ the computation adds to a process that already holds states, head and targets: t
 the CPU (reset through /proc/self/clear_refs), the allocator's on a GPU. Each way must end with the gradients of states
 and head, so the table also gives the peak beyond these.
 
-Ways: `plain` materialises logits and log-softmax and takes the tail as log(1 - sum); it does nothing else, no sums for
+Ways: `plain` materializes logits and log-softmax and takes the tail as log(1 - sum); it does nothing else, no sums for
 the log. `dense` is `student.losses.dense`. `torch-ce` is torch's own chunked linear cross-entropy. `liger-*`
 are Liger's fused linear losses (Triton, GPU only); its KL needs dense target probabilities.
 """
@@ -55,8 +55,8 @@ def make_targets(positions: int, vocabulary: int, events: int, generator: torch.
     members = torch.stack([torch.randperm(vocabulary, generator=generator)[:events] for _ in range(positions)])
     offsets = torch.arange(0, positions * events + 1, events)
     return TargetBatch(
-        realized_ids=members[:, 0].clone(),
-        realized_logprob=mass[:, 0].log(),
+        observed_ids=members[:, 0].clone(),
+        observed_logprob=mass[:, 0].log(),
         depth=torch.arange(positions) % BLOCK_LENGTH + 1,
         block=torch.arange(positions) // BLOCK_LENGTH,
         weight=torch.ones(positions),
@@ -91,10 +91,10 @@ def computation(way: str, hidden: Tensor, head: Tensor, targets: TargetBatch) ->
     if name == "plain":
         if loss == "kl":
             return lambda: plain_kl(hidden, head, targets)
-        return lambda: F.cross_entropy((hidden @ head.T).float(), targets.realized_ids, reduction="sum")
+        return lambda: F.cross_entropy((hidden @ head.T).float(), targets.observed_ids, reduction="sum")
     if name == "torch":
         options = torch.nn.LinearCrossEntropyOptions()
-        return lambda: F.linear_cross_entropy(hidden, head, targets.realized_ids, reduction="sum", options=options)
+        return lambda: F.linear_cross_entropy(hidden, head, targets.observed_ids, reduction="sum", options=options)
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy, liger_fused_linear_kl_div
 
     if loss == "kl":
@@ -103,7 +103,7 @@ def computation(way: str, hidden: Tensor, head: Tensor, targets: TargetBatch) ->
         return lambda: liger_fused_linear_kl_div(hidden, head, teacher, reduction="sum")
     accumulate = torch.float32 if loss == "ce-fp32" else None
     return lambda: liger_fused_linear_cross_entropy(
-        hidden, head, targets.realized_ids, reduction="sum", accum_dtype=accumulate
+        hidden, head, targets.observed_ids, reduction="sum", accum_dtype=accumulate
     )
 
 

@@ -1,4 +1,4 @@
-"""Forward and training-step time and model-FLOPs utilisation of LLaDA's block.
+"""Forward and training-step time and model-FLOPs utilization of LLaDA's block.
 
     python -m tests.benchmarks.bench_model [--json FILE]
 

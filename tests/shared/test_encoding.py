@@ -59,7 +59,7 @@ def test_the_error_is_half_a_step_and_its_square_in_the_divergence(seed: int, sp
     offsets, logprobs, tail = random_rows(seed, [64] * 10, spread)
     stored_tail = round_tail(tail)
     stored = decode_logprobs(np.full(10, 64, np.int32), encode_gaps(offsets, logprobs), stored_tail)
-    # Half a step of the entry, at most as much of the normaliser, and the tail's rounding.
+    # Half a step of the entry, at most as much of the normalizer, and the tail's rounding.
     assert np.abs(stored - logprobs).max() <= 1 / STEPS_PER_NAT + 1e-3
     exact, kept = logprobs.astype(np.float64), stored.astype(np.float64)
     divergence = (np.exp(exact) * (exact - kept)).reshape(10, 64).sum(axis=1)

@@ -1,4 +1,4 @@
-"""The older JSON layout: every variant comes in, goes out and comes in as the same records; what is wrong is named."""
+"""The legacy JSON layout: every variant comes in, goes out and comes in as the same records; what is wrong is named."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_each_variant_makes_the_round_trip(reader: EntryReader, tokenizer: Path,
     assert (tmp_path / "again.json").read_bytes() == (tmp_path / "out.json").read_bytes()
 
 
-def test_whole_rows_become_logprobs_with_their_true_normaliser(reader: EntryReader) -> None:
+def test_whole_rows_become_logprobs_with_their_true_normalizer(reader: EntryReader) -> None:
     entry = entry_of(reader, "full")
     d = reader.record(entry, "here", 0).distributions
     assert d is not None
@@ -382,7 +382,7 @@ def test_an_export_of_nothing_says_what_there_is(reader: EntryReader, tokenizer:
 
 
 def test_the_example_file_is_of_the_layout() -> None:
-    path = Path(__file__).parents[2] / "configs/examples/older-layout.json"
+    path = Path(__file__).parents[2] / "configs/examples/legacy.json"
     assert path.stat().st_size < 200_000
     entries = [entry for _, entry in read_entries(path)]
     assert {"tokenID", "token", "logits"} <= set().union(*entries)

@@ -122,7 +122,7 @@ def test_what_a_killed_worker_left_is_cleared(tmp_path: Path) -> None:
     assert not (tmp_path / "d/.partial").exists()
 
 
-def test_a_damaged_commit_and_a_cut_shard_stop_the_next_sitting(tmp_path: Path) -> None:
+def test_a_damaged_commit_and_a_cut_shard_stop_the_next_session(tmp_path: Path) -> None:
     units = small_units()
     writer(tmp_path / "d").write_unit("unit-000", units["unit-000"])
     shard, commit = tmp_path / "d/data/unit-000.parquet", tmp_path / "d/commits/unit-000.json"

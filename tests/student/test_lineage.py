@@ -274,6 +274,7 @@ def test_an_export_says_what_it_was_trained_from(config: PipelineConfig, caplog:
     target = export_student(config.run_dir)
     assert (target / "training.json").read_text() == (config.student_final_dir / "training.json").read_text()
     teacher, _ = load_tokenizer(config.teacher.model)
+    caplog.clear()
     warn_of_another_teacher(target, teacher)
     assert not caplog.text
     warn_of_another_teacher(target, load_tokenizer(config.student_init_dir)[0])

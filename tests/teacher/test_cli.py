@@ -36,7 +36,7 @@ def teacher(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     ("prompts", "override", "message"),
     [
         (12, "collect.top_k=100000", "collect.top_k is 100000"),
-        (12, "collect.prompts=none.jsonl", "cannot read the prompts none.jsonl"),
+        (12, "collect.prompts=none.jsonl", "cannot read none.jsonl: No such file or directory"),
         ("", "seed=1", "is empty"),
         ('{"id": "a"', "seed=1", "prompts.jsonl line 1 is not JSON"),
         (12, "teacher.model=no/such/dir", "teacher.model no/such/dir does not exist"),
@@ -66,7 +66,7 @@ def test_scoring_without_responses_is_refused(
     assert "collect.responses is not set" in output
     code, output = teacher("score", str(config), "--set", f"collect.responses={tmp_path / 'prompts.jsonl'}")
     assert code == 2
-    assert "line 1: response is None" in output
+    assert "line 1: response is missing; expected the text to score" in output
     assert not (tmp_path / "runs").exists()
 
 

@@ -27,7 +27,7 @@ from teacher.engine import Answer, Request
 from teacher.numpy_rows import ColumnBuffer
 from teacher.plan import Assumptions, estimate
 from teacher.prompts import prompts_fingerprint, stable_hash
-from teacher.summary import Summary, summarise
+from teacher.summary import Summary, summarize
 from teacher.units import Unit
 from tests.teacher.conftest import TEMPLATE
 
@@ -199,7 +199,7 @@ def test_the_summary_counts_what_is_on_disk(make_config: Maker) -> None:
     list(collector.collect_units(units))
     writer.finish([unit.name for unit in units])
     dataset = Dataset.open(config.shards_dir)
-    summary = summarise(config, dataset, Summary(tokens_per_s=100.0))
+    summary = summarize(config, dataset, Summary(tokens_per_s=100.0))
     assert (summary.responses, summary.tokens) == (len(dataset), 6 * len(dataset))
     assert summary.mean_topk_mass == pytest.approx(0.9, abs=1e-3)
     assert summary.bytes_per_token == pytest.approx(dataset.manifest.bytes / summary.tokens)
@@ -254,7 +254,7 @@ def test_a_plan_adds_up_and_guesses_nothing(make_config: Maker) -> None:
     assert not config.run_dir.exists()
 
 
-def test_a_plan_takes_the_rates_of_an_earlier_sitting(make_config: Maker) -> None:
+def test_a_plan_takes_the_rates_of_an_earlier_session(make_config: Maker) -> None:
     config = make_config(prompts=12)
     config.run_dir.mkdir(parents=True)
     measured = Summary(responses=10, tokens=30, tokens_per_s=6, bytes_per_token=150)

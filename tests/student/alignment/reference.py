@@ -31,7 +31,7 @@ class Row:
 
     `usable` is False where the tail is unknown or does not fit the candidates. `contradicts`: the observed token's own
     logprob is not what the row says of it, or, outside the top k, more than the tail holds; then it is another row's,
-    it is not added, and `realized_logprob` is NaN. `least`: the smallest stored probability, which none
+    it is not added, and `observed_logprob` is NaN. `least`: the smallest stored probability, which none
     outside exceeds.
     """
 
@@ -40,25 +40,25 @@ class Row:
     tail: float
     usable: bool
     contradicts: bool
-    realized_logprob: float
+    observed_logprob: float
     least: float
 
 
-def read_row(distributions: Distributions, position: int, realized: int) -> Row:
+def read_row(distributions: Distributions, position: int, observed: int) -> Row:
     """Row `position`, the observed token added by its own logprob where it is outside the top k."""
     stored_ids, logprobs = distributions.row(position)
     ids, mass = [int(v) for v in stored_ids], [math.exp(float(p)) for p in logprobs]
     tail, sampled = float(distributions.tail[position]), float(distributions.sampled[position])
     usable = bool(ids) and not math.isnan(tail) and abs(1 - sum(mass) - tail) <= TAIL_TOLERANCE
     contradicts, least = False, min(mass, default=0.0)
-    if realized in ids:
-        own = math.log(mass[ids.index(realized)])
+    if observed in ids:
+        own = math.log(mass[ids.index(observed)])
         contradicts = abs(sampled - own) > LOGPROB_TOLERANCE
         sampled = math.nan if contradicts else own if math.isnan(sampled) else sampled
     elif math.exp(sampled) > 1 - sum(mass) + TAIL_TOLERANCE:
         contradicts, sampled = True, math.nan
     elif not math.isnan(sampled):
-        ids.append(realized)
+        ids.append(observed)
         mass.append(math.exp(sampled))
     total = sum(mass)
     if total > 1:
@@ -80,11 +80,11 @@ class ReferenceAlignment:
     def compute(self) -> Targets:
         """Targets of all S positions."""
         count = len(self.spans.ids)
-        realized, anchor = np.full(count, np.nan, np.float32), np.full(count, np.nan, np.float32)
+        observed, anchor = np.full(count, np.nan, np.float32), np.full(count, np.nan, np.float32)
         for i in range(count):
-            realized[i], anchor[i] = self.realized_logprobs(i)
+            observed[i], anchor[i] = self.observed_logprobs(i)
         sparse = pack([self.events(i, float(logprob)) for i, logprob in enumerate(anchor)])
-        return Targets(sparse, realized, anchor, self.counts)
+        return Targets(sparse, observed, anchor, self.counts)
 
     def tokenization(self, row: int, candidate: int) -> list[int]:
         """Student tokens of `candidate` in place of y_row, from the student token that covers its first byte."""
@@ -118,13 +118,13 @@ class ReferenceAlignment:
     def events(self, i: int, anchor_logprob: float) -> PositionEvents:
         """[(mass, members)], tail mass and known mass m at student position i; no events and NaN without a target."""
         j = int(self.spans.teacher_index[i])
-        row, realized = self.rows[j], int(self.spans.teacher_ids[j])
+        row, observed = self.rows[j], int(self.spans.teacher_ids[j])
         fixed = int(self.spans.starts[i] - self.spans.teacher_starts[j])
         self.counts["contradictions"] += row.contradicts
         if not row.usable:
             self.counts["unusable_rows"] += 1
             return [], math.nan, math.nan
-        if fixed and realized not in row.ids:
+        if fixed and observed not in row.ids:
             return [], math.nan, math.nan  # its logprob is unknown, and with it every conditional
         survivors = self.survivors(j, i)
         kept = sum(mass for _, mass in survivors)
@@ -140,12 +140,12 @@ class ReferenceAlignment:
         parts: list[tuple[float, list[int]]] = []
         for v, mass in survivors:
             related = self.related(j, v, i, fixed)
-            if v == realized and int(self.spans.ids[i]) not in related:
+            if v == observed and int(self.spans.ids[i]) not in related:
                 self.counts["disagreements"] += 1
                 related = [*related, int(self.spans.ids[i])]
             parts.append((mass * scale, related))
         events = join_events(parts)
-        events = self.split_realized(i, j, events, math.exp(anchor_logprob) * kept * scale)
+        events = self.split_observed(i, j, events, math.exp(anchor_logprob) * kept * scale)
         return events, max(0.0, 1 - sum(mass for mass, _ in events)), known
 
     def survivors(self, j: int, i: int) -> list[tuple[int, float]]:
@@ -166,7 +166,7 @@ class ReferenceAlignment:
             related.add(tokens[skip])
         return sorted(related)
 
-    def split_realized(self, i: int, j: int, events: list[Event], probability: float) -> list[Event]:
+    def split_observed(self, i: int, j: int, events: list[Event], probability: float) -> list[Event]:
         """An observed student token that reaches past y_j has its own probability and its own event.
 
         The probability is that of the text's bytes up to the end of x_i. Where x_i ends with a teacher token, longer
@@ -200,7 +200,7 @@ class ReferenceAlignment:
 
     # --- observed probabilities ------------------------------------------------------------------------------
 
-    def realized_logprobs(self, i: int) -> tuple[float, float]:
+    def observed_logprobs(self, i: int) -> tuple[float, float]:
         """log p(x_i | x_<i), and the same where the teacher tokens before y_j are known to have ended."""
         spans, j = self.spans, int(self.spans.teacher_index[i])
         if not spans.is_special[i]:
@@ -209,7 +209,7 @@ class ReferenceAlignment:
             after = self._path_mass(first, int(spans.run_stop[j]), i + 1)
             anchored = self._path_mass(j, int(spans.run_stop[j]), i + 1) / self.survivor_mass(j, i)
             return log(after / before), log(anchored)
-        own = self.rows[j].realized_logprob
+        own = self.rows[j].observed_logprob
         follows_text = (
             i > 0 and j > 0 and not spans.is_special[i - 1] and spans.run_stop[spans.teacher_index[i - 1]] == j
         )
@@ -217,7 +217,7 @@ class ReferenceAlignment:
             return own, own
         # The teacher's last token of text ended where the text did; it could have gone on.
         first = self._first_row(j, int(spans.run_start[j - 1]), i)
-        ended = math.exp(sum(row.realized_logprob for row in self.rows[first:j]))
+        ended = math.exp(sum(row.observed_logprob for row in self.rows[first:j]))
         return own + math.log(ended / self._path_mass(first, j, i)), own
 
     def survivor_mass(self, j: int, i: int) -> float:
@@ -232,7 +232,7 @@ class ReferenceAlignment:
         spans, first = self.spans, j
         while (
             first > start
-            and not math.isnan(self.rows[first - 1].realized_logprob)
+            and not math.isnan(self.rows[first - 1].observed_logprob)
             and spans.starts[i] - spans.teacher_starts[first - 1] <= self.longest
         ):
             first -= 1
@@ -249,15 +249,15 @@ class ReferenceAlignment:
         for row in range(first, stop):
             if spans.teacher_starts[row] >= c:
                 break
-            if math.isnan(self.rows[row].realized_logprob):
+            if math.isnan(self.rows[row].observed_logprob):
                 return math.nan
-            end, realized = int(spans.teacher_ends[row]), int(spans.teacher_ids[row])
+            end, observed = int(spans.teacher_ends[row]), int(spans.teacher_ids[row])
             shortest = c if end > c else end + 1  # a candidate of the same bytes as y_row is not another path
             for v, mass in zip(self.rows[row].ids, self.rows[row].mass, strict=True):
                 stop_byte = spans.teacher_starts[row] + len(self.tables.teacher.tokens[v])
-                if v != realized and stop_byte >= shortest and self.reaches(row, v, position):
+                if v != observed and stop_byte >= shortest and self.reaches(row, v, position):
                     total += math.exp(path) * mass
-            path += self.rows[row].realized_logprob
+            path += self.rows[row].observed_logprob
             if end > c:
                 return total + math.exp(path)
         return total + math.exp(path)

@@ -116,7 +116,7 @@ class RowMaker:
     def record(self, text: str | bytes, k: int = 64, end: bool = True, prompt: tuple[int, ...] = ()) -> Record:
         """The response `text`, drawn from rows of its own, with the end of turn after it."""
         ids = self.encoder.encode(text).tolist() + ([self.vocabulary.roles["end_of_turn"]] if end else [])
-        rows, probabilities, realized = [], [], []
+        rows, probabilities, observed = [], [], []
         specials = np.flatnonzero(self.vocabulary.is_special)[:4]
         for y in ids:
             wanted = [*self.relatives(self.vocabulary.tokens[y]), *specials.tolist()]
@@ -131,6 +131,6 @@ class RowMaker:
             rows.append(row[:k])
             # A twentieth of the mass is spread over tokens that no row lists.
             probabilities.append((0.95 * weights[:k]).tolist())
-            realized.append(float(0.95 * weights[rank]))
-        assert all(not math.isnan(p) for p in realized)
-        return toy_record(self.vocabulary, tuple(ids), rows, probabilities, realized, prompt=prompt)
+            observed.append(float(0.95 * weights[rank]))
+        assert all(not math.isnan(p) for p in observed)
+        return toy_record(self.vocabulary, tuple(ids), rows, probabilities, observed, prompt=prompt)

@@ -16,7 +16,7 @@ from shared.records import Distributions, Record
 from shared.vocabulary import Encoder, Vocabulary
 from student.alignment.align import Aligner
 from student.alignment.kernels.compute import TargetKernels
-from student.alignment.sanity import realized_masses
+from student.alignment.sanity import observed_masses
 from student.alignment.spans import lay_spans
 from student.alignment.tables import pair_tables
 from student.alignment.targets import AlignedSample
@@ -65,9 +65,9 @@ def check_accounting(sample: AlignedSample, record: Record) -> None:
             targets.member_offsets[targets.event_offsets[i]] : targets.member_offsets[targets.event_offsets[i + 1]]
         ]
         assert len(np.unique(members)) == len(members), "events overlap"
-    assert (realized_masses(sample)[soft] > 0).all(), "an observed token is in no event"
+    assert (observed_masses(sample)[soft] > 0).all(), "an observed token is in no event"
     assert record.distributions is not None
-    assert sample.realized_logprob.sum() == pytest.approx(record.distributions.sampled.sum(), rel=1e-4)
+    assert sample.observed_logprob.sum() == pytest.approx(record.distributions.sampled.sum(), rel=1e-4)
 
 
 # --- equal vocabularies ---------------------------------------------------------------------------------
@@ -81,7 +81,7 @@ def test_equal_vocabularies_give_the_stored_rows(cache: Path) -> None:
     assert record.distributions is not None
     np.testing.assert_array_equal(sample.input_ids, [128000, 882, *record.response_ids])
     assert sample.is_anchor.all()
-    np.testing.assert_allclose(sample.realized_logprob, record.distributions.sampled, atol=1e-6)
+    np.testing.assert_allclose(sample.observed_logprob, record.distributions.sampled, atol=1e-6)
     for j in range(len(record.response_ids)):
         ids, logprobs = record.distributions.row(j)
         events = events_at(sample, j)
@@ -104,16 +104,16 @@ def test_grouped_numerals_give_exact_digit_marginals(cache: Path) -> None:
     ids = [teacher[0].ids[numeral.encode()] for numeral in numerals]
     probabilities = np.random.default_rng(3).dirichlet(np.full(len(ids), 0.3)) + 1e-12
     probabilities /= probabilities.sum()
-    realized = numerals.index("274")
+    observed = numerals.index("274")
     order = np.argsort(-probabilities)
     row = ([ids[n] for n in order], [float(probabilities[n]) for n in order])
     end = teacher[0].roles["end_of_turn"]
     record = toy_record(
         teacher[0],
-        (ids[realized], end),
+        (ids[observed], end),
         [row[0], [end]],
         [row[1], [1.0]],
-        [float(probabilities[realized]), 1.0],
+        [float(probabilities[observed]), 1.0],
         np.float64,
     )
     sample = aligner(teacher, student, cache, settings=PrepareConfig(min_known_mass=0.0)).align(record)
@@ -131,10 +131,10 @@ def test_grouped_numerals_give_exact_digit_marginals(cache: Path) -> None:
             token = student[0].ids[digit.encode()]
             assert by_token[token] == pytest.approx(starting(known + digit, i) / whole, abs=1e-7)
     # The chain knows that a teacher's token may also end where the student's digit does.
-    chain = [math.exp(p) for p in sample.realized_logprob[:3]]
+    chain = [math.exp(p) for p in sample.observed_logprob[:3]]
     assert chain[0] == pytest.approx(starting("2", 0), abs=1e-7)
     assert chain[0] * chain[1] == pytest.approx(starting("27", 1), abs=1e-7)
-    assert math.prod(chain) == pytest.approx(probabilities[realized], abs=1e-7)
+    assert math.prod(chain) == pytest.approx(probabilities[observed], abs=1e-7)
 
 
 # --- specials -------------------------------------------------------------------------------------------
@@ -157,7 +157,7 @@ def test_specials_go_over_by_role(cache: Path) -> None:
     assert sample.input_ids[-1] == own["end_of_turn"]
     last = events_at(sample, len(sample.byte_ends) - 1)
     assert [own["end_of_turn"]] in [members for _, members in last], "the end of the turn is an event of its own"
-    np.testing.assert_array_equal(aligner(teacher, student, cache).transliterate(np.array(prompt)), expected)
+    np.testing.assert_array_equal(aligner(teacher, student, cache).retokenize(np.array(prompt)), expected)
 
 
 def test_a_special_token_inside_the_text_is_counted(cache: Path) -> None:
@@ -168,8 +168,8 @@ def test_a_special_token_inside_the_text_is_counted(cache: Path) -> None:
     assert second.distributions is not None
     ids = (*first.response_ids.tolist(), *second.response_ids.tolist())
     rows = [record.distributions.row(j) for record in (first, second) for j in range(len(record.response_ids))]  # type: ignore[union-attr]
-    realized = np.exp(np.r_[first.distributions.sampled, second.distributions.sampled]).tolist()
-    record = toy_record(teacher[0], ids, [r[0].tolist() for r in rows], [np.exp(r[1]).tolist() for r in rows], realized)
+    observed = np.exp(np.r_[first.distributions.sampled, second.distributions.sampled]).tolist()
+    record = toy_record(teacher[0], ids, [r[0].tolist() for r in rows], [np.exp(r[1]).tolist() for r in rows], observed)
     sample, counts = aligner(teacher, student, cache).align_counted(record)
     assert sample is not None
     assert counts["inner_specials"] == 1
@@ -271,7 +271,7 @@ def test_rows_with_an_unknown_tail_give_no_target_but_keep_the_known_probability
     assert sample is not None
     assert counts["soft"] == 0
     assert counts["unusable_rows"] == counts["positions"] == len(sample.byte_ends)
-    assert sample.realized_logprob.sum() == pytest.approx(good.distributions.sampled.sum(), rel=1e-4)
+    assert sample.observed_logprob.sum() == pytest.approx(good.distributions.sampled.sum(), rel=1e-4)
 
 
 def test_an_unknown_sampled_logprob_makes_its_own_positions_unknown_only(cache: Path) -> None:
@@ -293,8 +293,8 @@ def test_an_unknown_sampled_logprob_makes_its_own_positions_unknown_only(cache: 
     changed = Distributions(offsets=offsets, ids=kept_ids, logprobs=kept_logprobs, tail=tail, sampled=sampled)
     sample, counts = aligner(llama3(), llada_like(True), cache).align_counted(replace(record, distributions=changed))
     assert sample is not None
-    unknown = np.flatnonzero(np.isnan(sample.realized_logprob))
-    assert counts["unknown_realized"] == len(unknown) > 0
+    unknown = np.flatnonzero(np.isnan(sample.observed_logprob))
+    assert counts["unknown_observed"] == len(unknown) > 0
     spans = [(int(a), int(b)) for a, b in pairwise([0, *sample.byte_ends])]
     start, stop = (int(sample.teacher_byte_ends[j - 1]), int(sample.teacher_byte_ends[j]))
     assert all(spans[i][1] > start and spans[i][0] < stop for i in unknown)
@@ -304,7 +304,7 @@ def test_a_conversation_without_distributions_is_aligned_without_targets(good: R
     sample, counts = aligner(llama3(), llada_like(True), cache).align_counted(replace(good, distributions=None))
     assert sample is not None
     assert counts["soft"] == 0
-    assert np.isnan(sample.realized_logprob).all()
+    assert np.isnan(sample.observed_logprob).all()
     assert llada_like(True)[0].decode(sample.input_ids) == good.response_bytes
 
 

@@ -82,14 +82,14 @@ def check_position(world: Enumeration, alignment: ReferenceAlignment, i: int, ta
     or is on one side only. Those texts' probability bounds the error.
     """
     spans = alignment.spans
-    realized, anchor = alignment.realized_logprobs(i)
+    observed, anchor = alignment.observed_logprobs(i)
     events, tail, known = alignment.events(i, anchor)
     assert known == pytest.approx(1, abs=EXACT)
     assert sum(mass for mass, _ in events) + tail == pytest.approx(1, abs=EXACT)
     members = [s for _, event in events for s in event]
     assert len(members) == len(set(members)), "events overlap"
     assert int(spans.ids[i]) in members
-    assert realized <= EXACT
+    assert observed <= EXACT
     assert anchor <= EXACT
 
     j, fixed = int(spans.teacher_index[i]), fixed_bytes(alignment, i)
@@ -220,18 +220,18 @@ def test_masses_of_a_teacher_of_single_bytes_are_exact_where_nothing_is_longer(t
 
 @settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**32 - 1), teacher_merges=st.integers(0, 6), student_merges=st.integers(0, 7))
-def test_realized_probabilities_are_a_chain(
+def test_observed_probabilities_are_a_chain(
     seed: int, teacher_merges: int, student_merges: int, tmp_path: Path
 ) -> None:
     """Summed over the response they are the teacher's log probability of it, whatever the tokenizations do."""
     world = world_of(seed, teacher_merges, student_merges, tmp_path)
     for sequence in some_texts(world, seed, 4):
         alignment = world.alignment(sequence)
-        chain = sum(alignment.realized_logprobs(i)[0] for i in range(len(alignment.spans.ids)))
+        chain = sum(alignment.observed_logprobs(i)[0] for i in range(len(alignment.spans.ids)))
         assert chain == pytest.approx(math.log(world.teacher.texts[sequence]), abs=EXACT)
 
 
-def test_realized_probability_of_a_prefix_is_the_enumerated_one(tmp_path: Path) -> None:
+def test_observed_probability_of_a_prefix_is_the_enumerated_one(tmp_path: Path) -> None:
     """With single bytes, exp of the chain up to a boundary is the probability that a text starts with those bytes,
     in teacher tokens that leave the observed ones only with the token that reaches the boundary."""
     for seed in range(10):
@@ -240,19 +240,19 @@ def test_realized_probability_of_a_prefix_is_the_enumerated_one(tmp_path: Path) 
             alignment = world.alignment(sequence)
             chain = 0.0
             for i in range(len(alignment.spans.ids) - 1):
-                chain += alignment.realized_logprobs(i)[0]
+                chain += alignment.observed_logprobs(i)[0]
                 c = int(alignment.spans.ends[i])
                 expected = sum(p for t, p in world.teacher.texts.items() if starts_alike(world, t, sequence, c))
                 assert math.exp(chain) == pytest.approx(expected, abs=EXACT)
 
 
-def starts_alike(world: Enumeration, text: tuple[int, ...], realized: tuple[int, ...], c: int) -> bool:
-    """`text` has the first c bytes of `realized`, and its tokens up to the one that reaches c, but for that one."""
+def starts_alike(world: Enumeration, text: tuple[int, ...], observed: tuple[int, ...], c: int) -> bool:
+    """`text` has the first c bytes of `observed`, and its tokens up to the one that reaches c, but for that one."""
     decode = world.teacher.vocabulary.decode
-    if decode(text)[:c] != decode(realized)[:c]:
+    if decode(text)[:c] != decode(observed)[:c]:
         return False
     reaching = next(n for n in range(len(text)) if len(decode(text[: n + 1])) >= c)
-    return text[:reaching] == realized[:reaching]
+    return text[:reaching] == observed[:reaching]
 
 
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -286,7 +286,7 @@ def test_forgotten_answers_are_asked_again(tmp_path: Path, monkeypatch: pytest.M
         assert right is not None
         for name in ("event_mass", "members", "tail"):
             np.testing.assert_array_equal(getattr(left.targets, name), getattr(right.targets, name))
-        np.testing.assert_array_equal(left.realized_logprob, right.realized_logprob)
+        np.testing.assert_array_equal(left.observed_logprob, right.observed_logprob)
     assert roomy.aligner.tables.tokenization_after.cache_info().currsize > 1
     assert narrow.aligner.tables.tokenization_after.cache_info().currsize == 1
 

@@ -131,7 +131,7 @@ def toy_record(
     sequence: tuple[int, ...],
     ids: list[list[int]],
     probabilities: list[list[float]],
-    realized: list[float],
+    observed: list[float],
     float_type: type = np.float32,
     prompt: tuple[int, ...] = (),
 ) -> Record:
@@ -141,7 +141,7 @@ def toy_record(
         ids=np.array([v for row in ids for v in row], dtype=np.int32),
         logprobs=np.array([math.log(p) for row in probabilities for p in row], dtype=float_type),
         tail=np.array([max(0.0, 1 - sum(row)) for row in probabilities], dtype=float_type),
-        sampled=np.array([math.log(p) for p in realized], dtype=float_type),
+        sampled=np.array([math.log(p) for p in observed], dtype=float_type),
     )
     return Record(
         sample_id="sample",
@@ -173,6 +173,6 @@ def assert_same_targets(left: Targets, right: Targets) -> None:
         np.testing.assert_array_equal(getattr(left.sparse, name), getattr(right.sparse, name), name)
     for name in ("event_mass", "tail", "known"):
         np.testing.assert_allclose(getattr(left.sparse, name), getattr(right.sparse, name), atol=2e-6, err_msg=name)
-    np.testing.assert_allclose(left.realized_logprob, right.realized_logprob, atol=2e-6, rtol=1e-5)
+    np.testing.assert_allclose(left.observed_logprob, right.observed_logprob, atol=2e-6, rtol=1e-5)
     np.testing.assert_allclose(left.anchor_logprob, right.anchor_logprob, atol=2e-6, rtol=1e-5)
     assert +left.counts == +right.counts

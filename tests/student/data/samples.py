@@ -39,7 +39,7 @@ def make_sample(
         byte_ends=ends.astype(np.int64),
         is_anchor=is_anchor,
         teacher_index=np.arange(response_length, dtype=np.int32),
-        realized_logprob=np.full(response_length, -1.0, np.float32),
+        observed_logprob=np.full(response_length, -1.0, np.float32),
         targets=SparseTargets(
             event_offsets=np.array(event_offsets, np.int64),
             event_mass=np.array(masses, np.float32),

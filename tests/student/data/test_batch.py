@@ -41,7 +41,7 @@ def test_rows_are_padded_apart_and_targets_follow_their_positions() -> None:
     flat_positions = batch.position_ids.flatten()[batch.supervised]
     row_of = batch.supervised // batch.input_ids.shape[1]
     wanted = [samples[r].input_ids[p] for r, p in zip(row_of.tolist(), flat_positions.tolist(), strict=True)]
-    assert batch.targets.realized_ids.tolist() == wanted
+    assert batch.targets.observed_ids.tolist() == wanted
     assert (batch.input_ids.flatten()[batch.supervised] == 99).all()
     # Blocks are numbered through the micro-batch, in order, depth 1 first.
     starts = batch.targets.depth == 1
@@ -53,7 +53,7 @@ def test_event_masses_and_tail_sum_to_one_after_collation() -> None:
     samples = [make_sample("a", 3, 6), make_sample("b", 1, 5)]
     rows = [lay_out(s, np.array([0, 2, 4]), block_length=4, mask_id=99, max_length=100) for s in samples]
     targets = collate(samples, rows, pad_id=0).targets
-    for n in range(len(targets.realized_ids)):
+    for n in range(len(targets.observed_ids)):
         mass = targets.event_mass[targets.event_offsets[n] : targets.event_offsets[n + 1]].sum() + targets.tail[n]
         assert abs(float(mass) - 1) < 1e-6
     assert targets.member_offsets[-1] == len(targets.members)
@@ -63,7 +63,7 @@ def test_a_block_knows_at_its_anchor_that_the_token_before_has_ended() -> None:
     sample = make_sample("a", 3, 6)
     row = lay_out(sample, np.array([1, 3]), block_length=3, mask_id=99, max_length=100)
     targets = collate([sample], [row], pad_id=0).targets
-    assert targets.realized_logprob.tolist() == [-0.5, -1, -1, -0.5, -1, -1]
+    assert targets.observed_logprob.tolist() == [-0.5, -1, -1, -0.5, -1, -1]
 
 
 def test_depth_weights() -> None:

@@ -98,7 +98,7 @@ def test_proposed_bytes_start_the_drafted_bytes(
     proposed = bridge.to_teacher(context, draft)
     drafted = student_side.vocabulary.decode(draft)
     assert drafted.startswith(teacher_side.vocabulary.decode(proposed))
-    kept = bridge.to_teacher(context, draft, keep_growing=True)
+    kept = bridge.to_teacher(context, draft, keep_extendable=True)
     assert kept[: len(proposed)] == proposed
     assert len(kept) - len(proposed) <= 1
 
@@ -109,7 +109,7 @@ def test_a_last_token_that_could_grow_is_withheld(llama3: Side, student_side: Si
     draft = student_side.encoder.encode(", three fo").tolist()
     texts = [llama3.vocabulary.tokens[index] for index in bridge.to_teacher(context, draft)]
     assert texts == [b",", b" three"]  # " fo" may become " four"
-    kept = bridge.to_teacher(context, draft, keep_growing=True)
+    kept = bridge.to_teacher(context, draft, keep_extendable=True)
     assert [llama3.vocabulary.tokens[index] for index in kept] == [b",", b" three", b" fo"]
 
 
@@ -132,7 +132,7 @@ def test_part_of_a_character_is_not_proposed(bridge: ByteBridge, teacher_side: S
     context = bridge.translate(teacher_side.conversation("Smile.", "Hi"))
     single = {token[0]: i for i, token in enumerate(student_side.vocabulary.tokens) if len(token) == 1}
     draft = [single[byte] for byte in b"! " + face[:3]]
-    proposed = bridge.to_teacher(context, draft, keep_growing=True)
+    proposed = bridge.to_teacher(context, draft, keep_extendable=True)
     assert teacher_side.vocabulary.decode(proposed) == b"! "
     # A turn cannot end inside a character: the end is not proposed either.
     with_end = [*draft, student_side.vocabulary.roles["end_of_turn"]]
@@ -213,7 +213,7 @@ def test_equal_tokenizers_hand_ids_over(small_teacher: Side) -> None:
 
 def test_contexts_are_what_training_saw(small_teacher: Side, student_side: Side, tmp_path: Path) -> None:
     """The same ids as the prepared data's prompts, specials included."""
-    from student.alignment.spans import transliterate
+    from student.alignment.spans import retokenize
     from student.alignment.tables import pair_tables
 
     teacher, student = (
@@ -223,4 +223,4 @@ def test_contexts_are_what_training_saw(small_teacher: Side, student_side: Side,
     tables = pair_tables(teacher[0], *student, teacher[1], tmp_path)
     bridge = ByteBridge(*teacher, *student)
     ids = small_teacher.conversation(CORPUS[3], CORPUS[1])
-    assert bridge.translate(ids).student_ids == transliterate(tables, np.array(ids)).tolist()
+    assert bridge.translate(ids).student_ids == retokenize(tables, np.array(ids)).tolist()

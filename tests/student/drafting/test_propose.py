@@ -67,7 +67,7 @@ def test_proposes_the_argmax_of_the_masked_block(
     """Against the plain forward of [context | masks] under the training layout."""
     from student.model.attention import AnchoredLayout
 
-    drafter = Drafter(model, small_bridge, 4, BLOCK, keep_growing=True)
+    drafter = Drafter(model, small_bridge, 4, BLOCK, keep_extendable=True)
     for name, ids in conversations.items():
         context = small_bridge.translate(ids)
         clean = len(context.student_ids)
@@ -79,7 +79,7 @@ def test_proposes_the_argmax_of_the_masked_block(
             logits = model(row, layout=layout, position_ids=positions).logits[0, clean:]
         allowed = torch.from_numpy(small_bridge.draftable_ids)
         drafted = allowed[logits[:, allowed].argmax(-1)].tolist()
-        assert drafter.propose([name], [ids]) == [small_bridge.to_teacher(context, drafted, keep_growing=True)[:4]]
+        assert drafter.propose([name], [ids]) == [small_bridge.to_teacher(context, drafted, keep_extendable=True)[:4]]
 
 
 @pytest.mark.parametrize("slots", [16, 3, 1])
@@ -148,16 +148,16 @@ def test_the_company_changes_nothing(
 def test_a_context_that_does_not_fit_gets_no_draft(
     model: LladaForMaskedDiffusion, small_bridge: ByteBridge, conversations: dict[str, np.ndarray]
 ) -> None:
-    unbounded = Drafter(model, small_bridge, 4, BLOCK, keep_growing=True)
+    unbounded = Drafter(model, small_bridge, 4, BLOCK, keep_extendable=True)
     drafts = unbounded.propose(list(conversations), list(conversations.values()))
     ids, draft = next((i, d) for i, d in zip(conversations.values(), drafts, strict=True) if d)
     room = len(small_bridge.translate(ids).student_ids) + BLOCK
-    assert Drafter(model, small_bridge, 4, BLOCK, max_length=room - 1, keep_growing=True).propose([0], [ids]) == [[]]
-    assert Drafter(model, small_bridge, 4, BLOCK, max_length=room, keep_growing=True).propose([0], [ids]) == [draft]
+    assert Drafter(model, small_bridge, 4, BLOCK, max_length=room - 1, keep_extendable=True).propose([0], [ids]) == [[]]
+    assert Drafter(model, small_bridge, 4, BLOCK, max_length=room, keep_extendable=True).propose([0], [ids]) == [draft]
     # One such request does not keep the others from being drafted for, and it may shrink and go on.
-    drafter = Drafter(model, small_bridge, 4, BLOCK, max_length=room - 1, keep_growing=True)
+    drafter = Drafter(model, small_bridge, 4, BLOCK, max_length=room - 1, keep_extendable=True)
     shorter = ids[:-6]
-    fresh = Drafter(model, small_bridge, 4, BLOCK, keep_growing=True).propose([0], [shorter])
+    fresh = Drafter(model, small_bridge, 4, BLOCK, keep_extendable=True).propose([0], [shorter])
     assert drafter.propose([1, 0], [shorter, ids]) == [fresh[0], []]
     assert drafter.propose([0], [shorter]) == fresh
 

@@ -135,6 +135,6 @@ def test_options_must_name_the_student(options: Any) -> None:
 
 
 def test_options_are_read() -> None:
-    config = vllm_config({OPTIONS_KEY: {"student": "runs/x", "slots": 7, "keep_growing": True}})
-    assert DrafterOptions.of(config) == DrafterOptions("runs/x", slots=7, keep_growing=True)
+    config = vllm_config({OPTIONS_KEY: {"student": "runs/x", "slots": 7, "keep_extendable": True}})
+    assert DrafterOptions.of(config) == DrafterOptions("runs/x", slots=7, keep_extendable=True)
     assert LladaProposer(config).slots == 7

@@ -89,8 +89,8 @@ def test_a_drafter_that_is_off_by_one_is_worth_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("draft", "realized", "matches"),
+    ("draft", "observed", "matches"),
     [([1, 2], [1, 2, 3], 2), ([1, 9, 3], [1, 2, 3], 1), ([], [1], 0), ([1, 2], [1], 1)],
 )
-def test_leading_matches(draft: list[int], realized: list[int], matches: int) -> None:
-    assert leading_matches(draft, realized) == matches
+def test_leading_matches(draft: list[int], observed: list[int], matches: int) -> None:
+    assert leading_matches(draft, observed) == matches

@@ -17,21 +17,21 @@ from student.losses.targets import TargetBatch
 
 def targets_from_events(
     events: list[list[tuple[float, list[int]]] | None],
-    realized: list[int],
+    observed: list[int],
     *,
     block_length: int = 1,
-    realized_logprob: list[float] | None = None,
+    observed_logprob: list[float] | None = None,
     weight: list[float] | None = None,
 ) -> TargetBatch:
     """Positions given as lists of (mass, members), or None for no soft target; blocks of `block_length` in order."""
-    count = len(realized)
+    count = len(observed)
     rows = [e or [] for e in events]
     flat = [event for row in rows for event in row]
     soft = [e is not None for e in events]
     tail = [1 - sum(mass for mass, _ in row) if s else float("nan") for row, s in zip(rows, soft, strict=True)]
     return TargetBatch(
-        realized_ids=torch.tensor(realized, dtype=torch.int64),
-        realized_logprob=torch.tensor(realized_logprob or [float("nan")] * count, dtype=torch.float32),
+        observed_ids=torch.tensor(observed, dtype=torch.int64),
+        observed_logprob=torch.tensor(observed_logprob or [float("nan")] * count, dtype=torch.float32),
         depth=torch.arange(count) % block_length + 1,
         block=torch.arange(count) // block_length,
         weight=torch.tensor(weight or [1.0] * count),
@@ -74,7 +74,7 @@ def random_targets(seed: int, positions: int, vocabulary: int, block_length: int
         events,
         rng.integers(0, vocabulary, positions).tolist(),
         block_length=block_length,
-        realized_logprob=logprob.tolist(),
+        observed_logprob=logprob.tolist(),
         weight=rng.random(positions).tolist(),
     )
     # A row whose members are the whole vocabulary leaves nothing outside; float32 rounding must not say otherwise.

@@ -164,7 +164,7 @@ def test_huge_logits_are_finite(scale, loss, temperature):
 
 def test_masses_of_one_and_zero_and_impossible_teacher_tokens():
     events = [[(1.0, [3])], [(0.0, [1]), (1.0, [2, 4])], [(1.0, list(range(6)))]]
-    targets = targets_from_events(events, [3, 2, 5], block_length=3, realized_logprob=[0.0, float("-inf"), -1.0])
+    targets = targets_from_events(events, [3, 2, 5], block_length=3, observed_logprob=[0.0, float("-inf"), -1.0])
     hidden, head = torch.randn(3, 4), torch.randn(6, 4)
     loss = LossSettings("kl", 3, temperature=1.5, tv_weight=1.0, path_weight=1.0)
     ours, (theirs, _) = chunked_outcome(hidden, head, targets, loss, 1), plain_outcome(hidden, head, targets, loss)

@@ -26,9 +26,9 @@ VOCABULARY = 11
 KL = LossSettings("kl", 1)
 
 
-def complete_targets(p_NxV: torch.Tensor, realized: list[int]) -> TargetBatch:
+def complete_targets(p_NxV: torch.Tensor, observed: list[int]) -> TargetBatch:
     """Every token its own event: what an equal vocabulary with a complete row gives."""
-    batch = targets_from_events([[(float(m), [v]) for v, m in enumerate(row)] for row in p_NxV], realized)
+    batch = targets_from_events([[(float(m), [v]) for v, m in enumerate(row)] for row in p_NxV], observed)
     batch.tail = torch.zeros_like(batch.tail)
     batch.event_mass = p_NxV.reshape(-1)
     return batch
@@ -44,10 +44,10 @@ def dense() -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_cross_entropy_is_torchs(dense):
     student, _ = dense
-    realized = torch.arange(6)
-    targets = targets_from_events([None] * 6, realized.tolist())
+    observed = torch.arange(6)
+    targets = targets_from_events([None] * 6, observed.tolist())
     ours = dense_terms(student, targets, LossSettings("ce", 1))
-    theirs = F.cross_entropy(student, realized, reduction="sum")
+    theirs = F.cross_entropy(student, observed, reduction="sum")
     assert ours.total.item() == pytest.approx(theirs.item(), rel=1e-12)
     torch.testing.assert_close(*(torch.autograd.grad(x, student)[0] for x in (ours.total, theirs)))
 
@@ -69,12 +69,12 @@ def test_kl_of_complete_rows_is_ligers_and_hybrid_too(dense):
 
     student, teacher = dense
     identity = torch.eye(VOCABULARY, dtype=torch.float64)
-    realized = torch.arange(6)
-    targets = complete_targets(teacher.softmax(1), realized.tolist())
+    observed = torch.arange(6)
+    targets = complete_targets(teacher.softmax(1), observed.tolist())
     ours = dense_terms(student, targets, LossSettings("hybrid", 1, alpha=0.3, beta=0.7))
     # Liger's generalised JSD at beta = 0 is KL(teacher ‖ student), summed in float32; the head is the identity.
     theirs = LigerFusedLinearJSDFunction.apply(
-        student, identity, teacher, identity, realized, None, None, 0.3, 0.7, 0.0, -100, 1.0, False
+        student, identity, teacher, identity, observed, None, None, 0.3, 0.7, 0.0, -100, 1.0, False
     )
     assert ours.total.item() / 6 == pytest.approx(theirs.item(), rel=1e-6)
     torch.testing.assert_close(*(torch.autograd.grad(x, student)[0] for x in (ours.total / 6, theirs)))
@@ -139,7 +139,7 @@ def test_weights_multiply_positions():
     logits = torch.randn(3, VOCABULARY, dtype=torch.float64)
     targets = targets_from_events([None] * 3, [1, 2, 3], block_length=3, weight=[1.0, 0.5, 0.25])
     terms = dense_terms(logits, targets, LossSettings("ce", 3))
-    each = F.cross_entropy(logits, targets.realized_ids, reduction="none")
+    each = F.cross_entropy(logits, targets.observed_ids, reduction="none")
     assert terms.total.item() == pytest.approx((each * targets.weight).sum().item())
     assert terms.ce.item() == pytest.approx(each.sum().item())
 
@@ -147,7 +147,7 @@ def test_weights_multiply_positions():
 def test_a_position_without_soft_target_takes_cross_entropy():
     logits = torch.randn(2, VOCABULARY, dtype=torch.float64)
     targets = targets_from_events([None, [(1.0, [4])]], [2, 4])
-    each = F.cross_entropy(logits, targets.realized_ids, reduction="none")
+    each = F.cross_entropy(logits, targets.observed_ids, reduction="none")
     assert dense_terms(logits, targets, KL).total.item() == pytest.approx(each.sum().item())
     hybrid = dense_terms(logits, targets, LossSettings("hybrid", 1, alpha=0.2, beta=0.5)).total
     assert hybrid.item() == pytest.approx(0.7 * each.sum().item())
@@ -174,8 +174,8 @@ def test_path_term_is_the_sum_of_prefix_products(seed, length):
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(length, VOCABULARY, generator=generator, dtype=torch.float64) * 4
     log_p = (-torch.rand(length, generator=generator) * 6).tolist()
-    targets = targets_from_events([None] * length, [0] * length, block_length=5, realized_logprob=log_p)
-    j, products = brute_force_path(logits.log_softmax(1)[:, 0].tolist(), targets.realized_logprob.tolist())
+    targets = targets_from_events([None] * length, [0] * length, block_length=5, observed_logprob=log_p)
+    j, products = brute_force_path(logits.log_softmax(1)[:, 0].tolist(), targets.observed_logprob.tolist())
     terms = dense_terms(logits, targets, LossSettings("ce", 5, path_weight=1.0))
     assert terms.accepted.item() == pytest.approx(j, rel=1e-9)
     assert terms.path.item() == pytest.approx(-length * math.log(j / length), rel=1e-9, abs=1e-9)
@@ -187,7 +187,7 @@ def test_path_term_is_the_sum_of_prefix_products(seed, length):
 def test_path_counts_up_to_the_first_unknown_logprob():
     logits = torch.zeros(4, VOCABULARY, dtype=torch.float64)
     known = [-5.0, -5.0, math.nan, -5.0]
-    targets = targets_from_events([None] * 4, [0] * 4, block_length=4, realized_logprob=known)
+    targets = targets_from_events([None] * 4, [0] * 4, block_length=4, observed_logprob=known)
     terms = dense_terms(logits, targets, LossSettings("ce", 4, path_weight=1.0))
     assert terms.accepted.item() == pytest.approx(2)
     assert terms.path.item() == pytest.approx(0)
@@ -202,7 +202,7 @@ def test_path_counts_up_to_the_first_unknown_logprob():
 def test_path_gradient_survives_a_hopeless_draft():
     """In log space the slope on log q of the first token is about one where J itself is e^-40."""
     logits = torch.tensor([[40.0, 0.0]], dtype=torch.float64, requires_grad=True)
-    targets = targets_from_events([None], [1], realized_logprob=[-0.1])
+    targets = targets_from_events([None], [1], observed_logprob=[-0.1])
     loss = dense_terms(logits, targets, LossSettings("ce", 1, path_weight=1.0))
     gradient = torch.autograd.grad(loss.total - F.cross_entropy(logits, torch.tensor([1])), logits)[0]
     torch.testing.assert_close(gradient, torch.tensor([[1.0, -1.0]], dtype=torch.float64))
@@ -235,7 +235,7 @@ def test_sums_add_up_over_micro_batches_and_come_back():
     assert len(named_sums(total)["accepted_by_depth"]) == 4
     log = summarize(total)
     assert log["positions"] == 12
-    assert log["ce"] == pytest.approx(F.cross_entropy(logits, whole.realized_ids).item())
+    assert log["ce"] == pytest.approx(F.cross_entropy(logits, whole.observed_ids).item())
     assert len(log["match_by_depth"]) == 4
 
 

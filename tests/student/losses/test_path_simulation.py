@@ -83,7 +83,7 @@ def stored(toy) -> SimpleNamespace:
     tokens, logprobs = toy.sample_teacher()
     count = DRAWS * DEPTHS
     targets = targets_from_events([], [], block_length=DEPTHS)
-    targets.realized_ids, targets.realized_logprob = tokens.flatten(), logprobs.flatten()
+    targets.observed_ids, targets.observed_logprob = tokens.flatten(), logprobs.flatten()
     targets.depth, targets.block = torch.arange(count) % DEPTHS + 1, torch.arange(count) // DEPTHS
     targets.weight, targets.known, targets.tail = torch.ones(count), torch.ones(count), torch.full((count,), math.nan)
     targets.has_soft = torch.zeros(count, dtype=torch.bool)

@@ -25,7 +25,7 @@ def test_a_slice_stands_for_its_positions():
     assert cut.event_offsets.tolist() == [0, 0, 1]
     assert cut.member_offsets.tolist() == [0, 3]
     assert cut.members.tolist() == [4, 5, 6]
-    assert cut.realized_ids.tolist() == [2, 4]
+    assert cut.observed_ids.tolist() == [2, 4]
 
 
 def test_slices_put_together_are_the_batch():

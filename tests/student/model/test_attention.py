@@ -157,7 +157,7 @@ def test_a_packed_document_is_computed_as_if_it_were_alone() -> None:
 
 
 def test_a_block_is_computed_as_if_its_prefix_ended_there() -> None:
-    """Nothing right of the anchor reaches the block: METHOD 3's condition for soft targets."""
+    """Nothing right of the anchor reaches the block: the condition for soft targets."""
     model = tiny_model()
     clean = random_ids(2, 30)
     ids, layout = anchored_row(clean, [4, 11, 26], 4)
