@@ -31,6 +31,7 @@ LossName = Literal["auto", "ce", "kl", "hybrid"]
 
 CHANGED_KEYS = {
     "prepare.events": "removed: events are always what `spelled` named; delete this line",
+    "prepare.store": "removed: targets are always stored; delete this line",
     "prepare.search_width": "removed with `prepare.events: exact`, the only setting that used it; delete this line",
 }
 """Keys of earlier versions, without the numbers of list items: what became of them and what to do."""
@@ -195,7 +196,6 @@ class PrepareConfig(Section):
         description="Text that the student's normalizer would change: drop the response, or encode its exact bytes.",
     )
     workers: PositiveInt | None = Field(None, description="Parallel processes; null uses the machine's cores.")
-    store: bool = Field(True, description="Store the targets; false keeps an index and aligns while training.")
 
 
 class TrainConfig(Section):

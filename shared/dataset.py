@@ -1,9 +1,8 @@
-"""Reading a dataset: verified once, in bounded memory, in the stored order or in a stable random one.
+"""Reading a dataset: verified once, in bounded memory, in the stored order or by number.
 
 Nothing is trusted but the manifest and what its checksums vouch for. A shard's sha256 is computed before its first
 byte is decoded, once per process and version of the file; a shard in an object store is fetched whole, checked and
-read from memory. A few row groups (of 16k tokens at k = 64: 8 MB) are decoded ahead, whatever the dataset's size; the
-shuffled order holds a window beside them.
+read from memory. A few row groups (of 16k tokens at k = 64: 8 MB) are decoded ahead, whatever the dataset's size.
 """
 
 from __future__ import annotations
@@ -15,14 +14,13 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import cached_property, partial
-from itertools import accumulate, groupby, islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from shared.columns import RecordGroup
 from shared.errors import DatasetError
@@ -37,7 +35,7 @@ from shared.manifest import (
     load,
 )
 from shared.records import Record
-from shared.schema import CANDIDATE_COLUMNS, CONVERSATION_COLUMNS, DISTRIBUTION_COLUMNS, SCHEMA, check_metadata
+from shared.schema import CANDIDATE_COLUMNS, DISTRIBUTION_COLUMNS, SCHEMA, check_metadata
 from shared.storage import LocalStorage, Storage, file_sha256, open_storage
 from shared.vocabulary import Vocabulary
 from shared.writer import DatasetWriter
@@ -159,76 +157,36 @@ class Dataset:
         return Path(fetched.name) / TOKENIZER
 
     def records(
-        self,
-        split: str | None = None,
-        rule: str | None = None,
-        distributions: bool = True,
-        conversation: bool = True,
+        self, split: str | None = None, rule: str | None = None, distributions: bool = True
     ) -> Iterator[Record]:
         """Records in order, a few row groups in memory.
 
         Args:
             split: `train` or `held_out` only. rule: that decoding rule only.
             distributions: False leaves the distribution columns unread; `Record.distributions` is None then.
-            conversation: False leaves `messages` and `prompt_text` unread, and empty; training needs neither.
 
         Raises:
             DatasetError: if a shard is missing or damaged.
         """
         units = [u for u in self.manifest.units if _has(u, split, rule)]
-        for _, group in self._decoded(units, distributions, conversation):
+        columns = None if distributions else [name for name in SCHEMA.names if name not in DISTRIBUTION_COLUMNS]
+        for group in self._groups_of(units, columns, RecordGroup):
             yield from map(group.__getitem__, group.where(split, rule))
 
     def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """Row groups as Arrow tables with only the columns named, checked like everything else."""
-        for _, table in self._groups_of(self.manifest.units, columns, lambda table: table):
-            yield table
-
-    def shuffled(
-        self,
-        seed: int,
-        epoch: int = 0,
-        split: str | None = None,
-        rule: str | None = None,
-        distributions: bool = True,
-        conversation: bool = True,
-        window_candidates: int = 1 << 23,
-    ) -> Iterator[Record]:
-        """Records in a random order that depends on (seed, epoch, dataset) alone.
-
-        Units are taken in random order into windows of about `window_candidates` candidates (67 MB), and a window's
-        records in random order: every record comes once, each unit is read once, memory has a bound. What may be left
-        unread is as in `records`.
-        """
-        random = np.random.Generator(np.random.PCG64([seed, epoch]))
-        order = [self.manifest.units[i] for i in random.permutation(len(self.manifest.units))]
-        units = [unit for unit in order if _has(unit, split, rule)]
-        ends = np.cumsum([unit.candidates + unit.tokens for unit in units], dtype=np.int64)
-        window_of = {unit.unit: w for unit, w in zip(units, _windows(ends, window_candidates), strict=True)}
-        # One reader goes through all windows, so that the next one is read while this one's records are used.
-        read = self._decoded(units, distributions, conversation)
-        for _, window in groupby(read, key=lambda read: window_of[read[0].unit]):
-            yield from _in_random_order(
-                [(group, number) for _, group in window for number in group.where(split, rule)], random
-            )
-
-    def _decoded(
-        self, units: Sequence[UnitEntry], distributions: bool, conversation: bool
-    ) -> Iterator[tuple[UnitEntry, RecordGroup]]:
-        left_out = {*(() if distributions else DISTRIBUTION_COLUMNS), *(() if conversation else CONVERSATION_COLUMNS)}
-        columns = [name for name in SCHEMA.names if name not in left_out] if left_out else None
-        return self._groups_of(units, columns, RecordGroup)
+        yield from self._groups_of(self.manifest.units, columns, lambda table: table)
 
     def _groups_of(
         self, units: Sequence[UnitEntry], columns: Sequence[str] | None, decode: Callable[[pa.Table], _Item]
-    ) -> Iterator[tuple[UnitEntry, _Item]]:
+    ) -> Iterator[_Item]:
         """Row groups of `units` in order: checked, read and decoded before they are asked for, each in one thread."""
 
         def open_unit(unit: UnitEntry) -> tuple[UnitEntry, pq.ParquetFile]:
             return unit, open_shard(self.storage, unit)
 
-        def read(unit: UnitEntry, file: pq.ParquetFile, group: int) -> tuple[UnitEntry, _Item]:
-            return unit, decode(self._read_group(unit, file, group, columns))
+        def read(unit: UnitEntry, file: pq.ParquetFile, group: int) -> _Item:
+            return decode(self._read_group(unit, file, group, columns))
 
         pool = ThreadPoolExecutor(_READERS, thread_name_prefix="shards")
         try:
@@ -342,13 +300,6 @@ def _has(unit: UnitEntry, split: str | None, rule: str | None) -> bool:
     return any(split in (None, key.partition("/")[0]) and rule in (None, key.partition("/")[2]) for key in unit.counts)
 
 
-def _in_random_order(places: list[tuple[RecordGroup, int]], random: np.random.Generator) -> Iterator[Record]:
-    # A function of its own: its window is gone before the next one is collected.
-    for i in random.permutation(len(places)).tolist():
-        group, number = places[i]
-        yield group[number]
-
-
 def _ahead(pool: Executor, tasks: Iterator[Callable[[], _Item]]) -> Iterator[_Item]:
     """What the tasks return, in their order; a few of them run in the pool before they are asked for."""
     waiting = deque(pool.submit(task) for task in islice(tasks, _AHEAD))
@@ -356,15 +307,6 @@ def _ahead(pool: Executor, tasks: Iterator[Callable[[], _Item]]) -> Iterator[_It
         item = waiting.popleft().result()
         waiting.extend(pool.submit(task) for task in islice(tasks, 1))
         yield item
-
-
-def _windows(ends: NDArray[np.int64], size: int) -> Iterator[int]:
-    """The window of each unit, given the running total of what they hold: one is full once it holds `size`."""
-    window, start = 0, 0
-    for end in ends.tolist():
-        yield window
-        if end - start >= size:
-            window, start = window + 1, end
 
 
 def _compare(seen: str, expected: str, storage: Storage, name: str) -> None:

@@ -37,7 +37,7 @@ TRAINED_FROM = ("dataset", "tokenizer", "start", "prepared data")
 _logger = logging.getLogger(__name__)
 
 # Settings that change how a product is made or kept, not what it is.
-_WITHOUT_EFFECT = {"prepare": {"workers", "store"}, "student": {"lora"}, "evaluate": {"batch"}}
+_WITHOUT_EFFECT = {"prepare": {"workers"}, "student": {"lora"}, "evaluate": {"batch"}}
 
 
 # --- fingerprints ---------------------------------------------------------------------------------------

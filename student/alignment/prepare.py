@@ -118,7 +118,7 @@ def open_source(dataset_path: str | Path, tokenizer: Path, settings: PrepareConf
         student.fingerprint,
         json.dumps(student.roles),
         encoder.fingerprint,
-        settings.model_dump_json(exclude={"workers", "store"}),
+        settings.model_dump_json(exclude={"workers"}),
     ]
     inputs = {
         "dataset": dataset_fingerprint(dataset.manifest),
@@ -148,7 +148,7 @@ def prepare(config: PipelineConfig) -> PrepareSummary:
     source = open_source(config.shards_dir, config.student_init_dir, config.prepare)
     target = config.prepared_dir
     units = source.dataset.manifest.units
-    keys = {unit.unit: _unit_key(source.key, unit.sha256, config.prepare.store) for unit in units}
+    keys = {unit.unit: _unit_key(source.key, unit.sha256) for unit in units}
     (target / "units").mkdir(parents=True, exist_ok=True)
     (target / "data").mkdir(parents=True, exist_ok=True)
     pending = [unit.unit for unit in units if not _is_done(target, unit.unit, keys[unit.unit])]
@@ -187,8 +187,8 @@ def _fingerprint(keys: dict[str, str]) -> str:
     return hashlib.sha256("|".join(f"{unit}={key}" for unit, key in keys.items()).encode()).hexdigest()
 
 
-def _unit_key(source_key: str, shard_sha256: str, stored: bool) -> str:
-    return hashlib.sha256(f"{source_key}|{shard_sha256}|{stored}".encode()).hexdigest()
+def _unit_key(source_key: str, shard_sha256: str) -> str:
+    return hashlib.sha256(f"{source_key}|{shard_sha256}".encode()).hexdigest()
 
 
 def _commit_file(target: Path, unit: str) -> Path:
@@ -200,8 +200,7 @@ def _is_done(target: Path, unit: str, key: str) -> bool:
         entry = json.loads(_commit_file(target, unit).read_text(encoding="utf-8"))
         if entry["key"] != key:
             return False
-        if entry["sha256"] is not None:
-            check_file(target / "data" / f"{unit}.arrow", entry["sha256"])
+        check_file(target / "data" / f"{unit}.arrow", entry["sha256"])
     except (FileNotFoundError, ValueError, KeyError):
         return False
     except DatasetError as error:
@@ -220,17 +219,17 @@ def _align_units(
 ) -> Iterator[dict[str, Any]]:
     """Align units as they get done; in this process where one worker is enough."""
     workers = min(config.prepare.workers or len(os.sched_getaffinity(0)), len(pending))
-    store, target = config.prepare.store, config.prepared_dir
+    target = config.prepared_dir
     if workers <= 1:
         for unit in pending:
-            yield _align_unit(source, unit, keys[unit], target, store)
+            yield _align_unit(source, unit, keys[unit], target)
         return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the processes are the parallelism
     # spawn: a fork would copy the threads of tokenizers and Arrow mid-flight.
     context = multiprocessing.get_context("spawn")
     arguments = (str(config.shards_dir), config.student_init_dir, config.prepare)
     with ProcessPoolExecutor(workers, context, _start_worker, arguments) as pool:
-        futures = [pool.submit(_work, unit, keys[unit], target, store) for unit in pending]
+        futures = [pool.submit(_work, unit, keys[unit], target) for unit in pending]
         for future in as_completed(futures):
             yield future.result()
 
@@ -240,12 +239,12 @@ def _start_worker(dataset: str, tokenizer: Path, settings: PrepareConfig) -> Non
     _source = open_source(dataset, tokenizer, settings)
 
 
-def _work(unit: str, key: str, target: Path, store: bool) -> dict[str, Any]:
+def _work(unit: str, key: str, target: Path) -> dict[str, Any]:
     assert _source is not None
-    return _align_unit(_source, unit, key, target, store)
+    return _align_unit(_source, unit, key, target)
 
 
-def _align_unit(source: Source, unit: str, key: str, target: Path, store: bool) -> dict[str, Any]:
+def _align_unit(source: Source, unit: str, key: str, target: Path) -> dict[str, Any]:
     counts: Counter[str] = Counter()
     index: list[dict[str, Any]] = []
 
@@ -255,18 +254,13 @@ def _align_unit(source: Source, unit: str, key: str, target: Path, store: bool) 
             for name, value in met.items():
                 counts[name] += value
             if sample is not None:
-                index.append(_index_entry(sample, unit, len(index), number))
+                index.append(_index_entry(sample, unit, len(index)))
                 yield sample
 
     data = target / "data" / f"{unit}.arrow"
-    digest = None
-    if store:
-        partial = data.with_suffix(f".{os.getpid()}.partial")
-        digest = write_samples(partial, samples())
-        partial.replace(data)
-    else:
-        for _ in samples():
-            pass
+    partial = data.with_suffix(f".{os.getpid()}.partial")
+    digest = write_samples(partial, samples())
+    partial.replace(data)
     entry = {"unit": unit, "key": key, "sha256": digest, "counts": dict(counts), "index": index}
     write_json(_commit_file(target, unit), entry)
     return entry
@@ -281,7 +275,7 @@ def _record_numbers(dataset: Dataset, unit: str) -> range:
     raise AssertionError(f"{unit} is not in the manifest that it was taken from")
 
 
-def _index_entry(sample: AlignedSample, unit: str, batch: int, record: int) -> dict[str, Any]:
+def _index_entry(sample: AlignedSample, unit: str, batch: int) -> dict[str, Any]:
     return {
         "sample_id": sample.sample_id,
         "prompt_id": sample.prompt_id,
@@ -290,7 +284,6 @@ def _index_entry(sample: AlignedSample, unit: str, batch: int, record: int) -> d
         "skill": sample.skill,
         "unit": unit,
         "batch": batch,
-        "record": record,
         "prompt_length": sample.prompt_length,
         "length": len(sample.input_ids),
         "soft": int((~np.isnan(sample.targets.tail)).sum()),
@@ -335,21 +328,14 @@ def _publish(
         {
             "version": VERSION,
             "fingerprint": _fingerprint(keys),
-            "stored": config.prepare.store,
-            "source": {
-                "dataset": str(config.shards_dir.resolve()),
-                "tokenizer": str(config.student_init_dir.resolve()),
-                "key": source.key,
-            },
             IDENTITY: source.identity,
-            "settings": config.prepare.model_dump(mode="json"),
             "units": {unit: {"sha256": entry["sha256"]} for unit, entry in entries.items()},
             "index_sha256": index_sha256,
             "summary": figures,
         },
     )
     for stale in {*(target / "data").glob("*.arrow"), *(target / "units").glob("*.json")}:
-        if stale.stem not in entries or (stale.suffix == ".arrow" and not config.prepare.store):
+        if stale.stem not in entries:
             stale.unlink()
 
 

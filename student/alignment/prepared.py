@@ -1,12 +1,9 @@
 """Prepared targets on disk: aligned once, read at random by every training process.
 
-    DIR/data/UNIT.arrow    Arrow IPC, one record batch per sample, zstd; a sample costs one small read
-    DIR/units/UNIT.json    written after the data: the unit is done, with its checksum and counts
-    DIR/index.parquet      one row per sample: ids, split, rule, skill, lengths, where it lies
-    DIR/manifest.json      written last; readers trust nothing else
-
-With `prepare.store: false` there is no `data`: the index says which record of the dataset a sample comes from, and
-it is aligned when it is read, with the same result.
+DIR/data/UNIT.arrow    Arrow IPC, one record batch per sample, zstd; a sample costs one small read
+DIR/units/UNIT.json    written after the data: the unit is done, with its checksum and counts
+DIR/index.parquet      one row per sample: ids, split, rule, skill, lengths, where it lies
+DIR/manifest.json      written last; readers trust nothing else
 """
 
 from __future__ import annotations
@@ -23,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from shared.config import PipelineConfig, PrepareConfig
+from shared.config import PipelineConfig
 from shared.errors import DatasetError
 from shared.manifest import check_unit_name
 from student.alignment.targets import AlignedSample, SparseTargets
@@ -62,7 +59,6 @@ INDEX_SCHEMA = pa.schema(
     + [
         pa.field("unit", pa.string()),
         pa.field("batch", pa.int32()),
-        pa.field("record", pa.int64()),
         pa.field("prompt_length", pa.int32()),
         pa.field("length", pa.int32()),
         pa.field("soft", pa.int32()),
@@ -76,7 +72,7 @@ class PreparedDataset:
     Attributes:
         lengths: int64 [n], student tokens of each sample, prompt and response.
         soft: int64 [n], positions of each sample that have a soft target.
-        fingerprint: sha256 over what the samples were made from and, where stored, their checksums.
+        fingerprint: sha256 over what the samples were made from.
         identity: the dataset, the tokenizer and the settings that they were made from (`student.lineage`).
         has_distributions: some position has a soft target.
     """
@@ -88,9 +84,8 @@ class PreparedDataset:
         self.fingerprint: str = manifest["fingerprint"]
         self.identity: dict[str, Any] = manifest[IDENTITY]
         self.has_distributions = bool(manifest["summary"]["supervised_fraction"])
-        self._index = {name: index[name].to_pylist() for name in ("split", "rule", "unit", "batch", "record")}
+        self._index = {name: index[name].to_pylist() for name in ("split", "rule", "unit", "batch")}
         self._files: OrderedDict[str, pa.ipc.RecordBatchFileReader] = OrderedDict()
-        self._live: Any = None
 
     @classmethod
     def open(cls, directory: str | Path) -> PreparedDataset:
@@ -147,8 +142,6 @@ class PreparedDataset:
         """
         if not 0 <= number < len(self):
             raise IndexError(f"sample {number} of {len(self)}")
-        if not self.manifest["stored"]:
-            return self._align(number)
         return batch_to_sample(self._unit(self._index["unit"][number]).get_batch(self._index["batch"][number]))
 
     def indices(self, split: str | None = None, rule: str | None = None) -> NDArray[np.int64]:
@@ -169,17 +162,6 @@ class PreparedDataset:
                 self._files.popitem(last=False)
         self._files.move_to_end(unit)
         return found
-
-    def _align(self, number: int) -> AlignedSample:
-        if self._live is None:
-            from student.alignment.prepare import open_source
-
-            settings = PrepareConfig.model_validate(self.manifest["settings"])
-            source = self.manifest["source"]
-            self._live = open_source(source["dataset"], Path(source["tokenizer"]), settings)
-            require_same(self.directory, self.identity, self._live.identity, _AGAIN)
-        sample: AlignedSample = self._live.aligner.align(self._live.dataset[self._index["record"][number]])
-        return sample
 
 
 _CHECKED: set[tuple[str, str, int, int, int]] = set()

@@ -19,7 +19,6 @@ from shared.errors import CheckpointError, DatasetError, StaleError
 from shared.files import write_json
 from shared.vocabulary import load_tokenizer
 from student.alignment.prepare import prepare
-from student.alignment.prepared import PreparedDataset
 from student.evaluation.evaluate import evaluate
 from student.evaluation.report import write_report
 from student.lineage import (
@@ -125,14 +124,6 @@ def test_another_dataset_at_the_same_path(config: PipelineConfig) -> None:
 def test_where_the_shards_are_not_training_goes_on(config: PipelineConfig) -> None:
     shutil.rmtree(config.shards_dir)
     check(config, 1)
-
-
-def test_aligning_while_training_notices_another_dataset(config: PipelineConfig) -> None:
-    live = changed(config, "prepare.store=false")
-    prepare(live)
-    replace_shards(config)
-    with pytest.raises(StaleError, match=r"dataset: .* there, .* now"):
-        PreparedDataset.open(config.prepared_dir)[0]
 
 
 def test_settings_of_prepare_that_were_not_prepared_with(config: PipelineConfig) -> None:

@@ -181,16 +181,15 @@ def test_damage_is_found_by_readers_and_mended_by_prepare(config: PipelineConfig
         PreparedDataset.open(config.prepared_dir)
 
 
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_aligning_while_training_gives_identical_samples(config: PipelineConfig, workers: int) -> None:
+@pytest.mark.slow
+def test_two_workers_prepare_what_one_does(config: PipelineConfig) -> None:
+    settings = config.prepare.model_copy(update={"workers": 2})
+    shared = config.model_copy(update={"name": "shared", "prepare": settings})
+    shutil.copytree(config.shards_dir, shared.shards_dir)
+    shutil.copytree(config.student_init_dir, shared.student_init_dir)
     prepare(config)
-    settings = config.prepare.model_copy(update={"workers": workers, "store": False})
-    live = config.model_copy(update={"name": "live", "prepare": settings})
-    shutil.copytree(config.shards_dir, live.shards_dir)
-    shutil.copytree(config.student_init_dir, live.student_init_dir)
-    prepare(live)
-    assert not list((live.prepared_dir / "data").iterdir())
-    assert_same_samples(PreparedDataset.open(config.prepared_dir), PreparedDataset.open(live.prepared_dir))
+    prepare(shared)
+    assert_same_samples(PreparedDataset.open(config.prepared_dir), PreparedDataset.open(shared.prepared_dir))
 
 
 def test_what_is_missing_is_named(tmp_path: Path, config: PipelineConfig, tokenizers: tuple[Path, Path]) -> None:

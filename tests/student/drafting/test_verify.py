@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from student.drafting.verify import Draft, FactorizedDraft, OneHotDraft, Target, verify
+from tests.student.drafting.verification import Draft, FactorizedDraft, OneHotDraft, Target, verify
 
 V = 3
 LENGTH = 3  # tokens of output that are compared; drafts are shorter, so a second round is enumerated too

@@ -10,8 +10,8 @@ Two kinds of draft, two rules:
 The ratio rule on tokens that were not drawn from their rows changes the output distribution. So rows and
 tokens cannot be put together by hand: `FactorizedDraft.draw` draws, and `verify` takes the rule from the type.
 
-Reference in numpy, a row at a time; the serving engine has its own kernels for the same rules, and gives every
-draft of a `custom_class` proposer the one-hot rule. Legend: G drafted tokens, V vocabulary.
+An oracle in numpy, a row at a time; the serving engine has its own kernels for the same rules, and gives every draft of
+a `custom_class` proposer the one-hot rule. Legend: G drafted tokens, V vocabulary.
 """
 
 from __future__ import annotations
