@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from functools import cached_property
-from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -137,11 +136,8 @@ class RecordGroup:
     """
 
     def __init__(self, table: pa.Table) -> None:
-        """Decode `table`, which has the columns of `shared.schema.SCHEMA`.
-
-        Without its distribution columns `Record.distributions` is None, without its conversation columns a record has
-        no messages and no prompt text.
-        """
+        """Decode `table`, which has the columns of `shared.schema.SCHEMA`; without its distribution columns
+        `Record.distributions` is None."""
         self._length: int = table.num_rows
         self._objects = table.select([name for name in table.schema.names if name not in _FLAT_COLUMNS])
         self._prompt_ids, prompt_at = flat_list(table["prompt_ids"])
@@ -191,14 +187,14 @@ class RecordGroup:
         columns = {name: self._objects[name].to_pylist() for name in self._objects.schema.names}
         settings = list(zip(*(columns[name] for name in _SAMPLING_COLUMNS), strict=True))
         samplings = {values: Sampling(*values) for values in set(settings)}
-        messages = [tuple(Message(m["role"], m["content"]) for m in turns) for turns in columns.get("messages", ())]
+        messages = [tuple(Message(m["role"], m["content"]) for m in turns) for turns in columns["messages"]]
         plain = zip(
             columns["sample_id"],
             columns["prompt_id"],
             columns["split"],
             columns["skill"],
-            messages or repeat((), self._length),
-            columns.get("prompt_text", repeat("", self._length)),
+            messages,
+            columns["prompt_text"],
             columns["response_bytes"],
             columns["finish_reason"],
             map(samplings.__getitem__, settings),
