@@ -173,8 +173,6 @@ class ObjectStorage(Storage):
             raise DatasetError(
                 f"{url}: {error}; expected a local path, or a URL such as s3://bucket/dataset, gs://… or hf://…"
             ) from error
-        # A listing or a size must be the store's, not what this process remembers of it.
-        self._fs.use_listings_cache = False
 
     def read(self, name: str) -> bytes:
         with self._explained(name, "read"):
@@ -190,6 +188,8 @@ class ObjectStorage(Storage):
                 try:
                     self._put(name, data, mode="create")
                     return True
+                except FileExistsError:
+                    return False
                 except Exception as error:  # each store has its own way to say that the name is taken
                     if self.size(name) is not None:
                         return False
@@ -221,6 +221,8 @@ class ObjectStorage(Storage):
 
     def size(self, name: str) -> int | None:
         with self._explained(name, "read"):
+            # A listing that the file system remembers does not know newer files.
+            self._fs.invalidate_cache()
             try:
                 return int(self._fs.info(self._path(name))["size"])
             except FileNotFoundError:

@@ -24,7 +24,8 @@ from shared.config import load_config
 from shared.dataset import Dataset
 from shared.records import Record, Sampling
 
-pytestmark = [pytest.mark.slow, pytest.mark.vllm]
+# One worker runs them all: another one would start the engine and the collections of the fixtures again.
+pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.xdist_group("teacher_vllm")]
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "configs" / "demo.yaml"

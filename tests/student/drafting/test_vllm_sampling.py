@@ -245,7 +245,8 @@ def logprobs(samples: NDArray[Any], kind: str) -> tuple[NDArray[Any], NDArray[An
 
 # --- tests ------------------------------------------------------------------------------------------------------
 
-engine = [pytest.mark.slow, pytest.mark.vllm]
+# One worker runs them all: another one would start the three engines again.
+engine = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.xdist_group("vllm_sampling")]
 each_arm = pytest.mark.parametrize("arm", ARMS)
 each_kind = pytest.mark.parametrize("kind", SAMPLED)
 
