@@ -164,7 +164,7 @@ class ObjectStorage(Storage):
         self.url = url.rstrip("/")
         protocol = url.partition("://")[0]
         try:
-            self._fs, self._root = fsspec.core.url_to_fs(self.url)
+            self._fs, self._root = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
         except ImportError as error:
             extra = _EXTRAS.get(protocol)
             how = f"pip install 'llada-drafter[{extra}]'" if extra else f"install fsspec's package for {protocol}://"
@@ -221,8 +221,6 @@ class ObjectStorage(Storage):
 
     def size(self, name: str) -> int | None:
         with self._explained(name, "read"):
-            # A listing that the file system remembers does not know newer files.
-            self._fs.invalidate_cache()
             try:
                 return int(self._fs.info(self._path(name))["size"])
             except FileNotFoundError:
@@ -230,7 +228,6 @@ class ObjectStorage(Storage):
 
     def list(self, folder: str = "") -> dict[str, int]:
         with self._explained(folder or ".", "list"):
-            self._fs.invalidate_cache()
             try:
                 found = self._fs.find(self._path(folder) if folder else self._root, detail=True)
             except FileNotFoundError:
@@ -243,6 +240,8 @@ class ObjectStorage(Storage):
 
     @contextmanager
     def _explained(self, name: str, action: str) -> Iterator[None]:
+        # A listing that the file system remembers does not know what other workers have written since.
+        self._fs.invalidate_cache()
         try:
             yield
         except DatasetError:
