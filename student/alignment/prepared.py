@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from shared.config import PipelineConfig
 from shared.errors import DatasetError
 from shared.manifest import check_unit_name
-from student.alignment.targets import AlignedSample, SparseTargets
+from student.alignment.targets import AlignedSample, SparseTargets, offsets_of
 from student.lineage import IDENTITY, prepared_identity, present, require_current_start, require_same
 
 VERSION = 2
@@ -235,9 +235,9 @@ def batch_to_sample(batch: pa.RecordBatch) -> AlignedSample:
 
     text = {name: batch.column(name)[0].as_py() for name in _TEXT}
     targets = SparseTargets(
-        event_offsets=_offsets(array("event_counts")),
+        event_offsets=offsets_of(array("event_counts")),
         event_mass=array("event_mass"),
-        member_offsets=_offsets(array("member_counts")),
+        member_offsets=offsets_of(array("member_counts")),
         members=array("members"),
         tail=array("tail"),
         known=array("known"),
@@ -256,9 +256,3 @@ def batch_to_sample(batch: pa.RecordBatch) -> AlignedSample:
         teacher_sampled_logprob=array("teacher_sampled_logprob"),
         anchor_logprob=array("anchor_logprob"),
     )
-
-
-def _offsets(counts: NDArray[np.int32]) -> NDArray[np.int64]:
-    offsets = np.zeros(len(counts) + 1, np.int64)
-    np.cumsum(counts, out=offsets[1:])
-    return offsets

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from student.alignment.targets import AlignedSample, SparseTargets
+from student.alignment.targets import AlignedSample, SparseTargets, offsets_of
 from student.data.blocks import BlockRow
 from student.losses.targets import TargetBatch, depth_weights
 
@@ -140,7 +140,7 @@ def take_positions(targets: SparseTargets, positions: NDArray[np.int64]) -> Spar
 def _take_rows(offsets: NDArray[np.int64], rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Item indices of the CSR `rows`, row after row, and the offsets of the result."""
     starts, lengths = offsets[rows], offsets[rows + 1] - offsets[rows]
-    new_offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    new_offsets = offsets_of(lengths)
     return np.repeat(starts - new_offsets[:-1], lengths) + np.arange(new_offsets[-1]), new_offsets
 
 
@@ -149,5 +149,4 @@ def _joined(parts: Sequence[NDArray[Any]], dtype: type) -> NDArray[Any]:
 
 
 def _joined_offsets(parts: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
-    lengths = _joined([np.diff(part) for part in parts], np.int64)
-    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    return offsets_of(_joined([np.diff(part) for part in parts], np.int64))

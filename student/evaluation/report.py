@@ -78,11 +78,12 @@ def _stale(config: PipelineConfig, stages: dict[str, dict[str, Any]]) -> dict[st
     """Stage → why what it left is not of the inputs and settings of now."""
     from student.training.checkpoint import run_identity
 
-    inputs = present(config, "dataset", "teacher vocabulary", "tokenizer")
+    found = present(config, "teacher vocabulary", *TRAINED_FROM)  # once: a tokenizer takes seconds to load
+    inputs = {name: value for name, value in found.items() if name in ("dataset", "teacher vocabulary", "tokenizer")}
     prepared = read_json(config.prepared_dir / "manifest.json") or {}
     manifest = manifest_of(config)
     collected = {} if manifest is None else {"responses": manifest.rows, "tokens": manifest.tokens}
-    trained = run_identity(config, present(config, *TRAINED_FROM), 0)
+    trained = run_identity(config, {name: value for name, value in found.items() if name in TRAINED_FROM}, 0)
     del trained["ranks"]  # whoever reports need not have the machine that trained
     now: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
         "collect": (stages["collect"], collected),
