@@ -154,9 +154,10 @@ class DatasetWriter:
                 "the prompts or the units changed: collect into a new directory"
             )
         units = [self._units[name] for name in sorted(self._units)]
+        names = (PROVENANCE, VOCABULARY, *self._storage.list(TOKENIZER), *map(commit_file, sorted(self._units)))
         files = [
-            self._file_entry(name)
-            for name in (PROVENANCE, VOCABULARY, *self._storage.list(TOKENIZER), *map(commit_file, sorted(self._units)))
+            FileEntry(name=name, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+            for name, data in self._storage.read_all(names).items()
         ]
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
@@ -238,10 +239,6 @@ class DatasetWriter:
         self._storage.write(ours.file, data)
         return ours
 
-    def _file_entry(self, name: str) -> FileEntry:
-        data = self._storage.read(name)
-        return FileEntry(name=name, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-
 
 def commit_file(unit: str) -> str:
     """The name of a unit's commit."""
@@ -273,8 +270,8 @@ def committed_units(storage: Storage) -> dict[str, UnitEntry]:
     commits = list(storage.list(COMMITS))
     sizes = storage.list(DATA)  # after the commits: each of those had its shard before it was there itself
     units: dict[str, UnitEntry] = {}
-    for name in commits:
-        entry = load(UnitEntry, storage.read(name), storage.join(name))
+    for name, data in storage.read_all(commits).items():
+        entry = load(UnitEntry, data, storage.join(name))
         if entry.file not in sizes:
             log.warning("%s is committed but gone; unit %s will be collected again", entry.file, entry.unit)
         elif sizes[entry.file] != entry.bytes:

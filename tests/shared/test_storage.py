@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,32 +15,11 @@ from shared.manifest import MANIFEST
 from shared.storage import LocalStorage, ObjectStorage, open_storage
 from shared.validate import validate_dataset
 from shared.writer import DatasetWriter
+from tests.fixtures.s3 import BUCKET
 from tests.shared.samples import byte_vocabulary, make_records, provenance, small_units, write_dataset
 from tests.shared.test_dataset import assert_same
 from tests.shared.test_kill import UNITS, collect, run_and_kill
 from tests.shared.test_writer import contents
-
-BUCKET = "datasets"
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[Any]:
-    """The server's client; datasets lie under s3://datasets."""
-    boto3 = pytest.importorskip("boto3")
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        client = boto3.client("s3")
-        client.create_bucket(Bucket=BUCKET)
-        yield client
-    server.stop()
 
 
 def objects(client: Any, prefix: str) -> dict[str, Any]:

@@ -26,10 +26,8 @@ from shared.records import Record
 from shared.storage import LocalStorage, open_storage
 from shared.validate import validate_dataset
 from shared.writer import DatasetWriter
+from tests.fixtures.s3 import BUCKET
 from tests.shared.samples import byte_vocabulary, make_record, provenance
-from tests.shared.test_storage import BUCKET, s3
-
-__all__ = ["s3"]
 
 STARTS = int(os.environ.get("WORKER_STARTS", "60"))
 """Of the two tests that take long; more of them find more."""
