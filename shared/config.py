@@ -229,8 +229,10 @@ class TrainConfig(Section):
     warmup: float = Field(0.05, ge=0, lt=1, description="Share of the steps that warm up.")
     weight_decay: NonNegativeFloat = Field(0.0, description="Of AdamW.")
     grad_clip: PositiveFloat = Field(1.0, description="Largest norm of a step's gradient.")
-    dtype: Literal["bfloat16", "float32"] = Field(
-        "bfloat16", description="Of the weights in forward and backward; the optimizer keeps float32."
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        "auto",
+        description="Of the weights in forward and backward; the optimizer keeps float32. auto is bfloat16, but "
+        "float32 on a CPU without AVX-512, where products in bfloat16 take 48 times as long.",
     )
     world_size: PositiveInt | None = Field(
         None, description="Ranks that `make train` launches; null uses the GPUs present."

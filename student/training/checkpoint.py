@@ -15,6 +15,7 @@ from shared.config import PipelineConfig
 from shared.errors import CheckpointError
 from shared.files import write_json
 from student.lineage import differences, read_json
+from student.training.engine import training_dtype
 
 # Settings that change what is logged or kept, not what is learnt.
 WITHOUT_EFFECT = {"checkpoint_steps", "keep_checkpoints"}
@@ -26,6 +27,7 @@ IDENTITY_FILE = "identity.json"
 def run_identity(config: PipelineConfig, inputs: dict[str, str], world_size: int) -> dict[str, Any]:
     """Everything that decides the result of a run, flat: settings, fingerprints of its inputs, ranks."""
     train = config.train.model_dump(mode="json", exclude=WITHOUT_EFFECT)
+    train["dtype"] = training_dtype(config.train)
     student = config.student.model_dump(mode="json")
     settings = {f"train.{key}": value for key, value in train.items()}
     settings |= {f"student.{key}": value for key, value in student.items()}

@@ -21,7 +21,7 @@ from student.losses.settings import LossChoice, LossSettings, check_temperature,
 from student.model.export import read_config
 from student.training import launch
 from student.training.checkpoint import require_resumable, require_same_run, run_identity
-from student.training.engine import deepspeed_config
+from student.training.engine import deepspeed_config, training_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def check(config: PipelineConfig, world_size: int) -> TrainingFeed:
         vocabulary_size = read_config(config.student_init_dir).vocab_size
         targets = (sample.targets for sample in samples)
         check_temperature(targets, config.train.temperature, vocabulary_size, config.train.max_unknown_share)
-    logger.info("loss: %s", reason)
+    logger.info("loss: %s; in %s", reason, training_dtype(config.train))
     logger.info("sanity: the stored rows give the observed tokens a mean probability of %.3f", probability)
     return feed
 
@@ -130,9 +130,8 @@ def train_rank(config: PipelineConfig, *, fresh: bool = False) -> None:
         torch.distributed.destroy_process_group()
         return
     torch.manual_seed(config.seed)
-    dtype = torch.bfloat16 if config.train.dtype == "bfloat16" else torch.float32
     partitioned = partitioned_loading(deepspeed_config(config.train, feed.order.accumulation))
-    model, tokenizer = load_student(config.student_init_dir, dtype=dtype)
+    model, tokenizer = load_student(config.student_init_dir, dtype=getattr(torch, training_dtype(config.train)))
     del partitioned
     if config.student.lora:
         add_lora(model, config.student.lora)

@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from shared.config import TrainConfig
+from shared.config import PipelineConfig, StudentConfig, TrainConfig
 from shared.errors import ConfigError
-from student.training.engine import deepspeed_config
+from student.training.checkpoint import run_identity
+from student.training.engine import deepspeed_config, training_dtype
 
 
 def config(path: Path) -> TrainConfig:
@@ -45,3 +47,16 @@ def test_a_bad_file_gets_one_message(tmp_path: Path, content: str | None, messag
         path.write_text(content)
     with pytest.raises(ConfigError, match=message):
         deepspeed_config(config(path), 1)
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [("AVX512", "bfloat16"), ("AVX2", "float32"), ("DEFAULT", "float32")])
+def test_auto_is_the_dtype_that_the_machine_is_fast_in(
+    monkeypatch: pytest.MonkeyPatch, capability: str, dtype: str
+) -> None:
+    """And a checkpoint is of the dtype that was computed in, wherever it is resumed."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert training_dtype(TrainConfig(steps=1)) == dtype
+    assert training_dtype(TrainConfig(steps=1, dtype="bfloat16")) == "bfloat16"
+    config = PipelineConfig.model_construct(train=TrainConfig(steps=1), student=StudentConfig(checkpoint="c"), seed=0)
+    assert run_identity(config, {}, 1)["train.dtype"] == dtype
