@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shared.config import PipelineConfig, PrepareConfig, Section
-from shared.dataset import Dataset
+from shared.dataset.manifest import MANIFEST, PROVENANCE
+from shared.dataset.reader import Dataset
 from shared.errors import CheckpointError, StaleError
-from shared.manifest import MANIFEST, PROVENANCE
 
 if TYPE_CHECKING:
-    from shared.manifest import Manifest
-    from shared.vocabulary import Encoder, Vocabulary
+    from shared.dataset.manifest import Manifest
+    from shared.tokenizer.vocabulary import Encoder, Vocabulary
 
 IDENTITY = "identity"
 """The key under which a product's JSON file has its identity."""
@@ -85,7 +85,7 @@ def _teacher_vocabulary(config: PipelineConfig) -> str | None:
 
 
 def _tokenizer(config: PipelineConfig) -> str | None:
-    from shared.vocabulary import load_tokenizer
+    from shared.tokenizer.vocabulary import load_tokenizer
 
     directory = config.student_init_dir
     return tokenizer_fingerprint(*load_tokenizer(directory)) if (directory / "tokenizer.json").exists() else None

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from shared.dataset.records import Distributions
 from shared.errors import AlignmentError, CheckpointError
-from shared.records import Distributions
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,11 +20,11 @@ from typing import Protocol
 
 from shared.config import PipelineConfig
 from shared.console import lasting_interrupts, progress
-from shared.dataset import Dataset, DatasetWriter, Manifest, Provenance
+from shared.dataset.manifest import UnitEntry
+from shared.dataset.reader import Dataset, DatasetWriter, Manifest, Provenance
+from shared.dataset.records import Record
 from shared.errors import ConfigError, PromptError
-from shared.manifest import UnitEntry
-from shared.records import Record
-from shared.vocabulary import Vocabulary
+from shared.tokenizer.vocabulary import Vocabulary
 from teacher.capture import response_columns, to_distributions
 from teacher.checkpoints import check_checkpoint, ensure_checkpoint, fingerprint, load_tokenizer, vocabulary_size
 from teacher.engine import Answer, Engine, Request, engine_version, prepare_environment

@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.config import TeacherConfig
+from shared.dataset.records import FinishReason, Sampling
 from shared.errors import AlignmentError, CheckpointError, MissingExtraError
-from shared.records import FinishReason, Sampling
 from shared.vllm_settings import engine_arguments, environment
 from teacher import numpy_rows
 from teacher.capture import Columns, reshape_flat

@@ -19,13 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import model_validator
 
-from shared.chat import ChatEncoder, RenderedPrompt
+from shared.commands.legacy_json.models import Name, Strict, Text, Turn, Turns, checked, to_messages
 from shared.config import Split
+from shared.dataset.records import Message
 from shared.errors import ConfigError, PromptError
 from shared.json_input import read_values
-from shared.json_models import Name, Strict, Text, Turn, Turns, checked, to_messages
-from shared.records import Message
-from shared.tokenizer_files import of_tree
+from shared.tokenizer.chat import ChatEncoder, RenderedPrompt
+from shared.tokenizer.files import of_tree
 
 DEFAULT_SKILL = "general"
 _EXAMPLE = (

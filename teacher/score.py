@@ -9,9 +9,9 @@ through a forward at once (`collect.score_tokens`).
 from __future__ import annotations
 
 from shared.config import PipelineConfig, Split
-from shared.dataset import Dataset
+from shared.dataset.reader import Dataset
+from shared.dataset.records import Record, Sampling
 from shared.errors import ConfigError
-from shared.records import Record, Sampling
 from teacher.collect import check_lengths, check_top_k, load_renderer, run
 from teacher.engine import prepare_environment
 from teacher.prompts import Prompt, load_prompts, prompts_fingerprint, split_prompts

@@ -15,9 +15,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.table import Table
 
 from shared.config import PipelineConfig
-from shared.dataset import Dataset
+from shared.dataset.reader import Dataset
+from shared.dataset.records import Sampling
 from shared.files import write_json
-from shared.records import Sampling
 from teacher.engine import Engine, Request
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from shared.config import CollectConfig, DecodingConfig, Split
-from shared.records import Record, Sampling
+from shared.dataset.records import Record, Sampling
 from teacher.prompts import Prompt, stable_hash
 
 Item = TypeVar("Item")

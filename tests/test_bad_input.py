@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.toy import make_tokenizer, toy_config
+from tests.fixtures.toy_run import make_tokenizer, toy_config
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "configs" / "demo.yaml"
-TEACHER, STUDENT, SHARDS = "teacher.cli", "student.cli", "shared.cli"
+TEACHER, STUDENT, SHARDS = "teacher.cli", "student.cli", "shared.commands.cli"
 
 
 def demo_in(directory: Path, **changes: Any) -> Path:

@@ -12,15 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shared.dataset import Dataset
+from shared.dataset.reader import Dataset
+from shared.dataset.records import Record
+from shared.dataset.validate import validate_dataset
 from shared.errors import AlignmentError
-from shared.records import Record
-from shared.validate import validate_dataset
 from student.alignment.prepare import prepare
 from student.evaluation.walk import walk
 from student.model.initialize import initialize_student
 from student.training.train import check
-from tests.toy import ToyTeacher, load_toy, shifted, write_toy_shards
+from tests.fixtures.toy_run import ToyTeacher, load_toy, shifted, write_toy_shards
 
 DRAFT = 3
 

@@ -53,7 +53,7 @@ def test_one_folder_a_package_imports_vllm_by_name(package: str) -> None:
     assert len({path.parent for path, names in imports(package).items() if "vllm" in names}) <= 1
 
 
-@pytest.mark.parametrize("module", ["shared.cli", "teacher.cli", "student.cli"])
+@pytest.mark.parametrize("module", ["shared.commands.cli", "teacher.cli", "student.cli"])
 def test_a_command_line_starts_without_the_heavy_libraries(module: str) -> None:
     """`--help` must not wait for torch, and the teacher's cluster has no DeepSpeed to import."""
     heavy = "{'torch', 'transformers', 'vllm', 'deepspeed', 'numba'}"

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from shared.config import PrepareConfig
-from shared.records import Distributions, Record
-from shared.vocabulary import Encoder, Vocabulary
+from shared.dataset.records import Distributions, Record
+from shared.tokenizer.vocabulary import Encoder, Vocabulary
 from student.alignment.spans import Spans, lay_spans, retokenize
 from student.alignment.tables import PairTables, pair_tables
 from student.alignment.targets import AlignedSample, SparseTargets, Targets

@@ -17,8 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from shared.config import PrepareConfig
-from shared.records import Record
-from shared.vocabulary import Vocabulary
+from shared.dataset.records import Record
+from shared.tokenizer.vocabulary import Vocabulary
 from student.alignment.align import Aligner
 from student.alignment.prepare import REASONS, open_source
 from student.alignment.sanity import check_alignment, observed_masses

@@ -26,10 +26,10 @@ import pyarrow.parquet as pq
 
 from shared.config import PipelineConfig, PrepareConfig
 from shared.console import progress
-from shared.dataset import Dataset
+from shared.dataset.reader import Dataset
 from shared.errors import AlignmentError, CheckpointError, DatasetError
 from shared.files import write_json
-from shared.vocabulary import Encoder, load_tokenizer
+from shared.tokenizer.vocabulary import Encoder, load_tokenizer
 from student.alignment.align import Aligner
 from student.alignment.prepared import (
     INDEX,

@@ -21,8 +21,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from shared.config import PipelineConfig
+from shared.dataset.manifest import check_unit_name
 from shared.errors import DatasetError
-from shared.manifest import check_unit_name
 from student.alignment.targets import AlignedSample, SparseTargets, offsets_of
 from student.lineage import IDENTITY, prepared_identity, present, require_current_start, require_same
 

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.vocabulary import Encoder, Vocabulary
+from shared.tokenizer.vocabulary import Encoder, Vocabulary
 from student.alignment.targets import offsets_of
 
 _VERSION = 3

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from shared.errors import VocabularyError
-from shared.vocabulary import Encoder, Vocabulary
+from shared.tokenizer.vocabulary import Encoder, Vocabulary
 from student.alignment.tables import special_counterparts
 
 # No apostrophes: contractions (`I'll`) are tokens that start with one, and split unlike other punctuation.

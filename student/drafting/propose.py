@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from shared.errors import CheckpointError
-from shared.vocabulary import Encoder, Vocabulary, load_tokenizer
+from shared.tokenizer.vocabulary import Encoder, Vocabulary, load_tokenizer
 from student.drafting.bridge import BridgedContext, ByteBridge
 
 if TYPE_CHECKING:

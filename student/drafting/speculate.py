@@ -21,11 +21,11 @@ from typing import Any
 
 from shared.config import PipelineConfig
 from shared.console import progress
-from shared.dataset import Dataset
+from shared.dataset.reader import Dataset
 from shared.errors import CheckpointError, DatasetError, MissingExtraError, VocabularyError
 from shared.files import write_json
+from shared.tokenizer.vocabulary import Vocabulary
 from shared.vllm_settings import engine_arguments, environment
-from shared.vocabulary import Vocabulary
 from student.drafting.serve import Difference, Job, Result, read_result
 from student.drafting.vllm_proposer import OPTIONS_KEY
 from student.lineage import IDENTITY, require_current_model, speculation_identity

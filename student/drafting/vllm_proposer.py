@@ -33,7 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.errors import CheckpointError, ConfigError
-from shared.vocabulary import Vocabulary
+from shared.tokenizer.vocabulary import Vocabulary
 from student.drafting.propose import Drafter
 from student.lineage import warn_of_another_teacher
 

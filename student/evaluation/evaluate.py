@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 
 from shared.config import PipelineConfig
 from shared.console import progress
-from shared.dataset import Dataset
+from shared.dataset.reader import Dataset
+from shared.dataset.records import Record
 from shared.errors import CheckpointError, DatasetError
 from shared.files import write_json
-from shared.records import Record
 from student.alignment.prepared import PreparedDataset
 from student.data.batch import collate
 from student.data.blocks import lay_out

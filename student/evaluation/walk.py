@@ -15,7 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
-from shared.records import Record
+from shared.dataset.records import Record
 
 
 class Proposer(Protocol):

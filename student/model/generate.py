@@ -34,9 +34,9 @@ def generate(
     """
     import torch
 
-    from shared.chat import ChatEncoder
-    from shared.records import Message
-    from shared.tokenizer_files import read_tokenizer_file
+    from shared.dataset.records import Message
+    from shared.tokenizer.chat import ChatEncoder
+    from shared.tokenizer.files import read_tokenizer_file
     from student.model.export import load_student
 
     model, tokenizer = load_student(directory)

@@ -23,7 +23,7 @@ from student.model.source import EMBEDDING, HEAD, Source, changed
 from student.model.transplant import TransplantReport, plan_transplant
 
 if TYPE_CHECKING:
-    from shared.vocabulary import Vocabulary
+    from shared.tokenizer.vocabulary import Vocabulary
     from student.model.configuration_llada import LladaConfig
 
 _logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ def initialize_student(config: PipelineConfig) -> Path:
     """
     import torch
 
-    from shared.vocabulary import Vocabulary, load_tokenizer
+    from shared.tokenizer.vocabulary import Vocabulary, load_tokenizer
     from student.model.export import save_student
     from student.model.modeling_llada import LladaForMaskedDiffusion
 
@@ -97,7 +97,7 @@ def training_texts(config: PipelineConfig) -> Iterator[str]:
     Raises:
         DatasetError: if there is no dataset.
     """
-    from shared.dataset import Dataset
+    from shared.dataset.reader import Dataset
 
     seen: set[str] = set()
     for record in Dataset.open(config.shards_dir).records(split="train", distributions=False):
@@ -122,7 +122,7 @@ def _tokenizer(config: PipelineConfig, source: Source | None) -> Any:
             max_length=config.student.max_sequence_length,
         )
     if settings.kind == "teacher":
-        from shared.dataset import Dataset
+        from shared.dataset.reader import Dataset
 
         dataset = Dataset.open(config.shards_dir)  # held until the tokenizer is read: a remote one is a temporary copy
         directory = dataset.tokenizer_dir

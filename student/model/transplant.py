@@ -4,8 +4,8 @@ A token of the new vocabulary whose bytes the old one has as a token takes that 
 mean of the rows of the old tokenizer's tokens of its bytes (a token cut inside a character is encoded byte by byte
 through the same merges). Special tokens take the row of the old special token of the same role, else of the same
 spelling, else the mean row; the mask, which an autoregressive model does not have, thus starts as the mean of all
-text tokens. Works in both directions and for any two tokenizers that `shared.vocabulary` reads. One embedding_bag
-over the new vocabulary: seconds at 128k tokens.
+text tokens. Works in both directions and for any two tokenizers that `shared.tokenizer` reads. One embedding_bag over
+the new vocabulary: seconds at 128k tokens.
 
 Legend: V old vocabulary, W new vocabulary, D width.
 """
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from shared.vocabulary import Encoder, Vocabulary
+    from shared.tokenizer.vocabulary import Encoder, Vocabulary
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from rich.table import Table
 from shared.config import PrepareConfig
 from shared.console import stdout
 from student.alignment.align import Aligner
-from tests.student.alignment.synthetic import RowMaker, corpus, llada_like, llama3, qwen, tekken
+from tests.fixtures.texts import RowMaker, corpus, llada_like, llama3, qwen, tekken
 
 PAIRS = {"Tekken": tekken, "Qwen": qwen, "LLaDA-like 8k": llada_like, "LLaMA 3 (equal)": llama3}
 K = (8, 32, 64, 128)

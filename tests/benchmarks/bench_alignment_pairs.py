@@ -18,7 +18,7 @@ from shared.config import PrepareConfig
 from shared.console import stdout
 from student.alignment.align import Aligner
 from student.alignment.audit import measure
-from tests.student.alignment.synthetic import TEXTS, RowMaker, llada_like, llama3, qwen, tekken
+from tests.fixtures.texts import TEXTS, RowMaker, llada_like, llama3, qwen, tekken
 
 PAIRS = {
     "LLaMA 3 → LLaDA-like 8k": (llama3, llada_like),

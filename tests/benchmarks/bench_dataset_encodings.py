@@ -26,11 +26,11 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from shared.columns import RecordGroup, records_to_table
-from shared.dataset import Dataset
-from shared.records import Distributions, Record
-from shared.schema import STEPS_PER_NAT, parquet_options
-from shared.writer import shard_bytes
+from shared.dataset.columns import RecordGroup, records_to_table
+from shared.dataset.reader import Dataset
+from shared.dataset.records import Distributions, Record
+from shared.dataset.schema import STEPS_PER_NAT, parquet_options
+from shared.dataset.writer import shard_bytes
 
 ROWS = Path("runs/bench/exact_rows.npz")
 UNIT = 64

@@ -27,7 +27,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from shared.vocabulary import Encoder, Vocabulary
+from shared.tokenizer.vocabulary import Encoder, Vocabulary
 from student.drafting.bridge import ByteBridge
 from student.drafting.propose import Drafter
 

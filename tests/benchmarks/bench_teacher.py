@@ -33,9 +33,9 @@ VARIANTS = {
 
 def measure(dtype: str, fp32_head: bool, requests: int, tokens: int, rounds: int, top_k: int) -> dict[str, Any]:
     """Tokens per second of one engine in every way of capturing, and through units of work."""
-    from shared.dataset import DatasetWriter
-    from shared.records import Sampling
-    from shared.vocabulary import Vocabulary
+    from shared.dataset.reader import DatasetWriter
+    from shared.dataset.records import Sampling
+    from shared.tokenizer.vocabulary import Vocabulary
     from teacher.checkpoints import ensure_checkpoint, load_tokenizer
     from teacher.collect import Collector, provenance_of
     from teacher.engine import Engine, Request, prepare_environment

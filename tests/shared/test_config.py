@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from shared.config import DecodingConfig, PipelineConfig, Section, dump_config, load_config
-from shared.config_reference import reference, section_of
+from shared.config.reference import reference, section_of
 from shared.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -85,7 +85,7 @@ def test_a_decoding_rule_has_its_name(settings: dict[str, float], rule: str) -> 
 
 def test_the_reference_names_every_key_with_its_meaning_and_is_itself_a_config() -> None:
     path = CONFIGS / "reference.yaml"
-    assert path.read_text(encoding="utf-8") == reference(), "python -m shared.config_reference > configs/reference.yaml"
+    assert path.read_text(encoding="utf-8") == reference(), "python -m shared.config.reference > configs/reference.yaml"
     load_config(path, ["train.steps=1"])
 
     def meanings(model: type[Section]) -> list[str | None]:

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from shared.config import PipelineConfig
-from shared.dataset import Dataset
+from shared.dataset.reader import Dataset
 from shared.errors import CheckpointError, DatasetError, StaleError
 from shared.files import write_json
-from shared.vocabulary import load_tokenizer
+from shared.tokenizer.vocabulary import load_tokenizer
 from student.alignment.prepare import prepare
 from student.evaluation.evaluate import evaluate
 from student.evaluation.report import write_report
@@ -31,7 +31,7 @@ from student.lineage import (
 from student.model.export import export_student, load_student, save_student, weights_fingerprint
 from student.model.initialize import initialize_student
 from student.training.train import check, identity_of, is_finished
-from tests.toy import load_toy, write_toy_shards
+from tests.fixtures.toy_run import load_toy, write_toy_shards
 
 STEPS = ["train.steps=2"]
 HEXADECIMAL = r"[0-9a-f]{12}"
@@ -147,7 +147,7 @@ def test_preparing_again_settles_whatever_is_refused(config: PipelineConfig) -> 
     """The tokenizer's files differ, its tokens and the shards do not: nothing is aligned again, the record is."""
     settings = Path(config.teacher.model) / "tokenizer_config.json"
     settings.write_text(settings.read_text() + "\n")
-    from shared.dataset import DatasetWriter
+    from shared.dataset.reader import DatasetWriter
 
     dataset = Dataset.open(config.shards_dir)
     writer = DatasetWriter(config.shards_dir, dataset.provenance, dataset.vocabulary, Path(config.teacher.model))

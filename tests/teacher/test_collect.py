@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 from shared.config import PipelineConfig
-from shared.dataset import Dataset, DatasetWriter
+from shared.dataset.reader import Dataset, DatasetWriter
 from shared.errors import AlignmentError, ConfigError, DatasetError, PromptError
-from shared.vocabulary import Vocabulary
+from shared.tokenizer.vocabulary import Vocabulary
 from teacher import collect as collecting
 from teacher.capture import Columns
 from teacher.collect import Collector, check_top_k, prepare, provenance_of

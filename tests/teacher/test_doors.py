@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from shared.commands.legacy_json.layout import EntryReader, ImportSettings
 from shared.config import load_config
+from shared.dataset.records import Record
 from shared.errors import UserError
-from shared.json_layout import EntryReader, ImportSettings
-from shared.records import Record
 from teacher.checkpoints import load_tokenizer
 from teacher.prompts import Renderer, load_prompts
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from shared.dataset.records import Message
 from shared.errors import PromptError
-from shared.records import Message
 from teacher.prompts import Prompt, load_prompts, prompts_fingerprint, split_prompts
 
 

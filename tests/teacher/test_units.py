@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 
 from shared.config import PipelineConfig
+from shared.dataset.records import Message
 from shared.errors import ConfigError
-from shared.records import Message
 from teacher.prompts import Prompt, split_prompts
 from teacher.units import Unit, cut_units, sampling_seed
 

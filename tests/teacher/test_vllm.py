@@ -21,8 +21,8 @@ import pytest
 import yaml
 
 from shared.config import load_config
-from shared.dataset import Dataset
-from shared.records import Record, Sampling
+from shared.dataset.reader import Dataset
+from shared.dataset.records import Record, Sampling
 
 # One worker runs them all: another one would start the engine and the collections of the fixtures again.
 pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.xdist_group("teacher_vllm")]

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.records import Distributions
+from shared.dataset.records import Distributions
 from student.alignment.kernels import events, paths, rows
 from student.alignment.kernels.arrays import Candidates, Csr, Events, Heads, Inside, Rows, Scratch, TeacherTokens
 from student.alignment.spans import Spans, covered_path

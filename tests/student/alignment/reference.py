@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shared.records import Distributions
+from shared.dataset.records import Distributions
 from student.alignment.kernels.rows import LOGPROB_TOLERANCE, TAIL_TOLERANCE
 from student.alignment.spans import Spans, covered_path
 from student.alignment.tables import PairTables, range_of

@@ -12,17 +12,17 @@ import numpy as np
 import pytest
 
 from shared.config import PrepareConfig
-from shared.records import Distributions, Record
-from shared.vocabulary import Encoder, Vocabulary
+from shared.dataset.records import Distributions, Record
+from shared.tokenizer.vocabulary import Encoder, Vocabulary
 from student.alignment.align import Aligner
 from student.alignment.kernels.compute import TargetKernels
 from student.alignment.sanity import observed_masses
 from student.alignment.spans import lay_spans
 from student.alignment.tables import pair_tables
 from student.alignment.targets import AlignedSample
+from tests.fixtures.texts import TEXTS, RowMaker, llada_like, llama3, qwen, tekken
+from tests.fixtures.toy_tokenizers import assert_same_targets, toy_record
 from tests.student.alignment.reference import ReferenceAlignment
-from tests.student.alignment.synthetic import TEXTS, RowMaker, llada_like, llama3, qwen, tekken
-from tests.student.alignment.toys import assert_same_targets, toy_record
 
 Tokenizer = tuple[Vocabulary, Encoder]
 

@@ -14,12 +14,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shared.records import Distributions
-from shared.vocabulary import Encoder, Vocabulary
+from shared.dataset.records import Distributions
+from shared.tokenizer.vocabulary import Encoder, Vocabulary
 from student.alignment.kernels.compute import TargetKernels
 from student.alignment.spans import lay_spans
+from tests.fixtures.toy_tokenizers import ToyTeacher, assert_same_targets, random_merges, toy_aligner, toy_tokenizer
 from tests.student.alignment.reference import ReferenceAlignment
-from tests.student.alignment.toys import ToyTeacher, assert_same_targets, random_merges, toy_aligner, toy_tokenizer
 
 EXACT = 1e-9
 

@@ -14,16 +14,16 @@ import yaml
 from rich.console import Console
 
 from shared.config import PipelineConfig, PrepareConfig
-from shared.dataset import DatasetWriter, Provenance
+from shared.dataset.reader import DatasetWriter, Provenance
+from shared.dataset.records import Distributions, Record
 from shared.errors import AlignmentError, CheckpointError, DatasetError, VocabularyError
-from shared.records import Distributions, Record
-from shared.vocabulary import load_tokenizer
+from shared.tokenizer.vocabulary import load_tokenizer
 from student.alignment.audit import audit
 from student.alignment.prepare import prepare
 from student.alignment.prepared import PreparedDataset
 from student.alignment.sanity import check_alignment
 from student.alignment.targets import AlignedSample, SparseTargets
-from tests.student.alignment.synthetic import RowMaker, corpus
+from tests.fixtures.texts import RowMaker, corpus
 
 RECORDS, PER_UNIT = 8, 3
 
@@ -260,7 +260,7 @@ class PreparedSource:
     """The records that a config's shards hold."""
 
     def __init__(self, config: PipelineConfig) -> None:
-        from shared.dataset import Dataset
+        from shared.dataset.reader import Dataset
 
         self.records = list(Dataset.open(config.shards_dir).records())
 

@@ -5,7 +5,7 @@ import torch
 
 from student.data.batch import collate, take_positions
 from student.data.blocks import lay_out
-from tests.student.data.samples import make_sample
+from tests.fixtures.aligned_samples import make_sample
 
 
 def test_taking_positions_keeps_each_position_its_own_events() -> None:

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from student.data.blocks import choose_anchors, lay_out, sample_generator
-from tests.student.data.samples import make_sample
+from tests.fixtures.aligned_samples import make_sample
 
 MASK = 99
 

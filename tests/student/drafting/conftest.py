@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.vocabulary import Encoder, Vocabulary, load_tokenizer
+from shared.tokenizer.vocabulary import Encoder, Vocabulary, load_tokenizer
 from student.drafting.bridge import ByteBridge
 
 CORPUS = [

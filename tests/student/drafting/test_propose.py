@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from shared.errors import CheckpointError, VocabularyError
-from shared.vocabulary import load_tokenizer
+from shared.tokenizer.vocabulary import load_tokenizer
 from student.drafting.bridge import ByteBridge
 from student.drafting.propose import Drafter
 from student.model.configuration_llada import LladaConfig

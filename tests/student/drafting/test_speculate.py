@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from shared.config import PipelineConfig
-from shared.dataset import DatasetWriter
+from shared.dataset.manifest import Provenance
+from shared.dataset.reader import DatasetWriter
+from shared.dataset.records import Message, Record, Sampling
 from shared.errors import CheckpointError, DatasetError, VocabularyError
-from shared.manifest import Provenance
-from shared.records import Message, Record, Sampling
-from shared.vocabulary import Vocabulary
+from shared.tokenizer.vocabulary import Vocabulary
 from student.drafting.serve import Difference, Job, Result, first_differences
 from student.drafting.speculate import TIE, held_out_prompts, run, shared_arguments, speculate, summarize
 from tests.student.drafting.conftest import CORPUS
@@ -166,7 +166,7 @@ def test_an_untrained_student_slows_the_teacher_down_and_changes_nothing(run_dir
         "num_gpu_blocks_override": 6,
         "speculative_config": {
             "method": "custom_class",
-            "model": "tests.student.drafting.oracle.OracleProposer",
+            "model": "tests.fixtures.oracle_drafter.OracleProposer",
             "num_speculative_tokens": 3,
         },
         "additional_config": {"llada_drafter": {"student": str(stored)}},
@@ -181,7 +181,7 @@ def test_an_untrained_student_slows_the_teacher_down_and_changes_nothing(run_dir
 
 
 def open_dataset(config: PipelineConfig) -> Any:
-    from shared.dataset import Dataset
+    from shared.dataset.reader import Dataset
 
     return Dataset.open(config.shards_dir)
 

@@ -12,7 +12,7 @@ import pytest
 
 from shared.errors import ConfigError
 from student.drafting.vllm_proposer import OPTIONS_KEY, DrafterOptions, LladaProposer, RowTracker
-from tests.student.drafting.oracle import OracleProposer
+from tests.fixtures.oracle_drafter import OracleProposer
 
 MAX_LENGTH = 64
 

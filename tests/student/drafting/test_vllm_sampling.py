@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from student.drafting.vllm_proposer import OPTIONS_KEY, LladaProposer
-from tests.student.drafting.markov import STATES, save_teacher, target_VxV
+from tests.fixtures.markov_teacher import STATES, save_teacher, target_VxV
 
 ALPHA = 1e-4
 REQUESTS = 1000  # of each kind
@@ -122,7 +122,7 @@ def _run(directory: str) -> dict[str, Any]:
     from vllm.v1.sample import rejection_sampler
 
     own = {name: getattr(rejection_sampler, name) for name in vllm_sampling._FUNCTIONS}
-    proposer = "tests.student.drafting.markov.ChainProposer"
+    proposer = "tests.fixtures.markov_teacher.ChainProposer"
     speculation = {"method": "custom_class", "model": proposer, "num_speculative_tokens": 3}
     llm = _engine(teacher, speculative_config=speculation)
     found["replaced"] = [name for name, function in own.items() if getattr(rejection_sampler, name) is not function]

@@ -11,7 +11,7 @@ from scipy.optimize import linprog
 from student.data.batch import collate
 from student.data.blocks import lay_out
 from student.evaluation.bounds import acceptance_bounds
-from tests.student.data.samples import make_sample
+from tests.fixtures.aligned_samples import make_sample
 
 
 def test_bounds_enclose_every_split_and_are_attained() -> None:

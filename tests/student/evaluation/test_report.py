@@ -11,7 +11,7 @@ from shared.errors import UserError
 from shared.files import write_json
 from student.evaluation.report import figure, write_report
 from student.lineage import evaluation_identity, speculation_identity
-from tests.toy import load_toy
+from tests.fixtures.toy_run import load_toy
 
 STEP = {
     "step": 1,

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from shared.records import Record, Sampling
+from shared.dataset.records import Record, Sampling
 from student.evaluation.walk import leading_matches, walk
 
 

@@ -13,7 +13,7 @@ from student.losses import chunked, dense
 from student.losses.objective import LossTerms
 from student.losses.settings import LossSettings
 from student.losses.targets import TargetBatch
-from tests.student.losses.cases import random_targets, targets_from_events
+from tests.fixtures.loss_cases import random_targets, targets_from_events
 
 EVERYTHING = LossSettings("hybrid", 4, alpha=0.4, beta=0.6, tv_weight=0.5, path_weight=0.3)
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from student.losses.objective import named_sums, summarize
 from student.losses.settings import LossSettings
 from student.losses.targets import TargetBatch
-from tests.student.losses.cases import (
+from tests.fixtures.loss_cases import (
     dense_terms,
     event_probabilities,
     random_targets,

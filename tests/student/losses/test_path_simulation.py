@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from student.losses.settings import LossSettings
-from tests.student.losses.cases import dense_terms, targets_from_events
+from tests.fixtures.loss_cases import dense_terms, targets_from_events
 
 VOCABULARY, DEPTHS, DRAWS = 4, 3, 200_000
 

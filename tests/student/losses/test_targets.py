@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from student.losses.targets import depth_weights
-from tests.student.losses.cases import concatenate, event_probabilities, random_targets, targets_from_events
+from tests.fixtures.loss_cases import concatenate, event_probabilities, random_targets, targets_from_events
 
 EVENTS = [[(0.5, [1]), (0.25, [2, 3])], None, [(1.0, [4, 5, 6])]]
 

@@ -14,8 +14,8 @@ import torch
 from shared.errors import TrainingError
 from student.losses import dense
 from student.losses.objective import loss_scale, sum_over_ranks
+from tests.fixtures.loss_cases import concatenate
 from tests.student.losses import zero_worker
-from tests.student.losses.cases import concatenate
 
 
 def test_scale_undoes_both_divisions():

@@ -18,7 +18,7 @@ from student.losses import chunked
 from student.losses.objective import loss_scale, sum_over_ranks
 from student.losses.settings import LossSettings
 from student.losses.targets import TargetBatch
-from tests.student.losses.cases import concatenate, random_targets
+from tests.fixtures.loss_cases import concatenate, random_targets
 
 VOCABULARY, WIDTH, BLOCK = 40, 6, 4
 SETTINGS = LossSettings("hybrid", BLOCK, alpha=0.4, beta=0.6, tv_weight=0.3, path_weight=0.2)

@@ -15,7 +15,7 @@ from student.model.modeling_llada import (
     LladaForMaskedDiffusion,
     PackedLayout,
 )
-from tests.student.model.tiny import anchored_row, random_ids, reference_logits, tiny_model
+from tests.fixtures.tiny_model import anchored_row, random_ids, reference_logits, tiny_model
 
 DOCUMENTS = torch.tensor([[0] * 9 + [1] * 14 + [2] * 5 + [-1] * 4, [0] * 20 + [1] * 12])
 LENGTH = DOCUMENTS.shape[1]

@@ -7,7 +7,7 @@ import yaml
 
 from student.model.configuration_llada import LladaConfig
 from student.model.modeling_llada import LladaForMaskedDiffusion
-from tests.student.model.tiny import tiny_config
+from tests.fixtures.tiny_model import tiny_config
 
 SHAPES = Path("configs/shapes")
 # GSAI-ML/LLaDA-8B-Base's config.json, field by field.

@@ -14,8 +14,8 @@ from shared.errors import CheckpointError
 from student.model.export import export_student, load_student, register, save_student
 from student.model.modeling_llada import LladaForMaskedDiffusion
 from student.model.tokenizer import train_tokenizer
-from tests.student.model.conversations import conversations
-from tests.student.model.tiny import random_ids, tiny_config, tiny_model
+from tests.fixtures.conversations import conversations
+from tests.fixtures.tiny_model import random_ids, tiny_config, tiny_model
 
 TEXTS = [text for pair in conversations(100) for text in pair]
 

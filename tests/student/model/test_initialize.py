@@ -9,14 +9,14 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from shared.config import PipelineConfig, load_config
 from shared.errors import CheckpointError, ConfigError, DatasetError
-from shared.vocabulary import Vocabulary
+from shared.tokenizer.vocabulary import Vocabulary
 from student.model.configuration_llada import LladaConfig
 from student.model.export import load_student, save_student
 from student.model.initialize import initialize_student, training_texts
 from student.model.modeling_llada import BlockCausalLayout, LladaForMaskedDiffusion
 from student.model.source import Source
 from student.model.tokenizer import train_tokenizer
-from tests.student.model.conversations import conversations, teacher_tokenizer, write_conversations
+from tests.fixtures.conversations import conversations, teacher_tokenizer, write_conversations
 
 TEXTS = [text for pair in conversations(100) for text in pair]
 

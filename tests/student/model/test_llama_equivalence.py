@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from student.model.modeling_llada import BlockCausalLayout, LladaForMaskedDiffusion
 from student.model.source import Source
-from tests.student.model.tiny import random_ids
+from tests.fixtures.tiny_model import random_ids
 
 SHAPES = {
     "multi-head": {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 3},

@@ -10,8 +10,8 @@ from student.model.export import load_student, save_student
 from student.model.lora import add_lora
 from student.model.modeling_llada import LladaForMaskedDiffusion
 from student.model.tokenizer import train_tokenizer
-from tests.student.model.conversations import conversations
-from tests.student.model.tiny import random_ids, tiny_model
+from tests.fixtures.conversations import conversations
+from tests.fixtures.tiny_model import random_ids, tiny_model
 
 
 def trained(model: LladaForMaskedDiffusion, steps: int = 5) -> list[float]:

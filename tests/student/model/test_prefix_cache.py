@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from student.model.modeling_llada import LladaForMaskedDiffusion, PrefixCache
-from tests.student.model.tiny import MASK, anchored_row, random_ids, tiny_model
+from tests.fixtures.tiny_model import MASK, anchored_row, random_ids, tiny_model
 
 BLOCK = 5
 

@@ -10,8 +10,8 @@ from student.model.export import save_student
 from student.model.generate import default_settings, generate
 from student.model.sampler import SamplerSettings, denoise, sample
 from student.model.tokenizer import train_tokenizer
-from tests.student.model.conversations import conversations
-from tests.student.model.tiny import MASK, anchored_row, random_ids, tiny_config, tiny_model
+from tests.fixtures.conversations import conversations
+from tests.fixtures.tiny_model import MASK, anchored_row, random_ids, tiny_config, tiny_model
 
 
 def fixed(logits_GxV: Tensor) -> Any:

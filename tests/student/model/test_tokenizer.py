@@ -9,9 +9,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from shared.errors import VocabularyError
-from shared.vocabulary import Vocabulary, load_tokenizer
+from shared.tokenizer.vocabulary import Vocabulary, load_tokenizer
 from student.model.tokenizer import SPECIAL_TOKENS, train_tokenizer
-from tests.student.model.conversations import conversations
+from tests.fixtures.conversations import conversations
 
 TEXTS = [text for pair in conversations(200) for text in pair]
 
@@ -74,7 +74,7 @@ def test_digits_are_merged_or_kept_apart_as_asked(tmp_path: Path) -> None:
 def test_two_processes_train_the_same_tokenizer() -> None:
     program = (
         "from student.model.tokenizer import train_tokenizer\n"
-        "from tests.student.model.conversations import conversations\n"
+        "from tests.fixtures.conversations import conversations\n"
         "texts = [text for pair in conversations(200) for text in pair]\n"
         "print(train_tokenizer(texts, 700).backend_tokenizer.to_str())"
     )

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from shared.vocabulary import Encoder, Vocabulary, load_tokenizer
+from shared.tokenizer.vocabulary import Encoder, Vocabulary, load_tokenizer
 from student.model.tokenizer import train_tokenizer
 from student.model.transplant import Transplant, plan_transplant
-from tests.student.model.conversations import conversations, teacher_tokenizer
+from tests.fixtures.conversations import conversations, teacher_tokenizer
 
 TEXTS = [text for pair in conversations(300) for text in pair]
 

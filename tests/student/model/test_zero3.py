@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from student.model.modeling_llada import AnchoredLayout, LladaForMaskedDiffusion
-from tests.student.model.tiny import anchored_row, random_ids, tiny_config, tiny_model
+from tests.fixtures.tiny_model import anchored_row, random_ids, tiny_config, tiny_model
 
 STEPS, BATCH, CLEAN, ANCHORS, BLOCK = 8, 4, 20, [3, 9, 16], 4
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from shared.config import PipelineConfig, load_config
 from student.alignment.prepare import prepare
 from student.model.initialize import initialize_student
-from tests.toy import toy_config, write_toy_shards
+from tests.fixtures.toy_run import toy_config, write_toy_shards
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 

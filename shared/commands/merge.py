@@ -1,0 +1,125 @@
+"""Several datasets of one teacher into one. Shards are copied as they are, checked on the way; one that holds records
+of both splits becomes one shard a split.
+
+The teacher, its tokenizer and template, the engine, k and the numeric type must be equal; prompts, decoding rules and
+seeds may differ, and the result's provenance names all of them. A rerun copies only what is missing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from shared.console import progress
+from shared.dataset.manifest import UnitEntry
+from shared.dataset.reader import Dataset, Manifest, Provenance, read_checked
+from shared.dataset.writer import DatasetWriter, read_shard, shard_bytes, unit_entry
+from shared.errors import DatasetError
+
+# What is collected may differ between parts; what distributions mean may not.
+_FREE = ("sampling", "seed", "prompts_fingerprint", "unit_prompts", "details")
+
+
+def merge(sources: Sequence[str | Path], destination: str | Path) -> Manifest:
+    """Make one dataset at `destination` of those at `sources`.
+
+    Raises:
+        DatasetError: if fewer than two are given, they are of different teachers (naming what differs), two hold the
+            same sample, or one is damaged.
+    """
+    if len(sources) < 2:
+        raise DatasetError(f"{len(sources)} dataset to merge, expected two or more and then the new directory")
+    datasets = [Dataset.open(source) for source in sources]
+    provenance = _merged_provenance(sources, datasets)
+    units = _merged_units(datasets, provenance)
+    _check_disjoint(units, datasets)
+    first = next((dataset for dataset in datasets if dataset.has_tokenizer), None)
+    writer = DatasetWriter(
+        destination, provenance, datasets[0].vocabulary, None if first is None else first.tokenizer_dir
+    )
+    with progress() as bar:
+        task = bar.add_task("merging", total=len(units), note="")
+        for name, (index, entry, original) in units.items():
+            if name not in writer.committed:
+                data = read_checked(datasets[index].storage, original.file, original.sha256)
+                if entry.counts != original.counts:
+                    table = read_shard(data, datasets[index].storage.join(original.file))
+                    table = table.filter(pc.equal(table["split"], _splits(entry)[0]))
+                    data = shard_bytes(table)
+                    entry = unit_entry(name, table, data, provenance.fingerprint)
+                writer.publish(entry, data)
+            bar.update(task, advance=1)
+    return writer.finish(units)
+
+
+def _merged_provenance(sources: Sequence[str | Path], datasets: Sequence[Dataset]) -> Provenance:
+    first = datasets[0].provenance
+    for source, dataset in zip(sources[1:], datasets[1:], strict=True):
+        other = dataset.provenance
+        same = other.model_copy(update={name: getattr(first, name) for name in _FREE})
+        differences = same.differences(first)
+        if differences:
+            raise DatasetError(
+                f"{source} cannot be merged with {sources[0]} (there: {sources[0]}, here: {source}):\n  "
+                + "\n  ".join(differences)
+                + "\ndistributions of different teachers stay in datasets of their own"
+            )
+    rules = []
+    for dataset in datasets:
+        rules += [rule for rule in dataset.provenance.sampling if rule not in rules]
+    prints = [dataset.provenance.fingerprint for dataset in datasets]
+    return first.model_copy(
+        update={
+            "sampling": rules,
+            "prompts_fingerprint": hashlib.sha256("".join(prints).encode()).hexdigest(),
+            "unit_prompts": None,
+            "details": {"merged": [d.provenance.identity for d in datasets]},
+            "git_commit": None,
+            "created": None,
+            "config": {},
+        }
+    )
+
+
+def _merged_units(datasets: Sequence[Dataset], provenance: Provenance) -> dict[str, tuple[int, UnitEntry, UnitEntry]]:
+    """New name → (dataset, the merged entry, the original); units of one name get their dataset's number in front.
+
+    A unit of several splits comes once for each, with that split's name in front of it and that split's counts.
+    """
+    names = [unit.unit for dataset in datasets for unit in dataset.manifest.units]
+    ambiguous = len(names) != len(set(names))
+    units = {}
+    for index, dataset in enumerate(datasets):
+        for unit in dataset.manifest.units:
+            name = f"{index:02d}-{unit.unit}" if ambiguous else unit.unit
+            splits = _splits(unit)
+            for split in splits if len(splits) > 1 else [None]:
+                own = name if split is None else f"{split}-{name}"
+                update: dict[str, Any] = {"unit": own, "file": f"data/{own}.parquet"}
+                update["provenance"] = provenance.fingerprint
+                if split is not None:
+                    update["counts"] = {k: count for k, count in unit.counts.items() if k.startswith(f"{split}/")}
+                units[own] = (index, unit.model_copy(update=update), unit)
+    return units
+
+
+def _splits(unit: UnitEntry) -> list[str]:
+    return sorted({key.partition("/")[0] for key in unit.counts})
+
+
+def _check_disjoint(units: dict[str, tuple[int, UnitEntry, UnitEntry]], datasets: Sequence[Dataset]) -> None:
+    columns = [
+        table["sample_id"].combine_chunks() for dataset in datasets for table in dataset.tables(columns=["sample_id"])
+    ]
+    counts = pc.value_counts(pa.chunked_array(columns, pa.string()))
+    twice = counts.filter(pc.greater(counts.field("counts"), 1))
+    if len(twice):
+        raise DatasetError(
+            f"{len(twice)} samples are in more than one of the {len(datasets)} datasets ({len(units)} units), such as "
+            f"{twice[0]['values'].as_py()!r}; merge parts that were collected from different prompts or seeds"
+        )

@@ -1,0 +1,181 @@
+"""What a dataset holds: one pass over its shards, counts in bounded memory; a table for the terminal, a picture."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+from rich.console import Group
+from rich.table import Table
+
+from shared.console import progress
+from shared.dataset.columns import flat_list, is_present
+from shared.dataset.encoding import decode_logprobs, row_matches
+from shared.dataset.reader import Dataset
+from shared.errors import DatasetError, MissingExtraError
+
+DEPTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_LENGTH_BINS = tuple(2**i for i in range(16))
+_COLUMNS = (
+    "split", "rule", "skill", "finish_reason", "prompt_ids", "response_ids", "sampled_logprob", "width",
+    "candidate_ids", "candidate_gaps", "tail_mass",
+)  # fmt: skip
+
+
+@dataclass(slots=True)
+class Statistics:
+    """Counts over a dataset.
+
+    Attributes:
+        retained: k → mean mass of a token's first k candidates, over tokens whose tail is known.
+        sampled_inside: share of the tokens that are among their own candidates.
+        lengths: upper bound → responses of at most that many tokens (and more than the bound before).
+    """
+
+    rows: int = 0
+    prompts: int = 0
+    tokens: int = 0
+    soft_tokens: int = 0
+    bytes: int = 0
+    candidates: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
+    skills: dict[str, int] = field(default_factory=dict)
+    finish_reasons: dict[str, int] = field(default_factory=dict)
+    retained: dict[int, float] = field(default_factory=dict)
+    unknown_tails: int = 0
+    sampled_inside: float | None = None
+    mean_logprob: float | None = None
+    lengths: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def bytes_per_token(self) -> float | None:
+        return self.bytes / self.tokens if self.tokens else None
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "bytes_per_token": self.bytes_per_token}
+
+
+def measure(path: str | Path) -> Statistics:
+    """Statistics of the dataset at `path`.
+
+    Raises:
+        DatasetError: if there is none, or it is damaged.
+    """
+    dataset = Dataset.open(path)
+    result = Statistics(dataset.manifest.rows, 0, dataset.manifest.tokens, bytes=dataset.manifest.bytes)
+    result.counts = dataset.manifest.counts
+    skills, reasons, lengths = Counter[str](), Counter[str](), Counter[int]()
+    mass, known, inside, logprob, logprobs = np.zeros(len(DEPTHS)), 0, 0, 0.0, 0
+    widest, outside = 0, 0.0
+    with progress() as bar:
+        task = bar.add_task("reading", total=result.tokens, note="")
+        for table in dataset.tables(_COLUMNS):
+            skills.update(table["skill"].to_pylist())
+            reasons.update(table["finish_reason"].to_pylist())
+            size = np.asarray(pc.list_value_length(table["response_ids"]))
+            lengths.update(np.searchsorted(_LENGTH_BINS, size).tolist())
+            has = is_present(table["width"])
+            response, _ = flat_list(table["response_ids"])
+            owners = response[np.repeat(has, size)]
+            widths, ids, gaps, tail, sampled = (
+                flat_list(table[name])[0]
+                for name in ("width", "candidate_ids", "candidate_gaps", "tail_mass", "sampled_logprob")
+            )
+            result.soft_tokens += len(widths)
+            result.candidates += len(ids)
+            result.unknown_tails += int(np.isnan(tail).sum())
+            known += int((~np.isnan(tail)).sum())
+            widest = max(widest, int(widths.max(initial=0)))
+            mass += _retained(widths, np.exp(decode_logprobs(widths, gaps, tail)), ~np.isnan(tail))
+            inside += len(row_matches(widths, ids, owners)[0])
+            logprob += float(np.nansum(sampled.astype(np.float64)))
+            logprobs += int((~np.isnan(sampled)).sum())
+            outside += float(np.nansum(tail.astype(np.float64)))
+            bar.update(task, advance=int(size.sum()))
+    result.skills = dict(skills.most_common())
+    result.finish_reasons = dict(reasons.most_common())
+    result.lengths = {_LENGTH_BINS[min(i, len(_LENGTH_BINS) - 1)]: lengths[i] for i in sorted(lengths)}
+    if known:
+        depths = [k for k in DEPTHS if k < widest] + [widest]
+        result.retained = {k: float(m / known) for k, m in zip(DEPTHS, mass, strict=True) if k in depths}
+        result.retained[widest] = 1.0 - outside / known
+    if result.soft_tokens:
+        result.sampled_inside = inside / result.soft_tokens
+    if logprobs:
+        result.mean_logprob = logprob / logprobs
+    return result
+
+
+def to_table(statistics: Statistics) -> Group:
+    """The statistics for a terminal."""
+    general = Table(title="dataset", show_header=False)
+    rows: list[tuple[str, str]] = [
+        ("responses", f"{statistics.rows:,}"),
+        *((f"  {key}", f"{count:,}") for key, count in statistics.counts.items()),
+        ("response tokens", f"{statistics.tokens:,}"),
+        ("  with distributions", f"{statistics.soft_tokens:,}"),
+        ("bytes", f"{statistics.bytes:,}"),
+        ("bytes per token", _number(statistics.bytes_per_token, ".1f")),
+        ("token among its own candidates", _number(statistics.sampled_inside, ".1%")),
+        ("mean logprob of the text", _number(statistics.mean_logprob, ".3f")),
+        *((f"finished by {key}", f"{count:,}") for key, count in statistics.finish_reasons.items()),
+    ]
+    for name, value in rows:
+        general.add_row(name, value)
+    retained = Table("k", "retained mass", title="retained mass by k")
+    for k, share in statistics.retained.items():
+        retained.add_row(str(k), f"{share:.4f} {'█' * round(share * 30)}")
+    if statistics.unknown_tails:
+        retained.add_row("unknown", f"{statistics.unknown_tails:,} tokens")
+    lengths = Table("tokens up to", "responses", title="response lengths")
+    most = max(statistics.lengths.values(), default=1)
+    for bound, count in statistics.lengths.items():
+        lengths.add_row(str(bound), f"{count:>7,} {'█' * round(30 * count / most)}")
+    return Group(general, retained, lengths)
+
+
+def draw(statistics: Statistics, path: Path) -> None:
+    """The statistics as a picture; the suffix of `path` (png, svg, pdf) says which kind.
+
+    Raises:
+        MissingExtraError: without matplotlib.
+        DatasetError: if the picture cannot be written.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError("--picture needs matplotlib; pip install 'llada-drafter[student]'") from error
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    mass, reasons, lengths = figure.subplots(1, 3)
+    mass.plot(list(statistics.retained), list(statistics.retained.values()), marker="o")
+    mass.set(xscale="log", xlabel="k", ylabel="mean retained mass", ylim=(0, 1.02), title="retained mass by k")
+    mass.set_xticks(list(statistics.retained), [str(k) for k in statistics.retained], minor=False)
+    mass.minorticks_off()
+    reasons.bar(list(statistics.finish_reasons), list(statistics.finish_reasons.values()))
+    reasons.set(title="finish reasons", ylabel="responses")
+    lengths.bar([str(bound) for bound in statistics.lengths], list(statistics.lengths.values()))
+    lengths.set(title="response lengths", xlabel="tokens up to", ylabel="responses")
+    try:
+        figure.savefig(path, dpi=120)
+    except (OSError, ValueError) as error:
+        raise DatasetError(f"cannot write the picture {path}: {error}; name a .png or .svg file") from error
+
+
+def _retained(
+    widths: NDArray[np.int32], probabilities: NDArray[np.float32], known: NDArray[np.bool_]
+) -> NDArray[np.float64]:
+    """float64 [len(DEPTHS)]: sum over known tokens of the mass of their first k candidates."""
+    rows = np.repeat(np.arange(len(widths)), widths)
+    rank = np.arange(len(rows)) - np.repeat(np.cumsum(widths, dtype=np.int64) - widths, widths)
+    counted = np.where(known[rows], probabilities, 0.0)
+    by_rank = np.bincount(rank, weights=counted, minlength=max(DEPTHS))
+    return np.array([by_rank[:k].sum() for k in DEPTHS])
+
+
+def _number(value: float | None, form: str) -> str:
+    return "—" if value is None else format(value, form)

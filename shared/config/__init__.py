@@ -1,0 +1,38 @@
+"""The configuration of the whole pipeline: one YAML file, validated whole by every command.
+
+Every command checks every section, so that a typo under `train:` is found before the teacher has spent an hour. Models
+are strict: an unknown key is an error that names the keys that exist. Derived values are properties, computed after
+overrides, never stored.
+"""
+
+from shared.config.collect import CollectConfig, DecodingConfig, Split
+from shared.config.evaluate import EvaluateConfig
+from shared.config.load import CHANGED_KEYS, apply_override, dump_config, load_config
+from shared.config.pipeline import PipelineConfig
+from shared.config.prepare import PrepareConfig
+from shared.config.section import Section
+from shared.config.speculate import SpeculateConfig
+from shared.config.student import LoraConfig, StudentConfig, StudentTokenizerConfig
+from shared.config.teacher import TeacherConfig
+from shared.config.train import LossName, TrainConfig
+
+__all__ = [
+    "CHANGED_KEYS",
+    "CollectConfig",
+    "DecodingConfig",
+    "EvaluateConfig",
+    "LoraConfig",
+    "LossName",
+    "PipelineConfig",
+    "PrepareConfig",
+    "Section",
+    "SpeculateConfig",
+    "Split",
+    "StudentConfig",
+    "StudentTokenizerConfig",
+    "TeacherConfig",
+    "TrainConfig",
+    "apply_override",
+    "dump_config",
+    "load_config",
+]

@@ -1,0 +1,85 @@
+"""The `collect` section."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
+
+from shared.config.section import Section
+from shared.dataset.records import decoding_rule
+
+Split = Literal["train", "held_out"]
+
+
+class DecodingConfig(Section):
+    """One decoding rule under which responses are collected. `temperature: 0` is greedy."""
+
+    split: Split = Field(description="Which prompts are answered: train or held_out.", examples=["train"])
+    temperature: NonNegativeFloat = Field(1.0, description="0 is greedy, 1 the teacher's own distribution.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling; 1 keeps every token.")
+    top_k: int = Field(0, ge=0, description="0 keeps every token.")
+    max_tokens: PositiveInt = Field(256, description="Longest answer.")
+    samples: PositiveInt = Field(1, description="Responses per prompt.")
+
+    @property
+    def rule(self) -> str:
+        """The rule's name."""
+        return decoding_rule(self.temperature, self.top_p, self.top_k)
+
+    @property
+    def tag(self) -> str:
+        """The rule with its settings, as units and sample ids carry it: `greedy`, `sample`, `t0.7-p0.9-k20`."""
+        if self.rule != "filtered":
+            return self.rule
+        return f"t{self.temperature:g}-p{self.top_p:g}-k{self.top_k}"
+
+
+class CollectConfig(Section):
+    """What is asked of the teacher and what is kept of its answers."""
+
+    prompts: Path = Field(
+        description="JSONL, one prompt or conversation a line (`teacher/README.md`).", examples=["data/prompts.jsonl"]
+    )
+    system_prompt: str | None = Field(
+        None, description="Put before conversations that do not begin with a system turn."
+    )
+    held_out: float = Field(0.1, ge=0, lt=1, description="Share of the prompts that training never sees.")
+    top_k: PositiveInt = Field(64, description="Most candidates kept per token.")
+    retained_mass: float | None = Field(
+        None, gt=0, lt=1, description="Stop a token's candidates where they hold this mass; top_k stays the cap."
+    )
+    unit_prompts: PositiveInt = Field(64, description="Prompts per unit of work, the unit of resume.")
+    decoding: list[DecodingConfig] = Field(
+        min_length=1, description="Decoding rules, each for one split.", examples=[[{"split": "train"}]]
+    )
+    template_arguments: dict[str, Any] = Field(
+        default_factory=dict, description="Passed to the chat template; pin what it would take from the clock."
+    )
+    rendered: bool | None = Field(
+        None,
+        description="Prompts are rendered text already (true), or people's words, special tokens in them included "
+        "(false); null recognizes rendered text by its beginning and refuses what may be either.",
+    )
+    measure_capture: bool = Field(False, description="Measure first what capturing costs in tokens per second.")
+    responses: Path | None = Field(
+        None, description="`teacher score` only: JSONL with a `response` per line, or a dataset to score again."
+    )
+    score_tokens: PositiveInt = Field(
+        1024, description="`teacher score` only: tokens per forward, each of which needs a row of the whole vocabulary."
+    )
+
+    @model_validator(mode="after")
+    def _rules_are_distinct(self) -> CollectConfig:
+        seen: set[tuple[str, str]] = set()
+        for number, decoding in enumerate(self.decoding):
+            if (decoding.split, decoding.tag) in seen:
+                raise ValueError(
+                    f"decoding[{number}] repeats the rule {decoding.tag} for {decoding.split}; use `samples` for more "
+                    "responses per prompt"
+                )
+            if decoding.rule == "greedy" and decoding.samples > 1:
+                raise ValueError(f"decoding[{number}] is greedy: {decoding.samples} samples would be one text")
+            seen.add((decoding.split, decoding.tag))
+        return self

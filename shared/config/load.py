@@ -1,0 +1,116 @@
+"""Reading a config: YAML, overrides, validation, and messages that name the key."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from shared.config.pipeline import PipelineConfig
+from shared.errors import ConfigError
+
+CHANGED_KEYS = {
+    "prepare.events": "removed: events are always what `spelled` named; delete this line",
+    "prepare.store": "removed: targets are always stored; delete this line",
+    "prepare.search_width": "removed with `prepare.events: exact`, the only setting that used it; delete this line",
+}
+"""Keys of earlier versions, without the numbers of list items: what became of them and what to do."""
+
+
+def load_config(path: Path, overrides: list[str] | None = None) -> PipelineConfig:
+    """Read `path`, apply `KEY.PATH=VALUE` overrides (values are YAML) and validate the whole.
+
+    Raises:
+        ConfigError: if the file is missing or not a YAML mapping, an override is malformed, a key is unknown
+            or a value is out of its range; every problem is listed with its key.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read the config {path}: {error.strerror}; pass a YAML file such as configs/demo.yaml"
+        ) from error
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(
+            f"{path} holds {type(tree).__name__}, expected a mapping of sections such as teacher: and train:"
+        )
+    for override in overrides or []:
+        apply_override(tree, override)
+    try:
+        return PipelineConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{path} is not a valid config:\n" + "\n".join(_explain(error))) from error
+
+
+def dump_config(config: PipelineConfig) -> str:
+    """The resolved config as YAML, to be written beside every output."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def apply_override(tree: dict[str, Any], override: str, option: str = "--set", example: str = "train.loss=kl") -> None:
+    """Put the value of `KEY.PATH=VALUE` into `tree`; `option` and its `example` are for messages.
+
+    Raises:
+        ConfigError: if it is malformed.
+    """
+    key, separator, value = override.partition("=")
+    parts = key.split(".")
+    if not separator or not all(parts):
+        raise ConfigError(f"{option} {override!r} is not KEY.PATH=VALUE, for example {option} {example}")
+    node = tree
+    for part in parts[:-1]:
+        child = node.setdefault(part, {})
+        if not isinstance(child, dict):
+            raise ConfigError(
+                f"{option} {override!r}: {part!r} is a value ({child!r}), not a section that can hold {parts[-1]!r}"
+            )
+        node = child
+    try:
+        node[parts[-1]] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{option} {override!r}: the value is not valid YAML: {error}") from error
+
+
+def _explain(error: ValidationError) -> list[str]:
+    """One line a problem: the key, the value seen and what was expected. For an unknown key: what became of it, if an
+    earlier version had it, or a near miss."""
+    lines = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"])
+        named = ".".join(part for part in problem["loc"] if isinstance(part, str))
+        if problem["type"] == "extra_forbidden" and named in CHANGED_KEYS:
+            lines.append(f"  {key}: {CHANGED_KEYS[named]}")
+        elif problem["type"] == "extra_forbidden":
+            known = _known_keys(problem["loc"][:-1])
+            near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+            lines.append(f"  {key}: unknown key; {hint}")
+        elif problem["type"] == "missing":
+            lines.append(f"  {key}: missing; this key is required")
+        else:
+            lines.append(f"  {key}: {problem['msg']} (got {problem['input']!r})" if key else f"  {problem['msg']}")
+    return lines
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    model: type[BaseModel] = PipelineConfig
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation
+        nested = [
+            a
+            for a in (annotation, *getattr(annotation, "__args__", ()))
+            if isinstance(a, type) and issubclass(a, BaseModel)
+        ]
+        if not nested:
+            return []
+        model = nested[0]
+    return list(model.model_fields)

@@ -1,0 +1,111 @@
+"""The dataset card, `README.md`: what people read, and what `datasets.load_dataset(DIR)` finds the shards by.
+
+It is made of the manifest and the provenance, once, and then belongs to whoever keeps the dataset (a license is theirs
+to state): nothing of ours reads it, the manifest does not name it, and one that is there is left as it is.
+
+A split's files are named by patterns where those find exactly its shards, and one by one elsewhere. A shard that holds
+both splits, as older imports have them, is in a split of its own, `mixed`: held-out records must not come
+as training data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import yaml
+
+from shared.dataset.manifest import DATA, Manifest, Provenance, UnitEntry
+from shared.dataset.schema import COLUMNS
+
+CARD = "README.md"
+MIXED = "mixed"
+SPLITS = ("train", "held_out", MIXED)
+
+
+def dataset_card(manifest: Manifest, provenance: Provenance) -> str:
+    """The card's text: YAML for `datasets` and the Hub, then Markdown."""
+    files = _files_by_split(manifest.units)
+    splits = [split for split in SPLITS if split in files]
+    data_files = [{"split": split, "path": _patterns(split, files)} for split in splits]
+    front: dict[str, Any] = {"license": "unknown"}
+    if data_files:
+        front["configs"] = [{"config_name": "default", "data_files": data_files}]
+    counts = "\n".join(f"| {key.replace('/', ' | ')} | {count:,} |" for key, count in manifest.counts.items())
+    columns = "\n".join(f"| `{column.name}` | `{_type(str(column.type))}` | {column.meaning} |" for column in COLUMNS)
+    mixed = (
+        "\nSome files hold records of both splits: `datasets` shows these as the split `mixed`, and the column `split` "
+        "tells them apart.\n"
+    )
+    teacher = provenance.teacher + (f" (revision {provenance.revision})" if provenance.revision else "")
+    return f"""---
+{yaml.safe_dump(front, sort_keys=False)}---
+
+# Top-k distributions of {provenance.teacher}
+
+A teacher's responses, and for every token of a response the teacher's most probable candidates with their logprobs
+and the probability of everything else. Made for distillation.
+
+| | |
+|---|---|
+| teacher | {teacher} |
+| made by | {provenance.engine} {provenance.engine_version or ""} |
+| candidates per token (k) | {_kept(provenance)} |
+| responses | {manifest.rows:,} |
+| response tokens | {manifest.tokens:,} |
+| license | unknown: the terms of the teacher and of the prompts apply |
+
+| split | decoding rule | responses |
+|---|---|---|
+{counts}
+{mixed if MIXED in files else ""}
+## Reading it
+
+```python
+from datasets import load_dataset
+
+dataset = load_dataset("PATH")  # this directory, or its name on the Hub; splits: {", ".join(splits) or "none"}
+```
+
+Any reader of Parquet opens `data/*.parquet`. `manifest.json` has the checksum of every file, `vocabulary.parquet` the
+bytes of every token id, `provenance.json` all that decided the content.
+
+| column | type | meaning |
+|---|---|---|
+{columns}
+
+With G the running sum of a token's `candidate_gaps` and r its `tail_mass`, the logprob of candidate i is
+`log(1 - r) - log(sum_j exp(-G_j / 16)) - G_i / 16`.
+"""
+
+
+def _kept(provenance: Provenance) -> str:
+    mass = provenance.retained_mass
+    return f"{provenance.top_k}" if mass is None else f"as many as hold {mass} of the mass, at most {provenance.top_k}"
+
+
+def _type(arrow: str) -> str:
+    return arrow.replace("element: ", "").replace(" not null", "")
+
+
+def _files_by_split(units: Sequence[UnitEntry]) -> dict[str, list[str]]:
+    files: dict[str, list[str]] = {}
+    for unit in units:
+        splits = {key.partition("/")[0] for key in unit.counts}
+        if splits:
+            files.setdefault(splits.pop() if len(splits) == 1 else MIXED, []).append(unit.file)
+    return files
+
+
+def _patterns(split: str, files: dict[str, list[str]]) -> list[str]:
+    own = files[split]
+    others = [file for name, group in files.items() if name != split for file in group]
+    found = []
+    # As the teacher and imports name their units, and as a merge does where names clash.
+    for pattern in (f"{DATA}/{split}-*.parquet", f"{DATA}/??-{split}-*.parquet"):
+        matched = [file for file in own if fnmatchcase(file, pattern)]
+        if matched and not any(fnmatchcase(file, pattern) for file in others):
+            found.append(pattern)
+            own = [file for file in own if file not in set(matched)]
+    return found + own

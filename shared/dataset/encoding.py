@@ -1,0 +1,126 @@
+"""Between the teacher's logprobs and the whole numbers that are stored (`shared.dataset.schema` has the formula).
+
+Legend: T response tokens, N candidates of all of them, K of each, R rows of a block. Both directions are a few passes
+of numpy over the N candidates. What was decoded encodes to itself, bit by bit.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from shared.dataset.schema import MAX_STEPS, SAMPLED_STEPS_PER_NAT, STEPS_PER_NAT
+
+_TAIL_BITS = 11
+_BLOCK_ROWS = 4096
+"""Rows that are decoded at a time: at k = 64 a megabyte a pass, which a core's cache holds; fewer would make numpy
+give the interpreter's lock back and wait for it more often."""
+
+
+def encode_gaps(offsets: NDArray[np.int64], logprobs: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """uint16 [N]: each candidate's steps below the one before it; rows must be in falling order."""
+    widths = np.diff(offsets)
+    first = np.repeat(offsets[:-1], widths)
+    wide = logprobs.astype(np.float64)
+    below = np.minimum(np.rint((wide[first] - wide) * STEPS_PER_NAT), MAX_STEPS).astype(np.int64)
+    gaps = np.diff(below, prepend=0)
+    gaps[first == np.arange(len(first))] = 0
+    return gaps.astype(np.uint16)
+
+
+def round_tail(tail: NDArray[np.float32]) -> NDArray[np.float32]:
+    """float32 [T]: tail masses to 11 significant bits of r or 1 - r, whichever is smaller; NaN stays NaN.
+
+    Masses that float32 arithmetic left a hair outside 0…1 are clipped.
+    """
+    clipped = np.clip(tail.astype(np.float64), 0.0, 1.0)
+    small = np.minimum(clipped, 1.0 - clipped)
+    mantissa, exponent = np.frexp(small)
+    rounded = np.ldexp(np.rint(np.ldexp(mantissa, _TAIL_BITS)), exponent - _TAIL_BITS)
+    return np.where(clipped > 0.5, 1.0 - rounded, rounded).astype(np.float32)
+
+
+def round_sampled(sampled: NDArray[np.float32]) -> NDArray[np.float32]:
+    """float32 [T]: logprobs to multiples of 1/1024 nat; NaN stays NaN."""
+    return (np.rint(sampled.astype(np.float64) * SAMPLED_STEPS_PER_NAT) / SAMPLED_STEPS_PER_NAT).astype(np.float32)
+
+
+def decode_logprobs(
+    widths: NDArray[np.int32], gaps: NDArray[np.uint16], tail: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """float32 [N]: the stored logprobs.
+
+    Args:
+        widths: int32 [T]. gaps: uint16 [N]. tail: float32 [T], NaN where unknown: the row then has mass 1.
+    """
+    if not len(gaps):
+        return np.zeros(0, np.float32)
+    known = np.where(np.isnan(tail), 0.0, tail.astype(np.float64))
+    with np.errstate(divide="ignore"):
+        log_mass = np.log1p(-known)
+    width = int(widths[0])
+    if width and (widths == width).all():
+        # Arrow keeps what is freed for the next row group; numpy would give it back and fault it in again, which at
+        # this size takes longer than the sums do.
+        result = np.frombuffer(pa.allocate_buffer(gaps.size * 4), np.float32)
+        scratch = np.frombuffer(pa.allocate_buffer(min(gaps.size, _BLOCK_ROWS * width) * 4), np.int32)
+        gaps_TxK, result_TxK = gaps.reshape(-1, width), result.reshape(-1, width)
+        for start in range(0, len(widths), _BLOCK_ROWS):
+            rows = slice(start, start + _BLOCK_ROWS)
+            _decode_block(gaps_TxK[rows], log_mass[rows], result_TxK[rows], scratch)
+        return result
+    ends = np.cumsum(widths, dtype=np.int64)
+    filled = widths > 0
+    starts = (ends - widths)[filled]
+    running = np.cumsum(gaps, dtype=np.int64)
+    before = running[starts] - gaps[starts]
+    result = (running - np.repeat(before, widths[filled])).astype(np.float32)
+    result *= np.float32(-1.0 / STEPS_PER_NAT)
+    weights = np.add.reduceat(np.exp(result), starts)
+    level = (log_mass[filled] - np.log(weights.astype(np.float64))).astype(np.float32)
+    result += np.repeat(level, widths[filled])
+    return result
+
+
+def _decode_block(
+    gaps_RxK: NDArray[np.uint16],
+    log_mass: NDArray[np.float64],
+    out_RxK: NDArray[np.float32],
+    scratch: NDArray[np.int32],
+) -> None:
+    # One running sum over the whole block takes less than one per row; a row begins by taking back the row before.
+    flat = scratch[: gaps_RxK.size]
+    below_RxK = flat.reshape(gaps_RxK.shape)
+    np.copyto(below_RxK, gaps_RxK)
+    below_RxK[1:, 0] -= np.einsum("rk->r", below_RxK)[:-1]
+    np.cumsum(flat, out=flat)
+    np.copyto(out_RxK, below_RxK, casting="unsafe")
+    out_RxK *= np.float32(-1.0 / STEPS_PER_NAT)
+    weights = np.einsum("rk->r", np.exp(out_RxK, out=below_RxK.view(np.float32)))
+    out_RxK += (log_mass - np.log(weights.astype(np.float64))).astype(np.float32)[:, None]
+
+
+def row_matches(
+    widths: NDArray[np.int32], candidate_ids: NDArray[np.int32], response_ids: NDArray[np.int32]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Where each token stands among its own candidates.
+
+    Returns:
+        Tokens that do, int64 [M] ascending, and the indices of their entries in the candidates, int64 [M].
+    """
+    if len(widths) and widths[0] and (widths == widths[0]).all():
+        ids_TxK = candidate_ids.reshape(len(widths), -1)
+        width = ids_TxK.shape[1]
+        # Most tokens are their row's first candidate; only the others' rows are looked through.
+        firsts = np.arange(0, ids_TxK.size, width)
+        entries = np.where(ids_TxK[:, 0] == response_ids, firsts, -1)
+        others = np.flatnonzero(entries < 0)
+        hits = np.flatnonzero(np.take(ids_TxK, others, axis=0) == response_ids[others, None])
+        rows, columns = np.divmod(hits, width)
+        entries[others[rows]] = firsts[others[rows]] + columns
+        tokens = np.flatnonzero(entries >= 0)
+        return tokens, entries[tokens]
+    tokens = np.repeat(np.arange(len(widths)), widths)
+    entries = np.flatnonzero(candidate_ids == response_ids[tokens])
+    return tokens[entries], entries

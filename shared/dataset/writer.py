@@ -1,0 +1,353 @@
+"""Writing a dataset in units of work that are there whole or not at all.
+
+Any number of workers may hold a writer on one directory, on one machine or many, and need no lock. What makes it so:
+
+1. A shard is created once (`Storage.create`) and neither replaced nor deleted. The first worker's stays.
+2. A commit is written after its shard, and says what the shard that is there holds: a worker that finds a shard
+   without a commit, of a worker that died or is not yet so far, commits that shard in place of its own. So whoever
+   writes the commit, and however often, it is the same.
+3. Commits are listed before shards: a commit that is listed has its shard in the later listing.
+4. `finish` writes the manifest over what it listed, when every expected unit is committed; readers trust nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from shared.dataset.card import CARD, dataset_card
+from shared.dataset.columns import RecordGroup, check_record, records_to_table, same_content
+from shared.dataset.manifest import (
+    COMMITS,
+    DATA,
+    MANIFEST,
+    PROVENANCE,
+    TOKENIZER,
+    VOCABULARY,
+    FileEntry,
+    Manifest,
+    Provenance,
+    UnitEntry,
+    check_unit_name,
+    dump,
+    load,
+)
+from shared.dataset.records import Record
+from shared.dataset.schema import SCHEMA, SCHEMA_VERSION, check_metadata, parquet_options
+from shared.dataset.storage import Storage, open_storage
+from shared.errors import DatasetError
+from shared.tokenizer.vocabulary import Vocabulary
+
+log = logging.getLogger(__name__)
+
+ROW_GROUP_CANDIDATES = 1 << 20
+"""A row group ends at the first record past this many candidates: readers decode one at a time."""
+
+
+class DatasetWriter:
+    """Adds units to the dataset at `path`, a directory or URL, new or begun.
+
+    Args:
+        provenance: what is collected, by what; a directory begun under another one is refused.
+        vocabulary: the teacher's; stored beside the shards, and every id is checked against it.
+        tokenizer_dir: the teacher's tokenizer files, copied beside the shards; None where there are none.
+        check: False stores rows that contradict their own text, for tests that need a damaged dataset.
+        advice: what to do where `path` was begun with another provenance.
+
+    Raises:
+        DatasetError: if `path` holds something else, or a dataset of another provenance (naming what differs).
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        provenance: Provenance,
+        vocabulary: Vocabulary,
+        tokenizer_dir: Path | None,
+        check: bool = True,
+        advice: str = "choose another directory, or go back to what it was begun with",
+    ) -> None:
+        if provenance.tokenizer_fingerprint != vocabulary.fingerprint:
+            raise DatasetError(
+                f"the provenance names the tokenizer {provenance.tokenizer_fingerprint[:12]}, the vocabulary given is "
+                f"{vocabulary.fingerprint[:12]}; pass the vocabulary of the teacher that is collected from"
+            )
+        self._storage = open_storage(path)
+        self._provenance = provenance
+        self._vocabulary = vocabulary
+        self._check = check
+        self._claim(advice)
+        self._storage.clear_partial()
+        self._write_sidecars(tokenizer_dir)
+        self._units = committed_units(self._storage)
+        strangers = [unit for unit, entry in self._units.items() if entry.provenance != provenance.fingerprint]
+        if strangers:
+            raise DatasetError(
+                f"unit {strangers[0]} in {self._storage.url} was collected under another provenance than "
+                f"{PROVENANCE} states; the directory mixes two datasets: collect into a new one"
+            )
+
+    @property
+    def committed(self) -> set[str]:
+        """Units that are done, as far as this writer has seen: those found at its start and its own."""
+        return set(self._units)
+
+    def write_unit(self, name: str, records: Iterable[Record]) -> UnitEntry:
+        """Publish the records of unit `name`, then its commit. A unit that is committed already stays as it is.
+
+        Raises:
+            DatasetError: if a record cannot be stored faithfully, a sample id comes twice, or the disk says no.
+        """
+        check_unit_name(name)
+        if name in self._units:
+            return self._units[name]
+        batch = list(records)
+        twice = [sample for sample, count in Counter(r.sample_id for r in batch).items() if count > 1]
+        if twice:
+            raise DatasetError(
+                f"unit {name}: sample id {twice[0]!r} comes {Counter(twice)[twice[0]] + 1} times or more"
+            )
+        table = records_to_table(batch, len(self._vocabulary), check=self._check)
+        data = shard_bytes(table)
+        if not same_content(pq.read_table(pa.BufferReader(data)), table):
+            raise DatasetError(
+                f"unit {name}: the shard does not read back as it was written; check this machine's memory"
+            )
+        return self.publish(self._entry(name, table, data), data)
+
+    def publish(self, entry: UnitEntry, data: bytes) -> UnitEntry:
+        """Publish a shard's bytes and its commit; another worker's shard of the same unit wins over ours."""
+        if not self._storage.create(entry.file, data):
+            log.warning("unit %s was published by another worker meanwhile; its shard is kept", entry.unit)
+            entry = self._adopt(entry, data)
+        self._storage.write(commit_file(entry.unit), dump(entry))
+        self._units[entry.unit] = entry
+        return entry
+
+    def finish(self, expected_units: Collection[str]) -> Manifest:
+        """Write the card and the manifest over exactly `expected_units`, and clear what killed workers left.
+
+        Raises:
+            DatasetError: if a unit is missing, is not expected, or its shard is not the one that was committed.
+        """
+        self._units = committed_units(self._storage)
+        missing = sorted(set(expected_units) - self._units.keys())
+        if missing:
+            raise DatasetError(
+                f"{self._storage.url} is not complete: {len(missing)} of {len(set(expected_units))} units are missing, "
+                f"such as {missing[0]}; run the same collection again, it does only what is missing"
+            )
+        shards = {Path(name).stem for name in self._storage.list(DATA) if name.endswith(".parquet")}
+        extra = sorted((self._units.keys() | shards) - set(expected_units))
+        if extra:
+            raise DatasetError(
+                f"{self._storage.url} holds {len(extra)} units that this collection does not have, such as {extra[0]}; "
+                "the prompts or the units changed: collect into a new directory"
+            )
+        units = [self._units[name] for name in sorted(self._units)]
+        names = (PROVENANCE, VOCABULARY, *self._storage.list(TOKENIZER), *map(commit_file, sorted(self._units)))
+        files = [
+            FileEntry(name=name, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+            for name, data in self._storage.read_all(names).items()
+        ]
+        manifest = Manifest(
+            schema_version=SCHEMA_VERSION,
+            provenance=self._provenance.fingerprint,
+            vocabulary_fingerprint=self._vocabulary.fingerprint,
+            rows=sum(u.rows for u in units),
+            tokens=sum(u.tokens for u in units),
+            bytes=sum(u.bytes for u in units),
+            units=units,
+            files=files,
+        )
+        self._storage.create(CARD, dataset_card(manifest, self._provenance).encode())
+        self._storage.write(MANIFEST, dump(manifest))
+        self._storage.clear_partial()
+        return manifest
+
+    def _claim(self, advice: str) -> None:
+        """Compare our provenance with the directory's, or write it where the directory is new."""
+        there = _read_or_none(self._storage, PROVENANCE)
+        if there is None:
+            others = [name for name in self._storage.list() if not name.startswith(".")]
+            # Another worker's files lie beside its provenance, which it wrote first.
+            if others and self._storage.size(PROVENANCE) is None:
+                raise DatasetError(
+                    f"{self._storage.url} holds {others[0]} and other files but no {PROVENANCE}: it is not a dataset; "
+                    "choose a new or empty directory"
+                )
+            self._storage.create(PROVENANCE, dump(self._provenance))
+            there = self._storage.read(PROVENANCE)
+        found = load(Provenance, there, self._storage.join(PROVENANCE))
+        differences = self._provenance.differences(found)
+        if differences:
+            raise DatasetError(
+                f"{self._storage.url} was begun with another configuration:\n  "
+                + "\n  ".join(differences)
+                + f"\n{advice}"
+            )
+        if found.git_commit != self._provenance.git_commit:
+            log.warning(
+                "%s was begun at commit %s, this is %s",
+                self._storage.url,
+                found.git_commit,
+                self._provenance.git_commit,
+            )
+
+    def _write_sidecars(self, tokenizer_dir: Path | None) -> None:
+        if tokenizer_dir is not None:
+            for file in tokenizer_files(tokenizer_dir):
+                name = f"{TOKENIZER}/{file.relative_to(tokenizer_dir).as_posix()}"
+                data = file.read_bytes()
+                if _read_or_none(self._storage, name) != data:
+                    self._storage.write(name, data)
+        data = vocabulary_bytes(self._vocabulary)
+        if _read_or_none(self._storage, VOCABULARY) != data:
+            self._storage.write(VOCABULARY, data)
+
+    def _entry(self, name: str, table: pa.Table, data: bytes) -> UnitEntry:
+        return unit_entry(name, table, data, self._provenance.fingerprint)
+
+    def _adopt(self, ours: UnitEntry, data: bytes) -> UnitEntry:
+        """The entry of the shard that has our unit's name already; a file that is no shard of it is replaced by ours.
+
+        No worker leaves such a file: something else put or damaged it.
+        """
+        there, name = self._storage.read(ours.file), self._storage.join(ours.file)
+        if there == data:
+            return ours
+        try:
+            table = read_shard(there, name)
+            if self._check:
+                for record in RecordGroup(table):
+                    check_record(record, len(self._vocabulary))
+            if table["sample_id"].equals(read_shard(data, "ours")["sample_id"]):
+                return self._entry(ours.unit, table, there)
+            why = f"it holds other records than unit {ours.unit}"
+        except DatasetError as error:
+            why = str(error)
+        log.warning("%s, which has no commit, is replaced: %s", name, why)
+        self._storage.write(ours.file, data)
+        return ours
+
+
+def commit_file(unit: str) -> str:
+    """The name of a unit's commit."""
+    return f"{COMMITS}/{unit}.json"
+
+
+def unit_entry(name: str, table: pa.Table, data: bytes, provenance: str) -> UnitEntry:
+    """What the commit of unit `name` says of its shard: `table`, stored as `data`."""
+    kinds = zip(table["split"].to_pylist(), table["rule"].to_pylist(), strict=True)
+    return UnitEntry(
+        unit=name,
+        file=f"{DATA}/{name}.parquet",
+        sha256=hashlib.sha256(data).hexdigest(),
+        bytes=len(data),
+        rows=table.num_rows,
+        tokens=pc.sum(pc.list_value_length(table["response_ids"])).as_py() or 0,
+        candidates=pc.sum(pc.list_value_length(table["candidate_ids"])).as_py() or 0,
+        counts=dict(sorted(Counter(f"{split}/{rule}" for split, rule in kinds).items())),
+        provenance=provenance,
+    )
+
+
+def committed_units(storage: Storage) -> dict[str, UnitEntry]:
+    """Units with a commit whose shard is there in full; a commit without its shard is to be done again.
+
+    Raises:
+        DatasetError: if a commit file is damaged or its shard has another size.
+    """
+    commits = list(storage.list(COMMITS))
+    sizes = storage.list(DATA)  # after the commits: each of those had its shard before it was there itself
+    units: dict[str, UnitEntry] = {}
+    for name, data in storage.read_all(commits).items():
+        entry = load(UnitEntry, data, storage.join(name))
+        if entry.file not in sizes:
+            log.warning("%s is committed but gone; unit %s will be collected again", entry.file, entry.unit)
+        elif sizes[entry.file] != entry.bytes:
+            raise DatasetError(
+                f"{storage.join(entry.file)} has {sizes[entry.file]} bytes, its commit says {entry.bytes}; it was "
+                f"damaged, or deleted and not yet collected again: delete it and {name}, then run the same collection "
+                "again"
+            )
+        else:
+            units[entry.unit] = entry
+    return units
+
+
+def read_shard(data: bytes, source: str) -> pa.Table:
+    """The table of a shard's bytes, whose checksum nothing has vouched for yet.
+
+    Raises:
+        DatasetError: if they are no shard of this schema.
+    """
+    try:
+        table = pq.read_table(pa.BufferReader(data))
+    except (pa.ArrowException, OSError) as error:
+        raise DatasetError(f"{source} is not a Parquet file: {error}") from error
+    check_metadata(table.schema.metadata or {}, source)
+    if not table.schema.equals(SCHEMA, check_metadata=False):
+        raise DatasetError(f"{source} has the columns {table.schema.names}, expected {SCHEMA.names}")
+    return table
+
+
+def shard_bytes(table: pa.Table, options: Mapping[str, Any] | None = None) -> bytes:
+    """`table` as a Parquet file whose row groups have about `ROW_GROUP_CANDIDATES` candidates.
+
+    Args:
+        options: of the Parquet writer, in place of `schema.parquet_options()`; benchmarks compare others.
+    """
+    buffer = io.BytesIO()
+    widths = [len(x) if x.is_valid else 0 for x in table["candidate_ids"]]
+    with pq.ParquetWriter(buffer, table.schema, **(options or parquet_options())) as writer:
+        writer.add_key_value_metadata(table.schema.metadata)
+        start, size = 0, 0
+        for i, width in enumerate(widths):
+            size += width
+            if size >= ROW_GROUP_CANDIDATES or i + 1 == len(widths):
+                writer.write_table(table.slice(start, i + 1 - start), row_group_size=i + 1 - start)
+                start, size = i + 1, 0
+    return buffer.getvalue()
+
+
+def vocabulary_bytes(vocabulary: Vocabulary) -> bytes:
+    """The vocabulary's table as a Parquet file, with the id as its first column."""
+    table = vocabulary.to_table()
+    table = table.add_column(0, pa.field("id", pa.int32(), False), pa.array(range(len(vocabulary)), pa.int32()))
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+def tokenizer_files(directory: Path) -> list[Path]:
+    """What of a checkpoint's directory belongs to its tokenizer: everything but weights and model configuration.
+
+    Raises:
+        DatasetError: if there is nothing.
+    """
+    names = (
+        "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+        "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json", "tekken.json",
+    )  # fmt: skip
+    found = [directory / name for name in names if (directory / name).is_file()]
+    found += sorted((directory / "additional_chat_templates").glob("*.jinja"))
+    if not found:
+        raise DatasetError(f"{directory} holds no tokenizer files, expected one of {', '.join(names)}")
+    return found
+
+
+def _read_or_none(storage: Storage, name: str) -> bytes | None:
+    try:
+        return storage.read(name)
+    except FileNotFoundError:
+        return None
