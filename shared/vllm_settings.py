@@ -25,7 +25,7 @@ def engine_arguments(teacher: TeacherConfig, dtype: str | None = None) -> dict[s
         "dtype": dtype,
         "tensor_parallel_size": teacher.tensor_parallel,
         "pipeline_parallel_size": teacher.pipeline_parallel,
-        "max_model_len": teacher.max_model_len,
+        "max_model_len": teacher.max_sequence_tokens,
         "max_num_seqs": teacher.max_num_seqs,
         "gpu_memory_utilization": teacher.gpu_memory_utilization,
         "enforce_eager": teacher.enforce_eager,

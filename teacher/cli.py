@@ -38,7 +38,7 @@ def plan(
         float | None, typer.Option(min=1e-9, help="Rate of one worker; else what collect.json measured.")
     ] = None,
     tokens_per_response: Annotated[
-        float | None, typer.Option(min=1, help="Mean length; else as measured; else the rule's max_tokens.")
+        float | None, typer.Option(min=1, help="Mean length; else as measured; else the rule's max_response_tokens.")
     ] = None,
     bytes_per_token: Annotated[
         float | None, typer.Option(min=1, help="On disk; else what collect.json measured.")

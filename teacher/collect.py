@@ -221,8 +221,8 @@ def check_lengths(prompts: Sequence[Prompt], renderer: Renderer, config: Pipelin
     Raises:
         PromptError: if prompts leave no room for an answer, naming them with their lengths, the longest first.
     """
-    room = config.teacher.max_model_len
-    longest = max(decoding.max_tokens for decoding in config.collect.decoding)
+    room = config.teacher.max_sequence_tokens
+    longest = max(decoding.max_response_tokens for decoding in config.collect.decoding)
     lengths: dict[str, int] = {}
     for prompt in prompts:
         lengths[prompt.id] = len(renderer.render(prompt).ids)
@@ -234,12 +234,14 @@ def check_lengths(prompts: Sequence[Prompt], renderer: Renderer, config: Pipelin
         others = f" and {len(too_long) - _MOST_NAMED} others" if len(too_long) > _MOST_NAMED else ""
         raise PromptError(
             f"{len(too_long)} of {len(prompts)} prompts have {room} tokens or more, responses to score included, and "
-            f"teacher.max_model_len is {room}: {named}{others}; shorten them or take them out, or raise "
-            f"teacher.max_model_len to {lengths[too_long[0]] + longest}, with room for an answer"
+            f"teacher.max_sequence_tokens is {room}: {named}{others}; shorten them or take them out, or raise "
+            f"teacher.max_sequence_tokens to {lengths[too_long[0]] + longest}, with room for an answer"
         )
     cut = sum(length + longest > room for length in lengths.values() if prompts[0].response is None)
     if cut:
-        log.warning("%d prompts leave less than max_tokens %d of %d tokens for their answers", cut, longest, room)
+        log.warning(
+            "%d prompts leave less than max_response_tokens %d of %d tokens for their answers", cut, longest, room
+        )
     return lengths
 
 
@@ -345,7 +347,7 @@ def provenance_of(
         details={
             "kind": kind,
             "held_out": collect.held_out,
-            "max_model_len": teacher.max_model_len,
+            "max_model_len": teacher.max_sequence_tokens,
             "template_arguments": collect.template_arguments,
             "rendered": collect.rendered,
             "rendered_probe": renderer.probe,

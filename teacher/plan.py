@@ -62,7 +62,7 @@ def estimate(config: PipelineConfig, assumptions: Assumptions) -> Estimate:
     tasks = [task for unit in plan.units for task in unit.tasks]
     measured = read_summary(config.run_dir)
     # The longest that each rule allows, where neither a measurement nor the user knows better.
-    room = config.teacher.max_model_len
+    room = config.teacher.max_sequence_tokens
     most = float(sum(min(task.sampling.max_tokens, room - plan.prompt_tokens[task.prompt.id]) for task in tasks))
     if assumptions.tokens_per_response is not None:
         tokens = min(most, assumptions.tokens_per_response * len(tasks))
@@ -71,7 +71,7 @@ def estimate(config: PipelineConfig, assumptions: Assumptions) -> Estimate:
         tokens = min(most, measured.tokens / measured.responses * len(tasks))
         tokens_source = f"{measured.tokens / measured.responses:.1f} a response, as measured in {config.run_dir}"
     else:
-        tokens, tokens_source = most, "at most: max_tokens each"
+        tokens, tokens_source = most, "at most: max_response_tokens each"
     size, size_source = _rate(
         assumptions.bytes_per_token, measured.bytes_per_token, "bytes a token", "--bytes-per-token", config
     )

@@ -63,10 +63,10 @@ def _score_dataset(config: PipelineConfig, dataset: Dataset) -> Summary:
         raise ConfigError(f"{config.shards_dir} would be scored into itself; give this run another name")
     records = [record for record in dataset.records(distributions=False) if len(record.response_ids)]
     longest = max(len(record.prompt_ids) + len(record.response_ids) for record in records)
-    if longest >= config.teacher.max_model_len:
+    if longest >= config.teacher.max_sequence_tokens:
         raise ConfigError(
-            f"{config.collect.responses} has {longest} tokens in a prompt and its response, teacher.max_model_len is "
-            f"{config.teacher.max_model_len}; raise it to {longest + 1}"
+            f"{config.collect.responses} has {longest} tokens in a prompt and its response, "
+            f"teacher.max_sequence_tokens is {config.teacher.max_sequence_tokens}; raise it to {longest + 1}"
         )
     units = []
     for split in dict.fromkeys(record.split for record in records):

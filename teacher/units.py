@@ -75,5 +75,7 @@ def _tasks(prompts: Sequence[Prompt], decoding: DecodingConfig, seed: int) -> It
                 sample_id,
                 prompt,
                 decoding.split,
-                Sampling(decoding.temperature, decoding.top_p, decoding.top_k, decoding.max_tokens, chosen_seed),
+                Sampling(
+                    decoding.temperature, decoding.top_p, decoding.top_k, decoding.max_response_tokens, chosen_seed
+                ),
             )

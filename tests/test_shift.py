@@ -17,7 +17,7 @@ from shared.dataset.records import Record
 from shared.dataset.validate import validate_dataset
 from shared.errors import AlignmentError
 from student.alignment.prepare import prepare
-from student.evaluation.walk import walk
+from student.evaluation.offline_acceptance import draft_along
 from student.model.initialize import initialize_student
 from student.training.train import check
 from tests.fixtures.toy_run import ToyTeacher, load_toy, shifted, write_toy_shards
@@ -67,9 +67,9 @@ def test_acceptance_collapses(tmp_path: Path, shift: int) -> None:
     sampled = list(Dataset.open(config.shards_dir).records(rule="sample"))
     moved = [shifted(record, shift) for record in greedy]
 
-    right = walk(RowDrafter(greedy), greedy, DRAFT, batch=4)
+    right = draft_along(RowDrafter(greedy), greedy, DRAFT, batch=4)
     assert right.by_depth()[0] == 1, "the teacher's own rows are always accepted"
-    wrong = walk(RowDrafter(moved), moved, DRAFT, batch=4)
+    wrong = draft_along(RowDrafter(moved), moved, DRAFT, batch=4)
     assert wrong.mean_accepted < 0.2 * right.mean_accepted
 
     assert ratio_acceptance(teacher, sampled) > 0.97  # what is missing was lost to storage

@@ -20,7 +20,7 @@ class DecodingConfig(Section):
     temperature: NonNegativeFloat = Field(1.0, description="0 is greedy, 1 the teacher's own distribution.")
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling; 1 keeps every token.")
     top_k: int = Field(0, ge=0, description="0 keeps every token.")
-    max_tokens: PositiveInt = Field(256, description="Longest answer.")
+    max_response_tokens: PositiveInt = Field(256, description="Longest answer.")
     samples: PositiveInt = Field(1, description="Responses per prompt.")
 
     @property

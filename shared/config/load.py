@@ -13,9 +13,15 @@ from shared.config.pipeline import PipelineConfig
 from shared.errors import ConfigError
 
 CHANGED_KEYS = {
+    "collect.decoding.max_tokens": "now `max_response_tokens`",
     "prepare.events": "removed: events are always what `spelled` named; delete this line",
     "prepare.store": "removed: targets are always stored; delete this line",
     "prepare.search_width": "removed with `prepare.events: exact`, the only setting that used it; delete this line",
+    "speculate.max_context": "now `max_context_tokens`",
+    "speculate.max_tokens": "now `max_response_tokens`",
+    "student.max_sequence_length": "now `max_sequence_tokens`",
+    "teacher.max_model_len": "now `max_sequence_tokens`",
+    "train.max_length": "now `max_sequence_tokens`",
 }
 """Keys of earlier versions, without the numbers of list items: what became of them and what to do."""
 

@@ -13,10 +13,10 @@ class SpeculateConfig(Section):
     """Real speculative decoding of the held-out prompts, and the same without a draft."""
 
     draft_tokens: PositiveInt = Field(4, description="Teacher tokens drafted per target forward.")
-    max_tokens: PositiveInt = Field(64, description="Longest answer.")
+    max_response_tokens: PositiveInt = Field(64, description="Longest answer.")
     max_prompts: PositiveInt | None = Field(None, description="Held-out prompts that are decoded; null takes all.")
     max_num_seqs: PositiveInt = Field(8, description="Requests in flight, in both runs.")
-    max_context: PositiveInt | None = Field(
+    max_context_tokens: PositiveInt | None = Field(
         None, description="Longest context that is drafted for, in student tokens; null is the student's limit."
     )
     dtype: Literal["bfloat16", "float16", "float32"] | None = Field(

@@ -52,4 +52,4 @@ class StudentConfig(Section):
     )
     tokenizer: StudentTokenizerConfig = Field(StudentTokenizerConfig(), description="The student's vocabulary.")
     lora: LoraConfig | None = Field(None, description="Train adapters only; null trains every weight.")
-    max_sequence_length: PositiveInt = Field(4096, description="Longest sequence of the student, in its tokens.")
+    max_sequence_tokens: PositiveInt = Field(4096, description="Longest sequence of the student, in its tokens.")

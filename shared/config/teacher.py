@@ -24,7 +24,9 @@ class TeacherConfig(Section):
     )
     tensor_parallel: PositiveInt = Field(1, description="GPUs that share each layer; within a node.")
     pipeline_parallel: PositiveInt = Field(1, description="Stages of layers, each on its own GPUs; across nodes.")
-    max_model_len: PositiveInt = Field(8192, description="Longest prompt and answer together, in the teacher's tokens.")
+    max_sequence_tokens: PositiveInt = Field(
+        8192, description="Longest prompt and answer together, in the teacher's tokens."
+    )
     max_num_seqs: PositiveInt = Field(256, description="Requests that decode at once.")
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="Share of each GPU's memory that vLLM takes.")
     kv_cache_gib: PositiveFloat | None = Field(None, description="CPU only: memory for the KV cache, in GiB.")

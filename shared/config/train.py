@@ -35,7 +35,7 @@ class TrainConfig(Section):
     epochs: PositiveFloat | None = Field(None, description="Passes over the training samples; set this or steps.")
     global_batch: PositiveInt = Field(32, description="Sequences per step, over all ranks.")
     micro_batch: PositiveInt = Field(8, description="Sequences per forward on one rank.")
-    max_length: PositiveInt = Field(
+    max_sequence_tokens: PositiveInt = Field(
         4096, description="Blocks that would end beyond so many student tokens are left out."
     )
     learning_rate: PositiveFloat = Field(2e-5, description="The peak, after the warm-up; a cosine follows.")

@@ -69,16 +69,16 @@ def choose_anchors(sample: AlignedSample, count: int, generator: np.random.Gener
 
 
 def lay_out(
-    sample: AlignedSample, anchors: NDArray[np.int64], block_length: int, mask_id: int, max_length: int
+    sample: AlignedSample, anchors: NDArray[np.int64], block_length: int, mask_id: int, max_sequence_tokens: int
 ) -> BlockRow:
     """[clean copy | masked blocks] of one sample.
 
     Every block has `block_length` masked tokens, as it has when it drafts; those past the response's end have no
     target. The clean copy ends at the last anchor, because nothing sees further. Blocks that would pass
-    `max_length` positions are left out.
+    `max_sequence_tokens` positions are left out.
     """
     response_length = len(sample.byte_ends)
-    anchors = anchors[sample.prompt_length + anchors + block_length <= max_length]
+    anchors = anchors[sample.prompt_length + anchors + block_length <= max_sequence_tokens]
     clean_length = sample.prompt_length + (int(anchors[-1]) if len(anchors) else 0)
     depth_offsets = np.arange(block_length)
     response_BxG = anchors[:, None] + depth_offsets

@@ -63,8 +63,8 @@ class Drafter:
         model: in evaluation mode, on its device.
         block_length: student tokens filled per forward; as many as the model was trained on.
         slots: requests whose keys and values are kept at most; more than that in one call are drafted in turns.
-        max_length: longest context, in student tokens, block included; null is the model's own limit. A longer
-            context gets no draft. Memory grows to slots x max_length at most, as requests need it.
+        max_context_tokens: longest context, in student tokens, block included; null is the model's own limit. A longer
+            context gets no draft. Memory grows to slots x max_context_tokens at most, as requests need it.
         keep_extendable: also propose a last token that further bytes could still merge.
         cached: False recomputes every context, for comparison.
     """
@@ -77,7 +77,7 @@ class Drafter:
         block_length: int,
         *,
         slots: int = 64,
-        max_length: int | None = None,
+        max_context_tokens: int | None = None,
         keep_extendable: bool = False,
         cached: bool = True,
     ) -> None:
@@ -89,7 +89,7 @@ class Drafter:
         self.draft_tokens, self.block_length = draft_tokens, block_length
         self.slots, self.cached, self.keep_extendable = slots, cached, keep_extendable
         limit = model.config.max_sequence_length
-        self.max_length = min(limit, max_length or limit)
+        self.max_context_tokens = min(limit, max_context_tokens or limit)
         rows, dtype, device = model.head_weight.shape[0], model.head_weight.dtype, model.head_weight.device
         draftable = bridge.draftable_ids
         if draftable.max() >= rows:
@@ -99,7 +99,9 @@ class Drafter:
             )
         self._undraftable_V = torch.ones(rows, dtype=torch.bool, device=device)
         self._undraftable_V[torch.from_numpy(draftable).to(device)] = False
-        self._cache = PrefixCache.allocate(model.config, 1, min(_FIRST_CAPACITY, self.max_length), dtype, device)
+        self._cache = PrefixCache.allocate(
+            model.config, 1, min(_FIRST_CAPACITY, self.max_context_tokens), dtype, device
+        )
         self._requests: OrderedDict[Hashable, _Request] = OrderedDict()
 
     @classmethod
@@ -113,7 +115,7 @@ class Drafter:
         block_length: int | None = None,
         *,
         slots: int = 64,
-        max_length: int | None = None,
+        max_context_tokens: int | None = None,
         keep_extendable: bool = False,
     ) -> Drafter:
         """A drafter for `teacher` of a loaded student and the tokenizer in its `directory`.
@@ -134,7 +136,13 @@ class Drafter:
             )
         bridge = ByteBridge(teacher, Encoder.from_tokenizer(teacher_tokenizer, teacher), *load_tokenizer(directory))
         return cls(
-            model, bridge, draft_tokens, length, slots=slots, max_length=max_length, keep_extendable=keep_extendable
+            model,
+            bridge,
+            draft_tokens,
+            length,
+            slots=slots,
+            max_context_tokens=max_context_tokens,
+            keep_extendable=keep_extendable,
         )
 
     def propose(self, request_ids: Sequence[Hashable], contexts: Sequence[ArrayLike]) -> list[list[int]]:
@@ -178,7 +186,7 @@ class Drafter:
                 if self.cached
                 else self._restart(request, context)
             )
-            if len(request.context.student_ids) + self.block_length <= self.max_length:
+            if len(request.context.student_ids) + self.block_length <= self.max_context_tokens:
                 jobs.append(_Job(row, request, kept))
         return jobs
 
@@ -258,7 +266,7 @@ class Drafter:
         self._cache = PrefixCache.allocate(
             self.model.config,
             old.slots if slots <= old.slots else min(self.slots, max(slots, 2 * old.slots)),
-            old.capacity if capacity <= old.capacity else min(self.max_length, max(capacity, 2 * old.capacity)),
+            old.capacity if capacity <= old.capacity else min(self.max_context_tokens, max(capacity, 2 * old.capacity)),
             keys.dtype,
             keys.device,
         )

@@ -4,7 +4,7 @@ vLLM serves the teacher twice, each time in a process of its own: with the train
 alone. Both decode the same prompts greedily. Reported are vLLM's own acceptance metrics, wall-clock tokens per
 second of both, and whether the outputs are the same; where one differs, the second engine scores both candidates
 at the first differing token, so that a numerical tie is shown by a measurement and a wrong output is not taken
-for one. Costs two loads of the teacher and 2 x prompts x max_tokens tokens.
+for one. Costs two loads of the teacher and 2 x prompts x max_response_tokens tokens.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def speculate(config: PipelineConfig) -> dict[str, Any]:
         MissingExtraError: if vLLM is not installed.
     """
     dataset = Dataset.open(config.shards_dir)
-    prompts = held_out_prompts(dataset, config.speculate.max_prompts, config.teacher.max_model_len)
+    prompts = held_out_prompts(dataset, config.speculate.max_prompts, config.teacher.max_sequence_tokens)
     student = _check_student(config)
     require_current_model(config)
     _check_teacher(config, dataset)
@@ -78,7 +78,7 @@ def speculate(config: PipelineConfig) -> dict[str, Any]:
     return result
 
 
-def held_out_prompts(dataset: Dataset, most: int | None, max_model_len: int) -> dict[str, list[int]]:
+def held_out_prompts(dataset: Dataset, most: int | None, max_sequence_tokens: int) -> dict[str, list[int]]:
     """Prompt id → the teacher's tokens, each held-out prompt once, in order of id.
 
     Raises:
@@ -91,11 +91,11 @@ def held_out_prompts(dataset: Dataset, most: int | None, max_model_len: int) -> 
         raise DatasetError(
             "the dataset holds no held-out prompt; collect with collect.held_out above 0 and a held_out decoding"
         )
-    too_long = next((name for name, ids in prompts.items() if len(ids) >= max_model_len), None)
+    too_long = next((name for name, ids in prompts.items() if len(ids) >= max_sequence_tokens), None)
     if too_long is not None:
         raise DatasetError(
-            f"held-out prompt {too_long!r} has {len(prompts[too_long])} tokens, but teacher.max_model_len is "
-            f"{max_model_len}; raise it to what the dataset was collected with"
+            f"held-out prompt {too_long!r} has {len(prompts[too_long])} tokens, but teacher.max_sequence_tokens is "
+            f"{max_sequence_tokens}; raise it to what the dataset was collected with"
         )
     return {name: prompts[name] for name in sorted(prompts)[:most]}
 
@@ -124,7 +124,7 @@ def drafter_arguments(config: PipelineConfig, dataset: Dataset, student: Path) -
                 "teacher_tokenizer": str(dataset.tokenizer_dir),
                 "teacher_roles": dataset.vocabulary.roles,
                 "block_length": config.train.block_length,
-                "max_length": config.speculate.max_context,
+                "max_context_tokens": config.speculate.max_context_tokens,
             }
         },
     }
@@ -215,7 +215,7 @@ def _job(
     return Job(
         engine=engine,
         prompts=list(prompts.values()),
-        max_tokens=config.speculate.max_tokens,
+        max_tokens=config.speculate.max_response_tokens,
         stop_token_ids=sorted({roles[role] for role in ("end_of_turn", "end_of_text") if role in roles}),
         compare_with=str(compare_with) if compare_with else None,
     )

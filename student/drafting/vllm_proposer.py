@@ -56,7 +56,7 @@ class DrafterOptions:
         teacher_roles: role → id of its special tokens, where its settings and chat template do not say.
         block_length: null is the student's own.
         slots: requests whose contexts stay cached; null is vLLM's `max_num_seqs`.
-        max_length: longest context that is drafted for, in student tokens; null is the student's limit.
+        max_context_tokens: longest context that is drafted for, in student tokens; null is the student's limit.
         keep_extendable: also propose a last token that further bytes could still merge.
         dtype: of the student's weights; null is the checkpoint's.
     """
@@ -66,7 +66,7 @@ class DrafterOptions:
     teacher_roles: dict[str, int] | None = None
     block_length: int | None = None
     slots: int | None = None
-    max_length: int | None = None
+    max_context_tokens: int | None = None
     keep_extendable: bool = False
     dtype: str | None = None
 
@@ -144,7 +144,7 @@ class LladaProposer:
             self.draft_tokens,
             self.options.block_length,
             slots=self.slots,
-            max_length=self.options.max_length,
+            max_context_tokens=self.options.max_context_tokens,
             keep_extendable=self.options.keep_extendable,
         )
         self.ends = frozenset(teacher.roles[role] for role in ("end_of_turn", "end_of_text") if role in teacher.roles)

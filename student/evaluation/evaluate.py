@@ -1,9 +1,9 @@
 """`student evaluate`: how good the drafter is on held-out text, before and after training, with no teacher at hand.
 
-Two measurements, each from the shards alone. *One-hot*: the walk of `student.evaluation.walk` with the very drafter
-that serving uses, in teacher tokens, on text of each decoding rule; its tau is what greedy (or T = 1) speculative
-decoding with these drafts would show. *Ratio*: teacher-forced blocks at every anchor of text sampled at T = 1, for
-1 + J and the bounds on α (`student/README.md`, Evaluation), in student tokens.
+Two measurements, each from the shards alone. *One-hot*: the drafter of serving drafts along the stored text of each
+decoding rule (`offline_acceptance.py`), in teacher tokens; its tau is what greedy (or T = 1) speculative decoding with
+these drafts would show. *Ratio*: teacher-forced blocks at every anchor of text sampled at T = 1, for 1 + J and the
+bounds on α (`student/README.md`, Evaluation), in student tokens.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from shared.files import write_json
 from student.alignment.prepared import PreparedDataset
 from student.data.batch import collate
 from student.data.blocks import lay_out
-from student.evaluation.walk import WalkResult, walk
+from student.evaluation.offline_acceptance import OfflineAcceptance, draft_along
 from student.lineage import IDENTITY, evaluation_identity, require_current_model
 
 logger = logging.getLogger(__name__)
@@ -94,18 +94,18 @@ def _measure(
         config.evaluate.draft_tokens,
         config.train.block_length,
     )
-    walks: dict[str, WalkResult] = {}
+    measured: dict[str, OfflineAcceptance] = {}
     with progress() as bar:
         for rule, records in held_out.items():
             if records:
                 task = bar.add_task(f"{name}: drafting {rule} text", total=len(records), note="")
-                walks[rule] = walk(
+                measured[rule] = draft_along(
                     drafter, records, config.evaluate.draft_tokens, config.evaluate.batch, partial(bar.advance, task)
                 )
         sampled = prepared.indices(split="held_out", rule="sample")[: config.evaluate.max_samples]
         task = bar.add_task(f"{name}: ratio rule", total=len(sampled), note="")
         ratio = _ratio(config, model, tokenizer, prepared, sampled, partial(bar.advance, task))
-    headline = walks[config.evaluate.rule]
+    headline = measured[config.evaluate.rule]
     return {
         "tau": 1 + headline.mean_accepted,
         "accepted_one_hot": headline.mean_accepted,
@@ -121,7 +121,7 @@ def _measure(
                 "by_depth": result.by_depth(),
                 "drafts": result.drafts,
             }
-            for rule, result in walks.items()
+            for rule, result in measured.items()
         },
         "ratio": ratio,
     }
@@ -153,7 +153,9 @@ def _ratio(
     for start in range(0, len(chosen), config.evaluate.batch):
         samples = [prepared[int(i)] for i in chosen[start : start + config.evaluate.batch]]
         rows = [
-            lay_out(s, np.flatnonzero(s.is_anchor), block_length, tokenizer.mask_token_id, config.train.max_length)
+            lay_out(
+                s, np.flatnonzero(s.is_anchor), block_length, tokenizer.mask_token_id, config.train.max_sequence_tokens
+            )
             for s in samples
         ]
         batch = collate(samples, rows, pad_id=tokenizer.pad_token_id)

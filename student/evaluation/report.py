@@ -111,7 +111,7 @@ def write_report(config: PipelineConfig) -> dict[str, Any]:
     Raises:
         UserError: if no stage has left anything to report.
     """
-    from student.training.journal import read_metrics
+    from student.training.metrics_logger import read_metrics
 
     report = gather(config)
     for stage, reason in report["stale"].items():

@@ -119,7 +119,7 @@ def _tokenizer(config: PipelineConfig, source: Source | None) -> Any:
             training_texts(config),
             settings.vocab_size,
             individual_digits=settings.individual_digits,
-            max_length=config.student.max_sequence_length,
+            max_sequence_tokens=config.student.max_sequence_tokens,
         )
     if settings.kind == "teacher":
         from shared.dataset.reader import Dataset
@@ -133,7 +133,7 @@ def _tokenizer(config: PipelineConfig, source: Source | None) -> Any:
     else:
         directory = source.directory
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    tokenizer.model_max_length = config.student.max_sequence_length
+    tokenizer.model_max_length = config.student.max_sequence_tokens
     mask = settings.mask_token
     if mask is not None and mask not in tokenizer.get_vocab():
         raise ConfigError(f"student.tokenizer.mask_token {mask!r} is not a token of {directory}")
@@ -171,10 +171,10 @@ def _random_shape(config: PipelineConfig) -> LladaConfig:
 def _student_config(shape: LladaConfig, vocabulary: Vocabulary, config: PipelineConfig) -> LladaConfig:
     """`shape` with the vocabulary's size and special ids, and the configured length."""
     roles = vocabulary.roles
-    length = config.student.max_sequence_length
+    length = config.student.max_sequence_tokens
     if config.student.checkpoint is not None and length > shape.max_sequence_length:
         raise ConfigError(
-            f"student.max_sequence_length is {length}, but the checkpoint's positions end at "
+            f"student.max_sequence_tokens is {length}, but the checkpoint's positions end at "
             f"{shape.max_sequence_length}; lower it"
         )
     end = roles.get("end_of_text", roles.get("end_of_turn"))

@@ -39,14 +39,14 @@ def train_tokenizer(
     *,
     individual_digits: bool = False,
     min_frequency: int = 2,
-    max_length: int = 4096,
+    max_sequence_tokens: int = 4096,
 ) -> PreTrainedTokenizerFast:
     """Train BPE on `texts`; the result has at most `vocab_size` tokens, specials and the 256 bytes included.
 
     Args:
         individual_digits: every digit is its own token. By default runs of digits merge as other text does.
         min_frequency: a pair that is rarer is not merged.
-        max_length: recorded as the tokenizer's `model_max_length`.
+        max_sequence_tokens: recorded as the tokenizer's `model_max_length`.
 
     Raises:
         VocabularyError: if `vocab_size` has no room for the bytes and the specials, or there is no text.
@@ -97,7 +97,7 @@ def train_tokenizer(
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],
-        model_max_length=max_length,
+        model_max_length=max_sequence_tokens,
     )
 
 

@@ -20,27 +20,27 @@ import torch.distributed
 from shared.config import PipelineConfig, dump_config
 from shared.console import progress
 from shared.files import new_directory, write_json, write_text
-from student.data.feed import TrainingFeed
+from student.data.data_loader import TrainingDataLoader
 from student.lineage import IDENTITY
 from student.losses.objective import loss_scale, sum_over_ranks, summarize
 from student.model.export import save_student
 from student.training import checkpoint
-from student.training.journal import Journal
+from student.training.metrics_logger import MetricsLogger
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class TrainingRun:
-    """What one rank needs to train; `journal` is rank 0's alone."""
+    """What one rank needs to train; `metrics` is rank 0's alone."""
 
     config: PipelineConfig
-    feed: TrainingFeed
+    loader: TrainingDataLoader
     engine: Any
     tokenizer: Any
     identity: dict[str, Any]
     rank: int
-    journal: Journal | None = None
+    metrics: MetricsLogger | None = None
     done: int = 0
     started: float = field(default_factory=time.monotonic)
     tokens: int = 0
@@ -49,31 +49,33 @@ class TrainingRun:
         """Resume if there is something to resume, train to the end, publish the model."""
         self.done = checkpoint.resume(self.engine, self.config.checkpoints_dir, self.identity)
         if self.rank == 0:
-            self.journal = Journal(self.config.run_dir, self.done)
+            self.metrics = MetricsLogger(self.config.run_dir, self.done)
             if self.done:
-                logger.info("resuming after step %d of %d", self.done, self.feed.steps)
+                logger.info("resuming after step %d of %d", self.done, self.loader.steps)
         self.started = time.monotonic()
         every = self.config.train.checkpoint_steps
         with progress() as bar:
-            task = bar.add_task("training", total=self.feed.steps, completed=self.done, note="", visible=self.rank == 0)
-            for step in range(self.done, self.feed.steps):
+            task = bar.add_task(
+                "training", total=self.loader.steps, completed=self.done, note="", visible=self.rank == 0
+            )
+            for step in range(self.done, self.loader.steps):
                 entry = self.step(step)
-                if self.journal is not None:
-                    self.journal.write(entry)
+                if self.metrics is not None:
+                    self.metrics.write(entry)
                     match = entry["match_by_depth"][0] or 0.0
                     note = f"loss {entry['loss']:.3f} match@1 {match:.3f} {entry['tokens_per_s']:,.0f} tok/s"
                     bar.update(task, completed=step + 1, note=note)
-                if every and (step + 1) % every == 0 and step + 1 < self.feed.steps:
+                if every and (step + 1) % every == 0 and step + 1 < self.loader.steps:
                     keep = self.config.train.keep_checkpoints
                     checkpoint.save(self.engine, self.config.checkpoints_dir, step + 1, self.identity, keep, self.rank)
         self.publish()
 
     def step(self, step: int) -> dict[str, Any]:
-        """Train step `step` (0-based); its entry for the journal, the same on every rank."""
+        """Train step `step` (0-based); its entry of the metrics, the same on every rank."""
         batches = list(
-            self.feed.micro_batches(step, self.rank, self.tokenizer.mask_token_id, self.tokenizer.pad_token_id)
+            self.loader.micro_batches(step, self.rank, self.tokenizer.mask_token_id, self.tokenizer.pad_token_id)
         )
-        order = self.feed.order
+        order = self.loader.sampler
         targets = sum_over_ranks(torch.tensor(sum(batch.target_count for batch in batches), device=self.engine.device))
         scale = loss_scale(int(targets), world_size=order.world_size, accumulation_steps=order.accumulation)
         sums = []
@@ -88,22 +90,22 @@ class TrainingRun:
         elapsed = time.monotonic() - self.started
         return summarize(reduced[:-1]) | {
             "step": step + 1,
-            "steps": self.feed.steps,
+            "steps": self.loader.steps,
             "epoch": (step + 1) / order.steps_per_epoch,
             "learning_rate": self.engine.get_lr()[0],
             "grad_norm": float(self.engine.get_global_grad_norm()),
             "tokens": int(reduced[-1]),
             "tokens_per_s": self.tokens / elapsed,
-            "eta_s": elapsed / (step + 1 - self.done) * (self.feed.steps - step - 1),
+            "eta_s": elapsed / (step + 1 - self.done) * (self.loader.steps - step - 1),
             "time": time.strftime("%H:%M:%S"),
         }
 
     def publish(self) -> None:
         """Write the trained model, whole or not at all. A collective: under ZeRO-3 every rank holds a part."""
         weights = full_weights(self.engine)
-        if self.journal is not None:
-            self.journal.close()
-            summary = training_summary(self.journal.entries) | {IDENTITY: self.identity}
+        if self.metrics is not None:
+            self.metrics.close()
+            summary = training_summary(self.metrics.entries) | {IDENTITY: self.identity}
             self.engine.module.model.config.draft_block_length = self.config.train.block_length
             with new_directory(self.config.student_final_dir) as directory:
                 save_student(self.engine.module.model, self.tokenizer, directory, state_dict=weights)

@@ -15,7 +15,7 @@ from typing import Any
 from shared.config import PipelineConfig
 from shared.errors import CheckpointError
 from student.alignment.sanity import check_alignment
-from student.data.feed import TrainingFeed
+from student.data.data_loader import TrainingDataLoader
 from student.lineage import IDENTITY, present, read_json
 from student.losses.settings import LossChoice, LossSettings, check_temperature, resolve_loss
 from student.model.export import read_config
@@ -42,10 +42,10 @@ def train(config: PipelineConfig, *, fresh: bool = False) -> None:
         train_rank(config, fresh=fresh)
         return
     world_size = launch.ranks_here(config.train)
-    feed = check(config, world_size)
+    loader = check(config, world_size)
     if fresh:
         forget(config)
-    if is_finished(config, identity_of(config, feed)):
+    if is_finished(config, identity_of(config, loader)):
         logger.info(ALREADY_TRAINED, config.student_final_dir)
     elif world_size > 1:
         launch.replace_with_ranks(world_size, [argument for argument in sys.argv[1:] if argument != "--fresh"])
@@ -59,19 +59,19 @@ def forget(config: PipelineConfig) -> None:
     shutil.rmtree(config.student_final_dir, ignore_errors=True)
 
 
-def check(config: PipelineConfig, world_size: int) -> TrainingFeed:
+def check(config: PipelineConfig, world_size: int) -> TrainingDataLoader:
     """Everything that can fail on the user's account, before a rank starts; logs which loss is trained and why.
 
-    Returns: the feed that passed.
+    Returns: the loader that passed.
     """
     if not (config.student_init_dir / "config.json").exists():
         raise CheckpointError(f"{config.student_init_dir} holds no model; run `student init` with this config first")
-    feed = TrainingFeed.open(config, world_size)
-    deepspeed_config(config.train, feed.order.accumulation)
-    loss, reason = settle_loss(config, feed)
+    loader = TrainingDataLoader.open(config, world_size)
+    deepspeed_config(config.train, loader.sampler.accumulation)
+    loss, reason = settle_loss(config, loader)
     LossSettings.from_config(config.train, config.train.block_length, loss)
-    stride = max(len(feed.chosen) // SANITY_SAMPLES, 1)
-    samples = [feed.sample(number) for number in range(0, len(feed.chosen), stride)]
+    stride = max(len(loader.chosen) // SANITY_SAMPLES, 1)
+    samples = [loader.sample(number) for number in range(0, len(loader.chosen), stride)]
     probability = check_alignment(samples)
     if loss != "ce":
         vocabulary_size = read_config(config.student_init_dir).vocab_size
@@ -79,19 +79,19 @@ def check(config: PipelineConfig, world_size: int) -> TrainingFeed:
         check_temperature(targets, config.train.temperature, vocabulary_size, config.train.max_unknown_share)
     logger.info("loss: %s; in %s", reason, training_dtype(config.train))
     logger.info("sanity: the stored rows give the observed tokens a mean probability of %.3f", probability)
-    return feed
+    return loader
 
 
-def settle_loss(config: PipelineConfig, feed: TrainingFeed) -> LossChoice:
+def settle_loss(config: PipelineConfig, loader: TrainingDataLoader) -> LossChoice:
     """The loss that these training records support, and why."""
-    has_any = bool(feed.prepared.soft[feed.chosen].any())
-    return resolve_loss(config.train, has_any, records_without=feed.without_distributions)
+    has_any = bool(loader.prepared.soft[loader.chosen].any())
+    return resolve_loss(config.train, has_any, records_without=loader.without_distributions)
 
 
-def identity_of(config: PipelineConfig, feed: TrainingFeed) -> dict[str, Any]:
+def identity_of(config: PipelineConfig, loader: TrainingDataLoader) -> dict[str, Any]:
     """The identity of the run that is to be: of its settings, its prepared data with their sources, and its start."""
-    inputs = feed.prepared.identity | {"prepared data": feed.prepared.fingerprint} | present(config, "start")
-    return run_identity(config, inputs, feed.order.world_size)
+    inputs = loader.prepared.identity | {"prepared data": loader.prepared.fingerprint} | present(config, "start")
+    return run_identity(config, inputs, loader.sampler.world_size)
 
 
 def is_finished(config: PipelineConfig, identity: dict[str, Any]) -> bool:
@@ -122,15 +122,15 @@ def train_rank(config: PipelineConfig, *, fresh: bool = False) -> None:
         check(config, int(os.environ["WORLD_SIZE"]))
         forget(config)  # the other ranks go on when this one has joined
     rank, world_size = initialize_process_group()
-    feed = TrainingFeed.open(config, world_size)
-    identity = identity_of(config, feed)
+    loader = TrainingDataLoader.open(config, world_size)
+    identity = identity_of(config, loader)
     if not fresh and is_finished(config, identity):
         if rank == 0:
             logger.info(ALREADY_TRAINED, config.student_final_dir)
         torch.distributed.destroy_process_group()
         return
     torch.manual_seed(config.seed)
-    partitioned = partitioned_loading(deepspeed_config(config.train, feed.order.accumulation))
+    partitioned = partitioned_loading(deepspeed_config(config.train, loader.sampler.accumulation))
     model, tokenizer = load_student(config.student_init_dir, dtype=getattr(torch, training_dtype(config.train)))
     del partitioned
     if config.student.lora:
@@ -138,8 +138,8 @@ def train_rank(config: PipelineConfig, *, fresh: bool = False) -> None:
     if config.train.activation_checkpointing:
         model.gradient_checkpointing_enable()
     model.train()
-    loss, _ = settle_loss(config, feed)
+    loss, _ = settle_loss(config, loader)
     module = DistillationModule(model, LossSettings.from_config(config.train, config.train.block_length, loss))
-    engine = build_engine(module, config.train, feed.order.accumulation, feed.steps)
-    TrainingRun(config, feed, engine, tokenizer, identity, rank).run()
+    engine = build_engine(module, config.train, loader.sampler.accumulation, loader.steps)
+    TrainingRun(config, loader, engine, tokenizer, identity, rank).run()
     torch.distributed.destroy_process_group()

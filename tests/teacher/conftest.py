@@ -69,15 +69,15 @@ def write_config(folder: Path, checkpoint: Path, prompts: int | str = 12) -> Pat
     tree = {
         "name": "tiny",
         "runs": str(folder / "runs"),
-        "teacher": {"model": str(checkpoint), "dtype": "float32", "max_model_len": 128, "max_num_seqs": 4},
+        "teacher": {"model": str(checkpoint), "dtype": "float32", "max_sequence_tokens": 128, "max_num_seqs": 4},
         "collect": {
             "prompts": str(folder / "prompts.jsonl"),
             "held_out": 0.25,
             "top_k": 8,
             "unit_prompts": 4,
             "decoding": [
-                {"split": "train", "temperature": 0, "max_tokens": 8},
-                {"split": "held_out", "temperature": 1, "max_tokens": 8, "samples": 2},
+                {"split": "train", "temperature": 0, "max_response_tokens": 8},
+                {"split": "held_out", "temperature": 1, "max_response_tokens": 8, "samples": 2},
             ],
         },
         "student": {"checkpoint": None},

@@ -41,7 +41,7 @@ def teacher(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         ('{"id": "a"', "seed=1", "prompts.jsonl line 1 is not JSON"),
         (12, "teacher.model=no/such/dir", "teacher.model no/such/dir does not exist"),
         (12, "collect.topk=8", "collect.topk: unknown key; did you mean 'top_k'"),
-        (12, "teacher.max_model_len=4", "teacher.max_model_len is 4"),
+        (12, "teacher.max_sequence_tokens=4", "teacher.max_sequence_tokens is 4"),
     ],
 )
 def test_mistakes(

@@ -221,7 +221,7 @@ def test_all_prompts_that_fill_the_context_are_named_with_their_lengths(make_con
     assert message.startswith("3 of 4 prompts have 128 tokens or more")
     named = re.findall(r"'p-(\d+)' \((\d+)\)", message)
     assert [name for name, _ in named] == ["300", "250", "200"]
-    assert f"raise teacher.max_model_len to {int(named[0][1]) + 8}" in message  # max_tokens is 8
+    assert f"raise teacher.max_sequence_tokens to {int(named[0][1]) + 8}" in message  # max_response_tokens is 8
     many = [json.dumps({"id": f"p-{i}", "skill": "sums", "prompt": "word " * 200}) for i in range(25)]
     with pytest.raises(PromptError, match=r"25 of 25 prompts .* and 5 others; shorten them"):
         prepare(make_config(prompts="\n".join(many)))
@@ -237,8 +237,8 @@ def test_another_configuration_says_that_another_name_collects_again(make_config
 
 def test_answers_that_may_be_cut_are_announced(make_config: Maker, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger=collecting.log.name):
-        prepare(make_config(collect__decoding=[{"split": "train", "max_tokens": 127}]))
-    assert "less than max_tokens 127" in caplog.text
+        prepare(make_config(collect__decoding=[{"split": "train", "max_response_tokens": 127}]))
+    assert "less than max_response_tokens 127" in caplog.text
 
 
 def test_a_plan_adds_up_and_guesses_nothing(make_config: Maker) -> None:

@@ -54,6 +54,6 @@ def test_seeds_belong_to_samples_and_to_the_run(make_config: Maker) -> None:
 def test_rules_that_would_write_the_same_samples_are_refused(make_config: Maker) -> None:
     greedy = {"split": "train", "temperature": 0}
     with pytest.raises(ConfigError, match="repeats the rule greedy for train"):
-        make_config(collect__decoding=[greedy, {**greedy, "max_tokens": 9}])
+        make_config(collect__decoding=[greedy, {**greedy, "max_response_tokens": 9}])
     with pytest.raises(ConfigError, match="2 samples would be one text"):
         make_config(collect__decoding=[{**greedy, "samples": 2}])

@@ -141,9 +141,9 @@ def _write_config(folder: Path, name: str) -> Path:
         "prompts": str(folder / "prompts.jsonl"), "held_out": 0.2, "top_k": K, "unit_prompts": 2,
         "measure_capture": False,
         "decoding": [
-            {"split": "train", "temperature": 0, "max_tokens": 24},
-            {"split": "train", "temperature": 1, "max_tokens": 24},
-            {"split": "held_out", "temperature": 0, "max_tokens": 24},
+            {"split": "train", "temperature": 0, "max_response_tokens": 24},
+            {"split": "train", "temperature": 1, "max_response_tokens": 24},
+            {"split": "held_out", "temperature": 0, "max_response_tokens": 24},
         ],
     }  # fmt: skip
     path = folder / f"{name}.yaml"

@@ -12,7 +12,7 @@ MASK = 99
 
 def test_a_row_by_hand() -> None:
     sample = make_sample("a", prompt_length=2, response_length=5, anchors=[0, 3])
-    row = lay_out(sample, np.array([0, 3]), block_length=3, mask_id=MASK, max_length=100)
+    row = lay_out(sample, np.array([0, 3]), block_length=3, mask_id=MASK, max_sequence_tokens=100)
     x = sample.input_ids
     assert row.input_ids.tolist() == [x[0], x[1], x[2], x[3], x[4], *[MASK] * 6]
     assert row.position_ids.tolist() == [0, 1, 2, 3, 4, 2, 3, 4, 5, 6, 7]
@@ -35,7 +35,7 @@ def test_every_target_stands_at_its_own_position(prompt: int, response: int, blo
     """LLaDA is not shifted: the masked token with position P + i has response token i as its target."""
     sample = make_sample("a", prompt, response)
     anchors = choose_anchors(sample, count, np.random.default_rng(seed))
-    row = lay_out(sample, anchors, block, MASK, max_length=1000)
+    row = lay_out(sample, anchors, block, MASK, max_sequence_tokens=1000)
     assert np.array_equal(row.position_ids[row.supervised], prompt + row.response_positions)
     assert (row.input_ids[row.supervised] == MASK).all()
     assert np.array_equal(row.response_positions - (row.depth - 1), anchors[row.block])
@@ -46,7 +46,7 @@ def test_every_target_stands_at_its_own_position(prompt: int, response: int, blo
 
 def test_blocks_past_the_longest_position_are_left_out() -> None:
     sample = make_sample("a", prompt_length=4, response_length=10)
-    row = lay_out(sample, np.arange(10), block_length=3, mask_id=MASK, max_length=9)
+    row = lay_out(sample, np.arange(10), block_length=3, mask_id=MASK, max_sequence_tokens=9)
     assert row.position_ids.max() == 8
     assert set(row.block.tolist()) == {0, 1, 2}
 

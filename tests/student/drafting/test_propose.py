@@ -152,10 +152,14 @@ def test_a_context_that_does_not_fit_gets_no_draft(
     drafts = unbounded.propose(list(conversations), list(conversations.values()))
     ids, draft = next((i, d) for i, d in zip(conversations.values(), drafts, strict=True) if d)
     room = len(small_bridge.translate(ids).student_ids) + BLOCK
-    assert Drafter(model, small_bridge, 4, BLOCK, max_length=room - 1, keep_extendable=True).propose([0], [ids]) == [[]]
-    assert Drafter(model, small_bridge, 4, BLOCK, max_length=room, keep_extendable=True).propose([0], [ids]) == [draft]
+    assert Drafter(model, small_bridge, 4, BLOCK, max_context_tokens=room - 1, keep_extendable=True).propose(
+        [0], [ids]
+    ) == [[]]
+    assert Drafter(model, small_bridge, 4, BLOCK, max_context_tokens=room, keep_extendable=True).propose(
+        [0], [ids]
+    ) == [draft]
     # One such request does not keep the others from being drafted for, and it may shrink and go on.
-    drafter = Drafter(model, small_bridge, 4, BLOCK, max_length=room - 1, keep_extendable=True)
+    drafter = Drafter(model, small_bridge, 4, BLOCK, max_context_tokens=room - 1, keep_extendable=True)
     shorter = ids[:-6]
     fresh = Drafter(model, small_bridge, 4, BLOCK, keep_extendable=True).propose([0], [shorter])
     assert drafter.propose([1, 0], [shorter, ids]) == [fresh[0], []]

@@ -124,14 +124,14 @@ def pipeline(run_dir: Path, teacher: Path, **changes: Any) -> PipelineConfig:
         "teacher": {
             "model": str(teacher),
             "dtype": "float32",
-            "max_model_len": 256,
+            "max_sequence_tokens": 256,
             "enforce_eager": True,
             "kv_cache_gib": 1,
         },
         "collect": {"prompts": str(PROMPTS), "decoding": [{"split": "held_out", "temperature": 0}]},
         "student": {"checkpoint": None},
         "train": {"steps": 1, "block_length": BLOCK},
-        "speculate": {"draft_tokens": 3, "max_tokens": 24, "max_num_seqs": 4},
+        "speculate": {"draft_tokens": 3, "max_response_tokens": 24, "max_num_seqs": 4},
     }
     for section, values in changes.items():
         tree[section] |= values
@@ -204,7 +204,7 @@ def test_each_held_out_prompt_is_decoded_once(run_dir: Path, teacher: Path) -> N
     assert sorted(prompts) == list(prompts)
     assert len(prompts) == 8
     assert list(held_out_prompts(open_dataset(config), 3, 256)) == list(prompts)[:3]
-    with pytest.raises(DatasetError, match=r"teacher\.max_model_len is 10"):
+    with pytest.raises(DatasetError, match=r"teacher\.max_sequence_tokens is 10"):
         held_out_prompts(open_dataset(config), None, 10)
 
 

@@ -66,7 +66,7 @@ def configured(tmp_path: Path, shards: Path) -> Any:
             "runs": str(tmp_path / "runs"),
             "teacher": {"model": "none"},
             "collect": {"prompts": "none", "decoding": [{"split": "train"}]},
-            "student": {"max_sequence_length": 256, **student},
+            "student": {"max_sequence_tokens": 256, **student},
             "train": {"steps": 1},
         }
         path = tmp_path / "config.yaml"
@@ -188,7 +188,7 @@ def test_the_student_s_vocabulary_never_sees_held_out_text(configured: Any) -> N
         ({"layers": []}, ConfigError, "at least one"),
         ({"checkpoint": None}, ConfigError, "student.tokenizer.kind is 'checkpoint' but student.checkpoint is null"),
         ({"checkpoint": "no/such/place"}, CheckpointError, "there is no checkpoint directory no/such/place"),
-        ({"max_sequence_length": 1024}, ConfigError, "max_sequence_length is 1024, but the checkpoint's positions end"),
+        ({"max_sequence_tokens": 1024}, ConfigError, "max_sequence_tokens is 1024, but the checkpoint's positions end"),
         ({"tokenizer": {"kind": "trained"}, "dataset": False}, DatasetError, "shards"),
         ({"tokenizer": {"kind": "checkpoint", "mask_token": "<no>"}}, ConfigError, "'<no>' is not a token of"),
         (

@@ -18,13 +18,13 @@ from shared.errors import TrainingError
 from student.alignment.prepared import PreparedDataset
 from student.alignment.targets import AlignedSample
 from student.data.batch import MicroBatch, collate
+from student.data.batch_sampler import BatchSampler
 from student.data.blocks import choose_anchors, lay_out, sample_generator
-from student.data.order import StepOrder
 
 
 @dataclass(frozen=True)
-class TrainingFeed:
-    """The prepared training samples, their order, and how many steps there will be.
+class TrainingDataLoader:
+    """The prepared training samples, their sampler, and how many steps there will be.
 
     Attributes:
         chosen: int64 [n], numbers of the training samples within `prepared`.
@@ -34,12 +34,12 @@ class TrainingFeed:
     config: PipelineConfig
     prepared: PreparedDataset
     chosen: NDArray[np.int64]
-    order: StepOrder
+    sampler: BatchSampler
     steps: int
 
     @classmethod
-    def open(cls, config: PipelineConfig, world_size: int) -> TrainingFeed:
-        """The feed of `config` for `world_size` ranks.
+    def open(cls, config: PipelineConfig, world_size: int) -> TrainingDataLoader:
+        """The loader of `config` for `world_size` ranks.
 
         Raises:
             DatasetError: if there is no prepared dataset. StaleError: if it is to be made again.
@@ -52,15 +52,15 @@ class TrainingFeed:
             raise TrainingError(
                 f"{config.prepared_dir} holds no sample of the split 'train': collect some and prepare again"
             )
-        order = StepOrder(
+        sampler = BatchSampler(
             lengths=np.asarray(prepared.lengths)[chosen],
             seed=config.seed,
             global_batch=config.train.global_batch,
             micro_batch=config.train.micro_batch,
             world_size=world_size,
         )
-        steps = config.train.steps or max(round((config.train.epochs or 1) * order.steps_per_epoch), 1)
-        return cls(config, prepared, chosen, order, steps)
+        steps = config.train.steps or max(round((config.train.epochs or 1) * sampler.steps_per_epoch), 1)
+        return cls(config, prepared, chosen, sampler, steps)
 
     def sample(self, number: int) -> AlignedSample:
         """Training sample `number`, 0 ≤ number < n."""
@@ -74,7 +74,7 @@ class TrainingFeed:
 
     def micro_batches(self, step: int, rank: int, mask_id: int, pad_id: int) -> Iterator[MicroBatch]:
         """This rank's forwards of `step`."""
-        epoch, parts = self.order.micro_batches(step, rank)
+        epoch, parts = self.sampler.micro_batches(step, rank)
         train = self.config.train
         for part in parts:
             samples = [self.sample(number) for number in part]
@@ -82,5 +82,5 @@ class TrainingFeed:
             for sample in samples:
                 generator = sample_generator(self.config.seed, epoch, sample.sample_id)
                 anchors = choose_anchors(sample, train.anchors, generator)
-                rows.append(lay_out(sample, anchors, train.block_length, mask_id, train.max_length))
+                rows.append(lay_out(sample, anchors, train.block_length, mask_id, train.max_sequence_tokens))
             yield collate(samples, rows, pad_id=pad_id, depth_decay=train.depth_decay)

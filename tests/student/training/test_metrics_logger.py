@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from student.training.journal import Journal, describe, read_metrics
+from student.training.metrics_logger import MetricsLogger, describe, read_metrics
 
 
 def entry(step: int) -> dict[str, Any]:
@@ -30,18 +30,18 @@ def written(directory: Path) -> tuple[str, str]:
 
 
 def test_a_resumed_journal_reads_as_if_it_had_never_stopped(tmp_path: Path) -> None:
-    whole = Journal(tmp_path / "whole", resume_step=0)
+    whole = MetricsLogger(tmp_path / "whole", resume_step=0)
     for step in range(1, 7):
         whole.write(entry(step))
     whole.close()
     # Interrupted after step 5, whose line was cut short; the newest checkpoint is of step 3.
-    broken = Journal(tmp_path / "broken", resume_step=0)
+    broken = MetricsLogger(tmp_path / "broken", resume_step=0)
     for step in range(1, 6):
         broken.write(entry(step))
     broken.close()
     metrics = tmp_path / "broken" / "metrics.jsonl"
     metrics.write_text(metrics.read_text()[:-20])
-    resumed = Journal(tmp_path / "broken", resume_step=3)
+    resumed = MetricsLogger(tmp_path / "broken", resume_step=3)
     assert [kept["step"] for kept in resumed.entries] == [1, 2, 3]
     for step in range(4, 7):
         resumed.write(entry(step))

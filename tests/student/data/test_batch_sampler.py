@@ -6,12 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.errors import ConfigError
-from student.data.order import StepOrder
+from student.data.batch_sampler import BatchSampler
 
 
-def order(samples: int = 37, world_size: int = 1, micro_batch: int = 3, seed: int = 0) -> StepOrder:
+def order(samples: int = 37, world_size: int = 1, micro_batch: int = 3, seed: int = 0) -> BatchSampler:
     lengths = np.random.default_rng(1).integers(5, 90, samples)
-    return StepOrder(lengths, seed, global_batch=12, micro_batch=micro_batch, world_size=world_size)
+    return BatchSampler(lengths, seed, global_batch=12, micro_batch=micro_batch, world_size=world_size)
 
 
 @given(step=st.integers(0, 50), world_size=st.sampled_from([1, 2, 3, 4, 6, 12]), micro_batch=st.integers(1, 12))

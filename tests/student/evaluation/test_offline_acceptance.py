@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from shared.dataset.records import Record, Sampling
-from student.evaluation.walk import leading_matches, walk
+from student.evaluation.offline_acceptance import draft_along, leading_matches
 
 
 def record(name: str, response: list[int]) -> Record:
@@ -50,7 +50,7 @@ class Oracle:
 def test_a_perfect_drafter_is_accepted_to_the_end() -> None:
     records = [record("a1", [1, 2, 3, 4, 5, 6, 7, 8, 9]), record("b1", [1, 2, 3])]
     drafter = Oracle(records)
-    result = walk(drafter, records, draft_tokens=3, batch=2)
+    result = draft_along(drafter, records, draft_tokens=3, batch=2)
     assert result.accepted == {"a1": [3, 3], "b1": [2]}
     assert drafter.contexts[0] == [100, 101, 1], "the first response token is the teacher's own"
     assert drafter.responses == {}, "requests are released"
@@ -58,7 +58,7 @@ def test_a_perfect_drafter_is_accepted_to_the_end() -> None:
 
 def test_after_n_accepted_tokens_the_teacher_adds_one() -> None:
     records = [record("a1", [1, 2, 3, 4, 5, 6, 7, 8, 9])]
-    result = walk(Oracle(records, right=1), records, draft_tokens=3, batch=1)
+    result = draft_along(Oracle(records, right=1), records, draft_tokens=3, batch=1)
     assert result.accepted["a1"] == [1, 1, 1, 1]
     assert result.mean_accepted == 1
     assert result.by_depth() == [1, 0, 0]
@@ -75,7 +75,7 @@ class EverySecond(Oracle):
 
 def test_empty_drafts_count_for_tau_but_not_for_what_vllm_counts() -> None:
     records = [record("a1", list(range(8)))]
-    result = walk(EverySecond(records, right=2), records, draft_tokens=3, batch=1)
+    result = draft_along(EverySecond(records, right=2), records, draft_tokens=3, batch=1)
     # Contexts of 3, 6 and 7 tokens (two of them the prompt): 2 accepted, nothing drafted, the last 2 accepted.
     assert result.proposed["a1"] == [3, 0, 3]
     assert result.accepted["a1"] == [2, 0, 2]
@@ -85,7 +85,7 @@ def test_empty_drafts_count_for_tau_but_not_for_what_vllm_counts() -> None:
 
 def test_a_drafter_that_is_off_by_one_is_worth_nothing() -> None:
     records = [record("a1", list(range(1, 30)))]
-    assert walk(Oracle(records, shift=1), records, draft_tokens=3, batch=1).mean_accepted == 0
+    assert draft_along(Oracle(records, shift=1), records, draft_tokens=3, batch=1).mean_accepted == 0
 
 
 @pytest.mark.parametrize(

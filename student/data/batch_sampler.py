@@ -23,7 +23,7 @@ def _permutation(seed: int, epoch: int, samples: int) -> NDArray[np.int64]:
 
 
 @dataclass(frozen=True, slots=True)
-class StepOrder:
+class BatchSampler:
     """The order of one training run.
 
     Attributes:

@@ -14,7 +14,7 @@ from typing import Any
 from shared.files import write_text
 
 
-class Journal:
+class MetricsLogger:
     """`metrics.jsonl` and `training_log.log` of a run; every line is flushed as it is written."""
 
     def __init__(self, directory: Path, resume_step: int) -> None:

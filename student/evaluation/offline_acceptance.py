@@ -1,8 +1,8 @@
 """Acceptance as serving would see it, from stored responses alone.
 
-The walk decodes nothing: a stored response is what the teacher said, so a drafted token is accepted exactly when it
+Nothing is decoded: a stored response is what the teacher said, so a drafted token is accepted exactly when it
 is the stored one. At T = 1 that is the one-hot rule's expectation (accept x with probability p(x)); on greedy text it
-is what greedy speculative decoding does, draft for draft. The walk visits the very contexts that serving would visit:
+is what greedy speculative decoding does, draft for draft. The contexts are the very ones that serving would have:
 after n accepted tokens the teacher adds one of its own, so the next draft starts n + 1 tokens on.
 """
 
@@ -19,7 +19,7 @@ from shared.dataset.records import Record
 
 
 class Proposer(Protocol):
-    """What the walk needs of a drafter."""
+    """What is needed of a drafter."""
 
     def propose(self, request_ids: Sequence[str], contexts: Sequence[np.ndarray]) -> list[list[int]]:
         """Up to k teacher tokens for each context of teacher tokens."""
@@ -31,7 +31,7 @@ class Proposer(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class WalkResult:
+class OfflineAcceptance:
     """Accepted tokens of every draft, by response.
 
     Attributes:
@@ -74,13 +74,13 @@ class WalkResult:
         return {skill: 1 + float(np.mean(counts)) for skill, counts in sorted(pooled.items()) if counts}
 
 
-def walk(
+def draft_along(
     drafter: Proposer,
     records: Sequence[Record],
     draft_tokens: int,
     batch: int,
     on_response: Callable[[], None] = lambda: None,
-) -> WalkResult:
+) -> OfflineAcceptance:
     """Draft along `records`, `batch` at a time. The first response token is the teacher's own, as in serving."""
     accepted: dict[str, list[int]] = {record.sample_id: [] for record in records}
     proposed: dict[str, list[int]] = {record.sample_id: [] for record in records}
@@ -98,7 +98,7 @@ def walk(
         drafter.release(list(position))
         for _ in group:
             on_response()
-    return WalkResult(accepted, proposed, {record.sample_id: record.skill for record in records}, draft_tokens)
+    return OfflineAcceptance(accepted, proposed, {record.sample_id: record.skill for record in records}, draft_tokens)
 
 
 def leading_matches(draft: Sequence[int], observed: Sequence[int] | np.ndarray) -> int:
