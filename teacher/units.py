@@ -43,7 +43,7 @@ class Unit:
 def cut_units(splits: dict[Split, list[Prompt]], collect: CollectConfig, seed: int) -> list[Unit]:
     """The units of `collect.decoding`, rule after rule; prompts keep the order that their split has.
 
-    A response's random seed follows from (seed, sample id), so it depends neither on its neighbours in the batch nor
+    A response's random seed follows from (seed, sample id), so it depends neither on its neighbors in the batch nor
     on what was collected before.
     """
     units = []
