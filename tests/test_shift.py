@@ -20,7 +20,9 @@ from student.alignment.prepare import prepare
 from student.evaluation.offline_acceptance import draft_along
 from student.model.initialize import initialize_student
 from student.training.train import check
-from tests.fixtures.toy_run import ToyTeacher, load_toy, shifted, write_toy_shards
+from tests.fixtures.records import shifted
+from tests.fixtures.toy_run import load_toy, write_toy_shards
+from tests.fixtures.toy_teacher import ToyTeacher
 
 DRAFT = 3
 
@@ -47,15 +49,14 @@ class RowDrafter:
 
 def ratio_acceptance(teacher: ToyTeacher, records: Sequence[Record]) -> float:
     """Mean Σ min(p, q) of the stored rows p against the chain's own distribution q, response tokens after the first."""
-    state_of = {int(token): state for state, token in enumerate(teacher.states)}
     overlaps = []
     for record in records:
         assert record.distributions is not None
         for position in range(1, len(record.response_ids)):
-            q = teacher.transition_nxn[state_of[int(record.response_ids[position - 1])]]
+            q = teacher.row((int(record.response_ids[position - 1]),))
             ids, logprobs = record.distributions.row(position)
             p = np.exp(logprobs.astype(np.float64))
-            overlaps.append(np.minimum(p, [q[state_of[int(token)]] for token in ids]).sum())
+            overlaps.append(np.minimum(p, [q[int(token)] for token in ids]).sum())
     return float(np.mean(overlaps))
 
 

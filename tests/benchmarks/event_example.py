@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shared.tokenizer.vocabulary import Vocabulary, load_tokenizer
 from student.alignment.align import Aligner
+from tests.fixtures.records import record_from_rows
 from tests.fixtures.texts import llada_like
-from tests.fixtures.toy_tokenizers import toy_record
 
 PROMPT = "What is a lantern?"
 RESPONSE = "A lantern is a small, portable, and versatile light source"
@@ -39,7 +39,7 @@ def main(checkpoint: Path) -> None:
         logits_TxV = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
     logprobs_TxK, ids_TxK = logits_TxV.log_softmax(-1).topk(TOP_K)
     observed = logits_TxV.softmax(-1)[range(len(response)), response].tolist()
-    record = toy_record(teacher, tuple(response), ids_TxK.tolist(), logprobs_TxK.exp().tolist(), observed)
+    record = record_from_rows(teacher, response, ids_TxK.tolist(), logprobs_TxK.exp().tolist(), observed)
     sample = Aligner(teacher, student, encoder, teacher_encoder=teacher_encoder).align(record)
     assert sample is not None
     targets, student_ids = sample.targets, sample.input_ids

@@ -20,8 +20,9 @@ from student.alignment.sanity import observed_masses
 from student.alignment.spans import lay_spans
 from student.alignment.tables import pair_tables
 from student.alignment.targets import AlignedSample
+from tests.fixtures.records import record_from_rows
 from tests.fixtures.texts import TEXTS, RowMaker, llada_like, llama3, qwen, tekken
-from tests.fixtures.toy_tokenizers import assert_same_targets, toy_record
+from tests.fixtures.toy_tokenizers import assert_same_targets
 from tests.student.alignment.reference import ReferenceAlignment
 
 Tokenizer = tuple[Vocabulary, Encoder]
@@ -108,7 +109,7 @@ def test_grouped_numerals_give_exact_digit_marginals(cache: Path) -> None:
     order = np.argsort(-probabilities)
     row = ([ids[n] for n in order], [float(probabilities[n]) for n in order])
     end = teacher[0].roles["end_of_turn"]
-    record = toy_record(
+    record = record_from_rows(
         teacher[0],
         (ids[observed], end),
         [row[0], [end]],
@@ -169,7 +170,9 @@ def test_a_special_token_inside_the_text_is_counted(cache: Path) -> None:
     ids = (*first.response_ids.tolist(), *second.response_ids.tolist())
     rows = [record.distributions.row(j) for record in (first, second) for j in range(len(record.response_ids))]  # type: ignore[union-attr]
     observed = np.exp(np.r_[first.distributions.sampled, second.distributions.sampled]).tolist()
-    record = toy_record(teacher[0], ids, [r[0].tolist() for r in rows], [np.exp(r[1]).tolist() for r in rows], observed)
+    record = record_from_rows(
+        teacher[0], ids, [r[0].tolist() for r in rows], [np.exp(r[1]).tolist() for r in rows], observed
+    )
     sample, counts = aligner(teacher, student, cache).align_counted(record)
     assert sample is not None
     assert counts["inner_specials"] == 1

@@ -18,7 +18,14 @@ from shared.dataset.records import Distributions
 from shared.tokenizer.vocabulary import Encoder, Vocabulary
 from student.alignment.kernels.compute import TargetKernels
 from student.alignment.spans import lay_spans
-from tests.fixtures.toy_tokenizers import ToyTeacher, assert_same_targets, random_merges, toy_aligner, toy_tokenizer
+from tests.fixtures.toy_teacher import ToyTeacher
+from tests.fixtures.toy_tokenizers import (
+    assert_same_targets,
+    random_merges,
+    random_teacher,
+    toy_aligner,
+    toy_tokenizer,
+)
 from tests.student.alignment.reference import ReferenceAlignment
 
 EXACT = 1e-9
@@ -39,9 +46,9 @@ class Outcome:
 class Enumeration:
     """Every text of a toy teacher, and what it says about one observed response."""
 
-    def __init__(self, teacher: ToyTeacher, student: tuple[Vocabulary, Encoder], cache: Path) -> None:
+    def __init__(self, teacher: ToyTeacher, encoder: Encoder, student: tuple[Vocabulary, Encoder], cache: Path) -> None:
         self.teacher, self.student = teacher, student
-        self.aligner = toy_aligner((teacher.vocabulary, teacher.encoder), student, cache)
+        self.aligner = toy_aligner((teacher.vocabulary, encoder), student, cache)
 
     def alignment(self, sequence: tuple[int, ...]) -> ReferenceAlignment:
         record = self.teacher.record(sequence)
@@ -158,7 +165,7 @@ def world_of(seed: int, teacher_merges: int, student_merges: int, cache: Path, l
     generator = random.Random(seed)
     vocabulary, encoder = toy_tokenizer(random_merges(generator, teacher_merges))
     student = toy_tokenizer(random_merges(generator, student_merges))
-    return Enumeration(ToyTeacher(vocabulary, encoder, seed, longest), student, cache)
+    return Enumeration(random_teacher(vocabulary, encoder, seed, longest), encoder, student, cache)
 
 
 def some_texts(world: Enumeration, seed: int, count: int) -> list[tuple[int, ...]]:

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from shared.config import PipelineConfig, PrepareConfig
 from shared.dataset.reader import DatasetWriter, Provenance
-from shared.dataset.records import Distributions, Record
+from shared.dataset.records import Record
 from shared.errors import AlignmentError, CheckpointError, DatasetError, VocabularyError
 from shared.tokenizer.vocabulary import load_tokenizer
 from student.alignment.audit import audit
@@ -23,6 +23,7 @@ from student.alignment.prepare import prepare
 from student.alignment.prepared import PreparedDataset
 from student.alignment.sanity import check_alignment
 from student.alignment.targets import AlignedSample, SparseTargets
+from tests.fixtures.records import shifted, write_dataset
 from tests.fixtures.texts import RowMaker, corpus
 
 RECORDS, PER_UNIT = 8, 3
@@ -58,16 +59,9 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     monkeypatch.setenv("LLADA_DRAFTER_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
-def write_dataset(path: Path, records: list[Record], tokenizer: Path, check: bool = True) -> Path:
-    vocabulary, _ = load_tokenizer(tokenizer)
-    provenance = Provenance(
-        teacher="toy", tokenizer_fingerprint=vocabulary.fingerprint, engine="test", dtype="float32", top_k=24
-    )
-    writer = DatasetWriter(path, provenance, vocabulary, tokenizer, check=check)
+def write_records(path: Path, records: list[Record], tokenizer: Path, check: bool = True) -> Path:
     units = {f"unit-{n}": records[n * PER_UNIT : (n + 1) * PER_UNIT] for n in range(-(-len(records) // PER_UNIT))}
-    for name, rows in units.items():
-        writer.write_unit(name, rows)
-    writer.finish(list(units))
+    write_dataset(path, units, check, tokenizer, top_k=24)
     return path
 
 
@@ -88,7 +82,7 @@ def pipeline(root: Path, **settings: object) -> PipelineConfig:
 @pytest.fixture
 def config(tmp_path: Path, records: list[Record], tokenizers: tuple[Path, Path]) -> PipelineConfig:
     made = pipeline(tmp_path)
-    write_dataset(made.shards_dir, records, tokenizers[0])
+    write_records(made.shards_dir, records, tokenizers[0])
     shutil.copytree(tokenizers[1], made.student_init_dir)
     return made
 
@@ -268,22 +262,6 @@ class PreparedSource:
 # --- shifted rows ---------------------------------------------------------------------------------------
 
 
-def shifted(record: Record) -> Record:
-    """Every row one position early, as a capture bug would store them."""
-    d = record.distributions
-    assert d is not None
-    order = [*range(1, len(record.response_ids)), 0]
-    rows = [d.row(j) for j in order]
-    moved = Distributions(
-        offsets=np.concatenate([[0], np.cumsum([len(ids) for ids, _ in rows])]).astype(np.int64),
-        ids=np.concatenate([ids for ids, _ in rows]),
-        logprobs=np.concatenate([logprobs for _, logprobs in rows]),
-        tail=d.tail[order],
-        sampled=d.sampled[order],
-    )
-    return replace(record, distributions=moved)
-
-
 def test_rows_that_belong_to_their_text_pass(config: PipelineConfig) -> None:
     prepare(config)
     prepared = PreparedDataset.open(config.prepared_dir)
@@ -294,7 +272,7 @@ def test_shifted_rows_are_refused_by_training_and_by_the_audit(
     tmp_path: Path, records: list[Record], tokenizers: tuple[Path, Path]
 ) -> None:
     wrong = pipeline(tmp_path)
-    write_dataset(wrong.shards_dir, [shifted(record) for record in records], tokenizers[0], check=False)
+    write_records(wrong.shards_dir, [shifted(record, -1) for record in records], tokenizers[0], check=False)
     shutil.copytree(tokenizers[1], wrong.student_init_dir)
     assert prepare(wrong).counts["contradictions"] > 0
     prepared = PreparedDataset.open(wrong.prepared_dir)
@@ -313,7 +291,7 @@ def test_training_refuses_shifted_rows_before_it_starts(
     from student.training.train import check
 
     wrong = pipeline(tmp_path)
-    write_dataset(wrong.shards_dir, [shifted(record) for record in records], tokenizers[0], check=False)
+    write_records(wrong.shards_dir, [shifted(record, -1) for record in records], tokenizers[0], check=False)
     shutil.copytree(tokenizers[1], wrong.student_init_dir)
     prepare(wrong)
     (wrong.student_init_dir / "config.json").write_text("{}")
