@@ -9,7 +9,7 @@ import typer
 from shared.config import load_config
 from shared.console import ConfigArgument, LogLevelOption, SetOption, application, configure_logging, run, stdout
 
-app = application("Ask a teacher, and keep what it would have said instead: top-k distributions of every token.")
+app = application("Let a teacher answer prompts, and store its top-k distribution at every token of the answers.")
 
 
 @app.command()

@@ -37,8 +37,8 @@ log = logging.getLogger(__name__)
 _MOST_NAMED = 20
 """Prompts that a message names."""
 _ADVICE = (
-    "go back to what it was begun with, to finish it or to keep what is there; another `name` begins a dataset of its "
-    "own, and the teacher is asked for every response again"
+    "restore the earlier settings to finish or keep this dataset; another `name` starts a new one, for which every "
+    "response is generated again"
 )
 
 
@@ -193,8 +193,8 @@ def prepare(config: PipelineConfig) -> Plan:
     units = cut_units(split_prompts(prompts, collect.held_out), collect, config.seed)
     if not units:
         raise ConfigError(
-            f"collect.decoding asks for {[d.split for d in collect.decoding]} only, and no prompt of "
-            f"{collect.prompts} is in there; set collect.held_out (now {collect.held_out})"
+            f"collect.decoding is for the splits {[d.split for d in collect.decoding]}, but no prompt of "
+            f"{collect.prompts} is in one of them; change collect.held_out (now {collect.held_out})"
         )
     return Plan(prompts, units, renderer, prompt_tokens)
 
@@ -240,7 +240,11 @@ def check_lengths(prompts: Sequence[Prompt], renderer: Renderer, config: Pipelin
     cut = sum(length + longest > room for length in lengths.values() if prompts[0].response is None)
     if cut:
         log.warning(
-            "%d prompts leave less than max_response_tokens %d of %d tokens for their answers", cut, longest, room
+            "%d prompts leave less room than max_response_tokens (%d) below teacher.max_sequence_tokens (%d): their "
+            "answers may be cut short",
+            cut,
+            longest,
+            room,
         )
     return lengths
 

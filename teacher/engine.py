@@ -213,7 +213,7 @@ class Engine:
         try:
             processor, self._restore = numpy_rows.install()
         except (ImportError, AttributeError, TypeError) as error:
-            log.warning("this vLLM has no logprobs processor that we know (%s): capturing through FlatLogprobs", error)
+            log.warning("vLLM's logprobs processor is not as expected (%s): using FlatLogprobs, which is slower", error)
         else:
             try:
                 processor.checking = True
@@ -227,7 +227,7 @@ class Engine:
             if agree:
                 self.capture = "numpy"
                 return
-            log.warning("vLLM's logprobs processor is not the one we know: capturing through FlatLogprobs")
+            log.warning("numpy rows differ from those of FlatLogprobs: using FlatLogprobs, which is slower")
             self.use_flat_logprobs()
         list(self.stream(requests))  # what the first use compiles is not part of the first unit
 

@@ -40,7 +40,7 @@ class Estimate:
 
     def table(self) -> Table:
         """For people."""
-        table = Table(show_header=False, title="the collection to come", title_justify="left")
+        table = Table(show_header=False, title="what the collection will cost", title_justify="left")
         table.add_row("prompts", f"{self.prompts:,}", "")
         table.add_row("units of work", f"{self.units:,}", "")
         table.add_row("responses", f"{self.responses:,}", "")

@@ -174,7 +174,7 @@ def render(report: Audit, teacher: Vocabulary, student: Vocabulary) -> Renderabl
         ("… teacher / student tokens", f"{report.chunk_teacher:.2f} / {report.chunk_student:.2f}"),
         ("positions with a full target", f"{report.full:.1%}"),
         ("positions with a partial target", f"{report.partial:.1%}"),
-        ("positions without", f"{report.without:.1%}"),
+        ("positions without a target", f"{report.without:.1%}"),
         ("mass mapped to events", f"{report.mapped_mass:.4f}"),
         ("events at a position with a target", f"{report.events:.1f}"),
         ("digits in a token, teacher / student", f"up to {report.digits[0]} / {report.digits[1]}"),

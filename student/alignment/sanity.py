@@ -1,9 +1,9 @@
 """Do the stored distributions belong to the text? A one-position shift is silent otherwise, and ruins training.
 
-Text sampled at temperature 1 gives its tokens E[p(y)] = E[Σ p²], the collision probability, which every row knows of
-itself; greedy text gives them more. Rows shifted by a position give the observed tokens next to nothing. So the
-ratio of the two means is about 1 or above where rows belong to their text, whatever the teacher's entropy, and far
-below where they do not.
+Tokens sampled at temperature 1 have the expected probability E[p(y)] = E[Σ p²], the collision probability, which can
+be computed from the rows alone; greedy tokens have more. Rows shifted by a position give the observed tokens next to
+nothing. So the ratio of the two means is about 1 or above where rows belong to their text, whatever the teacher's
+entropy, and far below where they do not.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from shared.errors import AlignmentError
 from student.alignment.targets import AlignedSample
 
 MIN_RATIO = 0.6
-"""Mean probability of the observed tokens over mean collision probability; rows below it are taken as shifted."""
+"""Mean probability of the observed tokens over mean collision probability; below it rows are taken as shifted."""
 
 
 def check_alignment(samples: Iterable[AlignedSample]) -> float:
@@ -34,9 +34,9 @@ def check_alignment(samples: Iterable[AlignedSample]) -> float:
     mean, collision = float(observed.mean()), float(expected.mean())
     if mean < MIN_RATIO * collision:
         raise AlignmentError(
-            f"the stored rows give the observed tokens a mean probability of {mean:.3f}, where rows of this sharpness "
-            f"give {collision:.3f} to their own text: rows and tokens do not belong together, as after a shift by one "
-            "position; check how the dataset was collected (`shards validate`), collect it again and prepare again"
+            f"the stored rows give the observed tokens a mean probability of {mean:.3f}, expected about "
+            f"{collision:.3f} from rows as peaked as these: rows and tokens do not belong together, for example after "
+            "a shift by one position; check the dataset (`shards validate`), collect it again and prepare again"
         )
     return mean
 

@@ -1,4 +1,4 @@
-"""Anchored blocks: which masked blocks of a response are drafted in one forward (`student/README.md`, Training).
+"""Anchored blocks: which masked blocks of a response are drafted in one forward (README.md of this folder).
 
 An anchor is a response position where a block starts. The block's tokens are masked; it sees the clean tokens
 before its anchor and nothing to its right, which is what makes the teacher's stored row the right target. Many

@@ -138,8 +138,8 @@ def check_temperature(
     lower, upper = (float(bound.mean()) for bound in bounds) if positions else (0.0, 0.0)
     if temperature != 1 and upper - lower > max_unknown_share:
         raise ConfigError(
-            f"train.temperature is {temperature}, but the stored rows do not support it: there their tail may hold "
-            f"{lower:.1%} to {upper:.1%} of the mass (means of {positions} positions), so "
+            f"train.temperature is {temperature}, but the stored rows do not support it: at this temperature their "
+            f"tail may hold {lower:.1%} to {upper:.1%} of the mass (means of {positions} positions), so "
             f"{upper - lower:.1%} is unknown, expected at most {max_unknown_share:.1%} (train.max_unknown_share): "
             "use a temperature closer to 1, or collect with a larger collect.top_k"
         )

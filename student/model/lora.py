@@ -40,7 +40,7 @@ def add_lora(model: LladaForMaskedDiffusion, settings: LoraConfig) -> int:
     if unknown or not settings.targets:
         raise ConfigError(
             f"student.lora.targets {settings.targets}: "
-            + (f"{unknown[0]!r} matches no layer of LLaDA's block" if unknown else "there must be one at least")
+            + (f"{unknown[0]!r} matches no layer of LLaDA's block" if unknown else "expected at least one")
             + f"; choose among {', '.join(known)}"
         )
     model.requires_grad_(False)

@@ -66,7 +66,10 @@ class SamplerSettings:
         if self.attention not in ("bidirectional", "draft"):
             raise ConfigError(f"attention {self.attention!r} is not bidirectional or draft")
         if self.guidance and self.attention == "draft":
-            raise ConfigError("guidance needs attention bidirectional: a prefix cache has no unconditional half")
+            raise ConfigError(
+                f"guidance {self.guidance} needs attention bidirectional, because it masks the prompt, which a prefix "
+                "cache holds; set --attention bidirectional or --cfg 0"
+            )
 
     @property
     def blocks(self) -> int:

@@ -83,7 +83,7 @@ def train_tokenizer(
     size = tokenizer.get_vocab_size()
     if size < vocab_size:
         _logger.warning(
-            "the text of %d characters gives %d tokens, not the %d of student.tokenizer.vocab_size",
+            "a training text of %d characters yields only %d tokens, not the %d of student.tokenizer.vocab_size",
             counted.characters,
             size,
             vocab_size,

@@ -3,7 +3,7 @@
 A token of the new vocabulary whose bytes the old one has as a token takes that token's row. Any other becomes the
 mean of the rows of the old tokenizer's tokens of its bytes (a token cut inside a character is encoded byte by byte
 through the same merges). Special tokens take the row of the old special token of the same role, else of the same
-spelling, else the mean row; the mask, which an autoregressive model does not have, thus starts as the mean of all
+name, else the mean row; the mask, which an autoregressive model does not have, thus starts as the mean of all
 text tokens. Works in both directions and for any two tokenizers that `shared.tokenizer` reads. One embedding_bag over
 the new vocabulary: seconds at 128k tokens.
 
@@ -50,7 +50,7 @@ class TransplantReport:
         return (
             f"{self.tokens:,} tokens: {self.copied_share:.1%} copied from byte-equal tokens, "
             f"{self.composed_share:.1%} composed from their pieces, {self.special} special tokens by role or "
-            f"spelling, {self.mean} started as the mean"
+            f"name, {self.mean} started as the mean"
         )
 
 

@@ -230,7 +230,7 @@ def test_all_prompts_that_fill_the_context_are_named_with_their_lengths(make_con
 def test_another_configuration_says_that_another_name_collects_again(make_config: Maker) -> None:
     collector_of(make_config(), ScriptedEngine(top_k=8))
     with pytest.raises(
-        DatasetError, match=r"top_k: 8 there, 7 here\n.*another `name` .* asked for every response again"
+        DatasetError, match=r"top_k: 8 there, 7 here\n.*another `name` .* every response is generated again"
     ):
         collecting.collect(make_config(collect__top_k=7))
 
@@ -238,7 +238,7 @@ def test_another_configuration_says_that_another_name_collects_again(make_config
 def test_answers_that_may_be_cut_are_announced(make_config: Maker, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger=collecting.log.name):
         prepare(make_config(collect__decoding=[{"split": "train", "max_response_tokens": 127}]))
-    assert "less than max_response_tokens 127" in caplog.text
+    assert "less room than max_response_tokens (127)" in caplog.text
 
 
 def test_a_plan_adds_up_and_guesses_nothing(make_config: Maker) -> None:

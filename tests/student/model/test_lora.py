@@ -76,7 +76,7 @@ def test_adapters_are_merged_on_saving_whatever_the_weights_came_as(tmp_path: Pa
         (["q_proj", "gate_proj"], r"'gate_proj' matches no layer of LLaDA's block; choose among q_proj, k_proj"),
         (["attn_norm"], "'attn_norm' matches no layer"),
         (["wte"], "'wte' matches no layer"),
-        ([], "there must be one at least"),
+        ([], "expected at least one"),
     ],
 )
 def test_targets_that_match_nothing_are_an_error(targets: list[str], message: str) -> None:

@@ -143,7 +143,7 @@ def test_decoding_stops_after_the_block_in_which_every_answer_ended() -> None:
         ({"temperature": -1.0}, "must not be negative"),
         ({"remasking": "low"}, "remasking 'low'"),
         ({"attention": "causal"}, "attention 'causal'"),
-        ({"attention": "draft", "guidance": 1.0}, "guidance needs attention bidirectional"),
+        ({"attention": "draft", "guidance": 1.0}, "guidance 1.0 needs attention bidirectional"),
     ],
 )
 def test_settings_that_contradict_one_another_are_refused(settings: dict, message: str) -> None:
