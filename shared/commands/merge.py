@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from shared.console import progress
 from shared.dataset.manifest import UnitEntry
-from shared.dataset.reader import Dataset, Manifest, Provenance, read_checked
+from shared.dataset.reader import Dataset, Manifest, Provenance
 from shared.dataset.writer import DatasetWriter, read_shard, shard_bytes, unit_entry
 from shared.errors import DatasetError
 
@@ -46,7 +46,7 @@ def merge(sources: Sequence[str | Path], destination: str | Path) -> Manifest:
         task = bar.add_task("merging", total=len(units), note="")
         for name, (index, entry, original) in units.items():
             if name not in writer.committed:
-                data = read_checked(datasets[index].storage, original.file, original.sha256)
+                data = datasets[index].storage.read_verified(original.file, original.sha256)
                 if entry.counts != original.counts:
                     table = read_shard(data, datasets[index].storage.join(original.file))
                     table = table.filter(pc.equal(table["split"], _splits(entry)[0]))

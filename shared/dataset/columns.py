@@ -15,17 +15,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from shared.dataset.checks import check_record
 from shared.dataset.encoding import decode_logprobs, encode_gaps, round_sampled, round_tail, row_matches
-from shared.dataset.records import Distributions, Message, Record, Sampling
-from shared.dataset.schema import DISTRIBUTION_COLUMNS, SCHEMA, STEPS_PER_NAT
-from shared.errors import DatasetError
-
-MASS_TOLERANCE = 1e-3
-"""Teachers compute in float32: a row's mass and tail may miss 1 by this much before it is an error."""
-SAMPLED_TOLERANCE = 1e-2
-"""The sampled token's own logprob and its entry come from one computation: further apart, they are not of one row."""
-OUTSIDE_TOLERANCE = 1 / STEPS_PER_NAT
-"""A row that was stored before has its last candidate rounded by up to half a step."""
+from shared.dataset.records import Distributions, Message, Record, Sampling, offsets_of
+from shared.dataset.schema import DISTRIBUTION_COLUMNS, SCHEMA
 
 _FLAT_COLUMNS = frozenset(
     field.name for field in SCHEMA if pa.types.is_list(field.type) and pa.types.is_primitive(field.type.value_type)
@@ -42,8 +35,7 @@ def records_to_table(records: Sequence[Record], vocabulary_size: int | None = No
         check: False stores rows that contradict their own text, for tests that need a damaged dataset.
 
     Raises:
-        DatasetError: if a record's arrays disagree in length, hold NaN, infinities, duplicates or ids outside the
-            vocabulary, do not fall in probability, or do not belong to the response's tokens.
+        DatasetError: as `shared.dataset.checks.check_record`.
     """
     if check:
         for record in records:
@@ -71,59 +63,6 @@ def records_to_table(records: Sequence[Record], vocabulary_size: int | None = No
     for name in DISTRIBUTION_COLUMNS:
         arrays[name] = _list_array(name, [None if s is None else s[name] for s in stored])
     return pa.Table.from_arrays([arrays[name] for name in SCHEMA.names], schema=SCHEMA)
-
-
-def check_record(record: Record, vocabulary_size: int | None) -> None:
-    """Raise for the first thing in `record` that must not be stored; errors as `records_to_table`."""
-    who = f"record {record.sample_id!r}"
-    for what, ids in (("prompt_ids", record.prompt_ids), ("response_ids", record.response_ids)):
-        _check_ids(f"{who}: {what}", np.asarray(ids), vocabulary_size)
-    if record.distributions is None:
-        return
-    d, length = record.distributions, len(record.response_ids)
-    widths = np.diff(d.offsets)
-    if len(d.offsets) != length + 1 or len(d.tail) != length or len(d.sampled) != length:
-        raise DatasetError(
-            f"{who}: {max(len(d.offsets) - 1, 0)} rows, {len(d.tail)} tail masses and {len(d.sampled)} "
-            f"sampled logprobs for {length} response tokens; expected one of each per token"
-        )
-    if d.offsets[0] != 0 or (widths < 0).any() or d.offsets[-1] != len(d.ids) or len(d.ids) != len(d.logprobs):
-        raise DatasetError(
-            f"{who}: offsets from {d.offsets[0]} to {d.offsets[-1]} over {len(d.ids)} ids and {len(d.logprobs)} "
-            "logprobs; expected offsets that start at 0, never fall and end at the number of both"
-        )
-    rows = np.repeat(np.arange(length), widths)
-    for what, values, where, hint in (
-        ("candidate logprob", d.logprobs, rows, ""),
-        ("tail mass", d.tail, np.arange(length), ""),
-        (
-            "sampled logprob", d.sampled, np.arange(length),
-            ": the teacher gives this token of the response probability 0, so it is not the teacher's text; leave the "
-            "response out, or pass the tokenizer that it was written with",
-        ),
-    ):  # fmt: skip
-        bad = np.isnan(values) if what == "candidate logprob" else np.zeros(len(values), bool)
-        bad |= np.isinf(values)
-        _refuse(who, bad, where, values, what, f"a finite number{hint}")
-    _check_ids(f"{who}: candidates", d.ids, vocabulary_size, rows)
-    ordered = np.lexsort((d.ids, rows))
-    twice = (np.diff(d.ids[ordered]) == 0) & (np.diff(rows[ordered]) == 0)
-    _refuse(who, twice, rows[ordered][1:], d.ids[ordered][1:], "candidate id", "to stand once in its row")
-    rising = (np.diff(d.logprobs) > 0) & (np.diff(rows) == 0)
-    _refuse(who, rising, rows[1:], d.logprobs[1:], "candidate logprob", "not above the candidate before it")
-    _refuse(who, d.sampled > MASS_TOLERANCE, np.arange(length), d.sampled, "sampled logprob", "at most 0")
-    mass = np.bincount(rows, weights=np.exp(d.logprobs.astype(np.float64)), minlength=length)
-    known = ~np.isnan(d.tail)
-    total = np.where(known, mass + d.tail, 1.0)
-    _refuse(
-        who,
-        (np.abs(total - 1) > MASS_TOLERANCE) | (known & ((d.tail < -MASS_TOLERANCE) | (d.tail > 1 + MASS_TOLERANCE))),
-        np.arange(length),
-        total,
-        "candidates' mass plus tail mass",
-        "1 (logprobs are natural logs at temperature 1, before any filter)",
-    )
-    _check_sampled(who, record, d, widths.astype(np.int32))
 
 
 class RecordGroup:
@@ -222,8 +161,7 @@ class _Rows:
         # Offsets begin at 0 in every record: where all rows are of one width they are the beginning of one array.
         self._is_even = bool(len(widths)) and bool((widths == widths[0]).all())
         rows = int(np.diff(token_at).max()) if self._is_even else len(widths)
-        self._row_ends = np.zeros(rows + 1, np.int64)
-        np.cumsum(widths[:rows], out=self._row_ends[1:])
+        self._row_ends = offsets_of(widths[:rows])
         for own in (self._logprobs, self._sampled, self._row_ends):  # the other arrays are Arrow's, and read-only
             own.flags.writeable = False
 
@@ -278,57 +216,10 @@ def _store(record: Record) -> dict[str, NDArray[Any]] | None:
     }
 
 
-def _check_sampled(who: str, record: Record, d: Distributions, widths: NDArray[np.int32]) -> None:
-    """The sampled token's own logprob must fit the row that it is stored with: shifted rows end here."""
-    tokens, entries = row_matches(widths, d.ids, record.response_ids)
-    apart = np.abs(d.sampled[tokens] - d.logprobs[entries]) > SAMPLED_TOLERANCE
-    if apart.any():
-        at = np.flatnonzero(apart)[0]
-        raise DatasetError(
-            f"{who}: token {tokens[at]} (id {record.response_ids[tokens[at]]}) was sampled with logprob "
-            f"{d.sampled[tokens[at]]:.4f}, but its row gives it {d.logprobs[entries[at]]:.4f}; "
-            "the rows are shifted against the response, or belong to another one"
-        )
-    outside = np.ones(len(d.tail), bool)
-    outside[tokens] = False
-    last = np.full(len(d.tail), np.inf)
-    filled = widths > 0
-    last[filled] = d.logprobs[d.offsets[1:][filled] - 1]
-    _refuse(
-        who,
-        outside & (d.sampled > last + OUTSIDE_TOLERANCE),
-        np.arange(len(last)),
-        d.sampled,
-        "sampled logprob of a token outside its row",
-        "not above the row's last candidate; the rows are shifted against the response, or belong to another one",
-    )
-
-
-def _check_ids(who: str, ids: NDArray[Any], vocabulary_size: int | None, rows: NDArray[np.int64] | None = None) -> None:
-    bad = ids < 0
-    if vocabulary_size is not None:
-        bad = bad | (ids >= vocabulary_size)
-    if bad.any():
-        at = int(np.flatnonzero(bad)[0])
-        place = f"position {at}" if rows is None else f"row {rows[at]}, position {at - np.searchsorted(rows, rows[at])}"
-        size = "0 or more" if vocabulary_size is None else f"0 to {vocabulary_size - 1}"
-        raise DatasetError(f"{who}: id {ids[at]} at {place}, expected {size}: it is another tokenizer's token")
-
-
-def _refuse(
-    who: str, bad: NDArray[np.bool_], rows: NDArray[Any], values: NDArray[Any], what: str, expected: str
-) -> None:
-    if bad.any():
-        at = int(np.flatnonzero(bad)[0])
-        raise DatasetError(
-            f"{who}: {what} {values[at]} in row {rows[at]}, expected {expected} ({int(bad.sum())} such values)"
-        )
-
-
 def _list_array(name: str, values: Sequence[NDArray[Any] | None]) -> pa.Array:
     kind = SCHEMA.field(name).type
     lengths = [0 if v is None else len(v) for v in values]
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    offsets = offsets_of(lengths).astype(np.int32)
     present = [np.asarray(v) for v in values if v is not None]
     flat = np.concatenate(present) if present else np.zeros(0)
     mask = pa.array([v is None for v in values], pa.bool_()) if any(v is None for v in values) else None

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from shared.dataset.records import offsets_of
 from shared.dataset.schema import MAX_STEPS, SAMPLED_STEPS_PER_NAT, STEPS_PER_NAT
 
 _TAIL_BITS = 11
@@ -70,9 +71,8 @@ def decode_logprobs(
             rows = slice(start, start + _BLOCK_ROWS)
             _decode_block(gaps_TxK[rows], log_mass[rows], result_TxK[rows], scratch)
         return result
-    ends = np.cumsum(widths, dtype=np.int64)
     filled = widths > 0
-    starts = (ends - widths)[filled]
+    starts = offsets_of(widths)[:-1][filled]
     running = np.cumsum(gaps, dtype=np.int64)
     before = running[starts] - gaps[starts]
     result = (running - np.repeat(before, widths[filled])).astype(np.float32)

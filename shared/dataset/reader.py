@@ -7,8 +7,6 @@ read from memory. A few row groups (of 16k tokens at k = 64: 8 MB) are decoded a
 
 from __future__ import annotations
 
-import hashlib
-import tempfile
 from bisect import bisect_right
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +14,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import cached_property, partial
 from itertools import accumulate, islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -35,7 +33,7 @@ from shared.dataset.manifest import (
 )
 from shared.dataset.records import Record
 from shared.dataset.schema import CANDIDATE_COLUMNS, DISTRIBUTION_COLUMNS, SCHEMA, check_metadata
-from shared.dataset.storage import LocalStorage, Storage, file_sha256, open_storage
+from shared.dataset.storage import Storage, open_storage
 from shared.dataset.writer import DatasetWriter
 from shared.errors import DatasetError
 from shared.tokenizer.vocabulary import Vocabulary
@@ -50,10 +48,6 @@ _READERS = 2
 all of the work, so that a thread per column, Arrow's way, keeps fewer cores busy and hands more memory around."""
 _AHEAD = 4
 """Row groups, and shards, that are begun before they are asked for; with the window they bound the memory."""
-_VERIFIED: set[tuple[str, int, int, int, int]] = set()
-"""Shards of this process that had their checksum: sha256, device, inode, size, time of change."""
-_FETCHED: list[tempfile.TemporaryDirectory[str]] = []
-"""Tokenizers copied from stores: a tokenizer may read its files long after the dataset is gone."""
 
 
 class Dataset:
@@ -65,7 +59,6 @@ class Dataset:
         self._ends = np.cumsum([unit.rows for unit in manifest.units], dtype=np.int64).tolist()
         self._groups: OrderedDict[tuple[int, int], RecordGroup] = OrderedDict()
         self._group_starts: dict[int, list[int]] = {}
-        self._fetched: tuple[int, pq.ParquetFile] | None = None
 
     @classmethod
     def open(cls, path: str | Path) -> Dataset:
@@ -104,12 +97,7 @@ class Dataset:
         return self._groups[key][row - starts[group]]
 
     def _shard(self, unit: int) -> pq.ParquetFile:
-        if isinstance(self.storage, LocalStorage):  # opened anew: a file that changed is checked again
-            return open_shard(self.storage, self.manifest.units[unit])
-        # In memory it cannot change, and a store would send all of it for every row group.
-        if self._fetched is None or self._fetched[0] != unit:
-            self._fetched = unit, open_shard(self.storage, self.manifest.units[unit])
-        return self._fetched[1]
+        return open_shard(self.storage, self.manifest.units[unit])
 
     @cached_property
     def provenance(self) -> Provenance:
@@ -140,21 +128,12 @@ class Dataset:
         Raises:
             DatasetError: if the dataset has none (an import), or one is damaged.
         """
-        names = [entry.name for entry in self.manifest.files if entry.name.startswith(f"{TOKENIZER}/")]
+        names = {e.name: e.sha256 for e in self.manifest.files if e.name.startswith(f"{TOKENIZER}/")}
         if not names:
             raise DatasetError(
                 f"{self.storage.url} holds no tokenizer files: it was made without; import it again with --tokenizer"
             )
-        contents = {name: self._read_file(name) for name in names}
-        if isinstance(self.storage, LocalStorage):
-            return self.storage.root / TOKENIZER
-        fetched = tempfile.TemporaryDirectory(prefix="teacher-tokenizer-")
-        _FETCHED.append(fetched)
-        for name, data in contents.items():
-            target = Path(fetched.name) / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(data)
-        return Path(fetched.name) / TOKENIZER
+        return self.storage.local_folder(TOKENIZER, names)
 
     def records(
         self, split: str | None = None, rule: str | None = None, distributions: bool = True
@@ -221,7 +200,7 @@ class Dataset:
         entry = next((entry for entry in self.manifest.files if entry.name == name), None)
         if entry is None:
             raise DatasetError(f"the manifest of {self.storage.url} does not name {name}; the dataset is not complete")
-        return read_checked(self.storage, name, entry.sha256)
+        return self.storage.read_verified(name, entry.sha256)
 
 
 def read_manifest(storage: Storage) -> Manifest:
@@ -242,20 +221,6 @@ def read_manifest(storage: Storage) -> Manifest:
     return manifest
 
 
-def read_checked(storage: Storage, name: str, sha256: str) -> bytes:
-    """The file's bytes.
-
-    Raises:
-        DatasetError: if it is missing or does not have the checksum that the manifest names.
-    """
-    try:
-        data = storage.read(name)
-    except FileNotFoundError as error:
-        raise _missing(storage, name) from error
-    _compare(hashlib.sha256(data).hexdigest(), sha256, storage, name)
-    return data
-
-
 def open_shard(storage: Storage, unit: UnitEntry, again: bool = False) -> pq.ParquetFile:
     """The unit's shard, its checksum verified before anything of it is decoded.
 
@@ -265,22 +230,8 @@ def open_shard(storage: Storage, unit: UnitEntry, again: bool = False) -> pq.Par
     Raises:
         DatasetError: if it is missing, damaged, of a later schema version or not of this schema.
     """
-    source: Any
-    if isinstance(storage, LocalStorage):
-        path = storage.root / unit.file
-        try:
-            status = path.stat()
-            key = (unit.sha256, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-            if again or key not in _VERIFIED:
-                _compare(file_sha256(path), unit.sha256, storage, unit.file)
-                _VERIFIED.add(key)
-        except FileNotFoundError as error:
-            raise _missing(storage, unit.file) from error
-        except OSError as error:
-            raise DatasetError(f"cannot read {path}: {error.strerror}; check the disk and your permissions") from error
-        source = path
-    else:
-        source = pa.BufferReader(read_checked(storage, unit.file, unit.sha256))
+    found = storage.open_verified(unit.file, unit.sha256, again)
+    source = found if isinstance(found, Path) else pa.BufferReader(found)
     try:
         # Buffered ahead, a file's ranges belong to the one row group that was asked for last; readers share the file.
         file = pq.ParquetFile(source, pre_buffer=False)
@@ -307,19 +258,3 @@ def _ahead(pool: Executor, tasks: Iterator[Callable[[], _Item]]) -> Iterator[_It
         item = waiting.popleft().result()
         waiting.extend(pool.submit(task) for task in islice(tasks, 1))
         yield item
-
-
-def _compare(seen: str, expected: str, storage: Storage, name: str) -> None:
-    if seen != expected:
-        raise DatasetError(
-            f"{storage.join(name)} is damaged: its sha256 is {seen[:12]}…, the manifest says {expected[:12]}…; "
-            "copy it again from where the dataset was collected, or delete it and its commit "
-            "and collect that unit again"
-        )
-
-
-def _missing(storage: Storage, name: str) -> DatasetError:
-    return DatasetError(
-        f"{storage.join(name)} is missing, but the manifest names it; "
-        "copy it again from where the dataset was collected"
-    )

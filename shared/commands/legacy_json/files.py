@@ -20,7 +20,8 @@ from rich.progress import Progress
 from shared.commands.legacy_json.layout import EntryReader, ImportSettings, to_entry
 from shared.commands.legacy_json.models import ENTRY_EXAMPLE
 from shared.console import progress
-from shared.dataset.columns import check_record, records_to_table
+from shared.dataset.checks import check_record
+from shared.dataset.columns import records_to_table
 from shared.dataset.reader import Dataset, Manifest, Provenance
 from shared.dataset.records import Record
 from shared.dataset.storage import file_sha256

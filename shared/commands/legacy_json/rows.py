@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.commands.legacy_json.models import ENTRY_EXAMPLE, Entry
-from shared.dataset.columns import MASS_TOLERANCE, SAMPLED_TOLERANCE
+from shared.dataset.checks import MASS_TOLERANCE, SAMPLED_TOLERANCE
 from shared.dataset.records import Distributions
 from shared.errors import DatasetError
 from shared.json_input import is_schematic
