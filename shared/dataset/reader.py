@@ -7,16 +7,14 @@ read from memory. A few row groups (of 16k tokens at k = 64: 8 MB) are decoded a
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import cached_property, partial
-from itertools import accumulate, islice
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -42,7 +40,6 @@ __all__ = ["Dataset", "DatasetWriter", "Manifest", "Provenance"]
 
 _Item = TypeVar("_Item")
 
-_CACHED_GROUPS = 8
 _READERS = 2
 """Threads that read and decode, each a row group of its own. Within a row group two columns of candidates have nearly
 all of the work, so that a thread per column, Arrow's way, keeps fewer cores busy and hands more memory around."""
@@ -56,9 +53,6 @@ class Dataset:
     def __init__(self, storage: Storage, manifest: Manifest) -> None:
         self.storage = storage
         self.manifest = manifest
-        self._ends = np.cumsum([unit.rows for unit in manifest.units], dtype=np.int64).tolist()
-        self._groups: OrderedDict[tuple[int, int], RecordGroup] = OrderedDict()
-        self._group_starts: dict[int, list[int]] = {}
 
     @classmethod
     def open(cls, path: str | Path) -> Dataset:
@@ -74,30 +68,18 @@ class Dataset:
         return self.manifest.rows
 
     def __getitem__(self, index: int) -> Record:
-        """Record `index`, negative counting from the end; the last few row groups stay decoded, a store's last shard
-        in memory."""
+        """Record `index`, negative counting from the end. Decodes its whole row group: `records` is for many."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
-        index %= len(self)
-        unit = bisect_right(self._ends, index)
-        row = index - (self._ends[unit - 1] if unit else 0)
-        if unit not in self._group_starts:
-            metadata = self._shard(unit).metadata
-            lengths = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-            self._group_starts[unit] = list(accumulate(lengths, initial=0))
-        starts = self._group_starts[unit]
-        group = bisect_right(starts, row) - 1
-        key = (unit, group)
-        if key not in self._groups:
-            table = self._read_group(self.manifest.units[unit], self._shard(unit), group, None)
-            self._groups[key] = RecordGroup(table)
-            if len(self._groups) > _CACHED_GROUPS:
-                self._groups.popitem(last=False)
-        self._groups.move_to_end(key)
-        return self._groups[key][row - starts[group]]
-
-    def _shard(self, unit: int) -> pq.ParquetFile:
-        return open_shard(self.storage, self.manifest.units[unit])
+        row = index % len(self)
+        for unit in self.manifest.units:
+            if row < unit.rows:
+                break
+            row -= unit.rows
+        file, group = open_shard(self.storage, unit), 0
+        while row >= (rows := file.metadata.row_group(group).num_rows):
+            row, group = row - rows, group + 1
+        return RecordGroup(self._read_group(unit, file, group, None))[row]
 
     @cached_property
     def provenance(self) -> Provenance:
@@ -136,18 +118,23 @@ class Dataset:
         return self.storage.local_folder(TOKENIZER, names)
 
     def records(
-        self, split: str | None = None, rule: str | None = None, distributions: bool = True
+        self,
+        split: str | None = None,
+        rule: str | None = None,
+        distributions: bool = True,
+        unit: str | None = None,
     ) -> Iterator[Record]:
         """Records in order, a few row groups in memory.
 
         Args:
             split: `train` or `held_out` only. rule: that decoding rule only.
             distributions: False leaves the distribution columns unread; `Record.distributions` is None then.
+            unit: that unit only.
 
         Raises:
             DatasetError: if a shard is missing or damaged.
         """
-        units = [u for u in self.manifest.units if _has(u, split, rule)]
+        units = [u for u in self.manifest.units if unit in (None, u.unit) and _has(u, split, rule)]
         columns = None if distributions else [name for name in SCHEMA.names if name not in DISTRIBUTION_COLUMNS]
         for group in self._groups_of(units, columns, RecordGroup):
             yield from map(group.__getitem__, group.where(split, rule))

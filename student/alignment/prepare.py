@@ -254,8 +254,8 @@ def _align_unit(source: Source, unit: str, key: str, store: UnitStore[PreparedUn
     index: list[dict[str, Any]] = []
 
     def samples() -> Iterator[AlignedSample]:
-        for number in _record_numbers(source.dataset, unit):
-            sample, met = source.aligner.align_counted(source.dataset[number])
+        for record in source.dataset.records(unit=unit):
+            sample, met = source.aligner.align_counted(record)
             for name, value in met.items():
                 counts[name] += value
             if sample is not None:
@@ -269,15 +269,6 @@ def _align_unit(source: Source, unit: str, key: str, store: UnitStore[PreparedUn
     )
     # What is there is of other settings, or damaged.
     return store.publish(entry, data, adopt=lambda _: None)
-
-
-def _record_numbers(dataset: Dataset, unit: str) -> range:
-    start = 0
-    for entry in dataset.manifest.units:
-        if entry.unit == unit:
-            return range(start, start + entry.rows)
-        start += entry.rows
-    raise AssertionError(f"{unit} is not in the manifest that it was taken from")
 
 
 def _index_entry(sample: AlignedSample, unit: str, batch: int) -> dict[str, Any]:
