@@ -1,14 +1,14 @@
 """Records to Arrow tables and back, whole batches at a time.
 
 `records_to_table` refuses what cannot be stored faithfully, naming the record, the row and the value: it is the one
-way into a shard. `RecordGroup` decodes a row group in a few passes; its records are slices of it.
+way into a shard. `table_to_records` decodes a row group in a few passes; its records are slices of it.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,6 @@ _FLAT_COLUMNS = frozenset(
     field.name for field in SCHEMA if pa.types.is_list(field.type) and pa.types.is_primitive(field.type.value_type)
 )
 """Lists of numbers, which numpy sees without a copy."""
-_SAMPLING_COLUMNS = tuple(field.name for field in fields(Sampling))
 
 
 def records_to_table(records: Sequence[Record], vocabulary_size: int | None = None, check: bool = True) -> pa.Table:
@@ -65,118 +64,58 @@ def records_to_table(records: Sequence[Record], vocabulary_size: int | None = No
     return pa.Table.from_arrays([arrays[name] for name in SCHEMA.names], schema=SCHEMA)
 
 
-class RecordGroup:
-    """The records of a row group: their numbers decoded at once, each record made when it is asked for.
+def table_to_records(table: pa.Table) -> Iterator[Record]:
+    """The records of `table`, which has the columns of `shared.dataset.schema.SCHEMA`.
 
-    A record is some fifteen objects. Made by the thread that uses them they cost less than half of what they cost made
-    by another, handed over and freed here; so a reader's thread makes the group, and its consumer the records.
-
-    A record's arrays are read-only views of the group's, and keep them in memory.
+    Their numbers are decoded at once, each record is made when it is asked for; without the distribution columns
+    `Record.distributions` is None. A record's arrays are read-only views of the table's, and keep it in memory.
     """
-
-    def __init__(self, table: pa.Table) -> None:
-        """Decode `table`, which has the columns of `shared.dataset.schema.SCHEMA`; without its distribution columns
-        `Record.distributions` is None."""
-        self._length: int = table.num_rows
-        self._objects = table.select([name for name in table.schema.names if name not in _FLAT_COLUMNS])
-        self._prompt_ids, prompt_at = flat_list(table["prompt_ids"])
-        self._response_ids, response_at = flat_list(table["response_ids"])
-        self._prompt_at, self._response_at = prompt_at.tolist(), response_at.tolist()
-        self._rows = None
-        if set(DISTRIBUTION_COLUMNS).issubset(table.schema.names):
-            self._rows = _Rows(table, self._response_ids, response_at)
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __iter__(self) -> Iterator[Record]:
-        return map(self.__getitem__, range(self._length))
-
-    def __getitem__(self, index: int) -> Record:
-        index = range(self._length)[index]
-        sample_id, prompt_id, split, skill, messages, prompt_text, response_bytes, reason, sampling = self._plain[index]
-        return Record(
-            sample_id,
-            prompt_id,
-            split,
-            skill,
-            messages,
-            prompt_text,
-            self._prompt_ids[self._prompt_at[index] : self._prompt_at[index + 1]],
-            self._response_ids[self._response_at[index] : self._response_at[index + 1]],
-            response_bytes,
-            reason,
-            sampling,
-            self._rows.of(index) if self._rows else None,
+    plain = {name: table[name].to_pylist() for name in table.schema.names if name not in _FLAT_COLUMNS}
+    samplings = map(Sampling, *(plain.pop(field.name) for field in fields(Sampling)))
+    del plain["rule"]  # follows from the sampling
+    prompt_ids, prompt_at = flat_list(table["prompt_ids"])
+    response_ids, response_at = flat_list(table["response_ids"])
+    has_rows = set(DISTRIBUTION_COLUMNS).issubset(table.schema.names)
+    rows = _distributions(table, response_ids, response_at) if has_rows else itertools.repeat(None, table.num_rows)
+    for i, (sampling, distributions) in enumerate(zip(samplings, rows, strict=True)):
+        values = {name: column[i] for name, column in plain.items()}
+        values["messages"] = tuple(Message(m["role"], m["content"]) for m in values["messages"])
+        yield Record(
+            **values,
+            prompt_ids=prompt_ids[prompt_at[i] : prompt_at[i + 1]],
+            response_ids=response_ids[response_at[i] : response_at[i + 1]],
+            sampling=sampling,
+            distributions=distributions,
         )
 
-    def where(self, split: str | None, rule: str | None) -> Sequence[int]:
-        """The numbers of the records of that split and that decoding rule; None is any."""
-        if split is None and rule is None:
-            return range(self._length)
-        return [
-            number
-            for number, (_, _, own_split, *_, sampling) in enumerate(self._plain)
-            if split in (None, own_split) and rule in (None, sampling.rule)
-        ]
 
-    @cached_property
-    def _plain(self) -> list[Any]:
-        """What is no array, by record."""
-        columns = {name: self._objects[name].to_pylist() for name in self._objects.schema.names}
-        settings = list(zip(*(columns[name] for name in _SAMPLING_COLUMNS), strict=True))
-        samplings = {values: Sampling(*values) for values in set(settings)}
-        messages = [tuple(Message(m["role"], m["content"]) for m in turns) for turns in columns["messages"]]
-        plain = zip(
-            columns["sample_id"],
-            columns["prompt_id"],
-            columns["split"],
-            columns["skill"],
-            messages,
-            columns["prompt_text"],
-            columns["response_bytes"],
-            columns["finish_reason"],
-            map(samplings.__getitem__, settings),
-            strict=True,
-        )
-        return list(plain)
-
-
-class _Rows:
-    """The distributions of a group's records, decoded."""
-
-    def __init__(self, table: pa.Table, response_ids: NDArray[np.int32], response_at: NDArray[np.int64]) -> None:
-        widths, token_at = flat_list(table["width"])
-        self._ids, candidate_at = flat_list(table["candidate_ids"])
-        gaps, _ = flat_list(table["candidate_gaps"])
-        self._tail, _ = flat_list(table["tail_mass"])
-        stored, _ = flat_list(table["sampled_logprob"])
-        self._logprobs = decode_logprobs(widths, gaps, self._tail)
-        present = is_present(table["width"])
-        # In the row the entry is the value: the column holds it rounded.
-        self._sampled = stored.copy()
-        tokens, entries = row_matches(widths, self._ids, response_ids[np.repeat(present, np.diff(response_at))])
-        self._sampled[tokens] = self._logprobs[entries]
-        self._present, self._token_at, self._candidate_at = present.tolist(), token_at.tolist(), candidate_at.tolist()
-        # Offsets begin at 0 in every record: where all rows are of one width they are the beginning of one array.
-        self._is_even = bool(len(widths)) and bool((widths == widths[0]).all())
-        rows = int(np.diff(token_at).max()) if self._is_even else len(widths)
-        self._row_ends = offsets_of(widths[:rows])
-        for own in (self._logprobs, self._sampled, self._row_ends):  # the other arrays are Arrow's, and read-only
-            own.flags.writeable = False
-
-    def of(self, index: int) -> Distributions | None:
-        """Those of one record; None where the columns are null."""
-        if not self._present[index]:
-            return None
-        tokens = slice(first := self._token_at[index], last := self._token_at[index + 1])
-        candidates = slice(start := self._candidate_at[index], self._candidate_at[index + 1])
-        return Distributions(
-            self._row_ends[: last - first + 1] if self._is_even else self._row_ends[first : last + 1] - start,
-            self._ids[candidates],
-            self._logprobs[candidates],
-            self._tail[tokens],
-            self._sampled[tokens],
+def _distributions(
+    table: pa.Table, response_ids: NDArray[np.int32], response_at: NDArray[np.int64]
+) -> Iterator[Distributions | None]:
+    """Those of each record; None where the columns are null."""
+    widths, token_at = flat_list(table["width"])
+    ids, candidate_at = flat_list(table["candidate_ids"])
+    gaps, _ = flat_list(table["candidate_gaps"])
+    tail, _ = flat_list(table["tail_mass"])
+    stored, _ = flat_list(table["sampled_logprob"])
+    logprobs = decode_logprobs(widths, gaps, tail)
+    present = is_present(table["width"])
+    # In the row the entry is the value: the column holds it rounded.
+    sampled = stored.copy()
+    tokens, entries = row_matches(widths, ids, response_ids[np.repeat(present, np.diff(response_at))])
+    sampled[tokens] = logprobs[entries]
+    row_ends = offsets_of(widths)
+    for own in (logprobs, sampled):  # the other arrays are Arrow's, and read-only
+        own.flags.writeable = False
+    for i, is_there in enumerate(present.tolist()):
+        tokens_of = slice(token_at[i], token_at[i + 1])
+        candidates = slice(candidate_at[i], candidate_at[i + 1])
+        offsets = row_ends[token_at[i] : token_at[i + 1] + 1] - candidate_at[i]
+        offsets.flags.writeable = False
+        yield (
+            Distributions(offsets, ids[candidates], logprobs[candidates], tail[tokens_of], sampled[tokens_of])
+            if is_there
+            else None
         )
 
 

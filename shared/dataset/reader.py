@@ -2,23 +2,19 @@
 
 Nothing is trusted but the manifest and what its checksums vouch for. A shard's sha256 is computed before its first
 byte is decoded, once per process and version of the file; a shard in an object store is fetched whole, checked and
-read from memory. A few row groups (of 16k tokens at k = 64: 8 MB) are decoded ahead, whatever the dataset's size.
+read from memory. One row group (16k tokens at k = 64: 8 MB) is decoded at a time, whatever the dataset's size.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
-from functools import cached_property, partial
-from itertools import islice
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shared.dataset.columns import RecordGroup
+from shared.dataset.columns import table_to_records
 from shared.dataset.manifest import (
     MANIFEST,
     PROVENANCE,
@@ -30,21 +26,13 @@ from shared.dataset.manifest import (
     load,
 )
 from shared.dataset.records import Record
-from shared.dataset.schema import CANDIDATE_COLUMNS, DISTRIBUTION_COLUMNS, SCHEMA, check_metadata
+from shared.dataset.schema import DISTRIBUTION_COLUMNS, SCHEMA, check_metadata
 from shared.dataset.storage import Storage, open_storage
 from shared.dataset.writer import DatasetWriter
 from shared.errors import DatasetError
 from shared.tokenizer.vocabulary import Vocabulary
 
 __all__ = ["Dataset", "DatasetWriter", "Manifest", "Provenance"]
-
-_Item = TypeVar("_Item")
-
-_READERS = 2
-"""Threads that read and decode, each a row group of its own. Within a row group two columns of candidates have nearly
-all of the work, so that a thread per column, Arrow's way, keeps fewer cores busy and hands more memory around."""
-_AHEAD = 4
-"""Row groups, and shards, that are begun before they are asked for; with the window they bound the memory."""
 
 
 class Dataset:
@@ -79,7 +67,7 @@ class Dataset:
         file, group = open_shard(self.storage, unit), 0
         while row >= (rows := file.metadata.row_group(group).num_rows):
             row, group = row - rows, group + 1
-        return RecordGroup(self._read_group(unit, file, group, None))[row]
+        return next(table_to_records(self._read_group(unit, file, group, None).slice(row, 1)))
 
     @cached_property
     def provenance(self) -> Provenance:
@@ -124,7 +112,7 @@ class Dataset:
         distributions: bool = True,
         unit: str | None = None,
     ) -> Iterator[Record]:
-        """Records in order, a few row groups in memory.
+        """Records in order, one row group in memory.
 
         Args:
             split: `train` or `held_out` only. rule: that decoding rule only.
@@ -136,52 +124,26 @@ class Dataset:
         """
         units = [u for u in self.manifest.units if unit in (None, u.unit) and _has(u, split, rule)]
         columns = None if distributions else [name for name in SCHEMA.names if name not in DISTRIBUTION_COLUMNS]
-        for group in self._groups_of(units, columns, RecordGroup):
-            yield from map(group.__getitem__, group.where(split, rule))
+        for table in self._groups(units, columns):
+            for record in table_to_records(table):
+                if split in (None, record.split) and rule in (None, record.sampling.rule):
+                    yield record
 
     def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """Row groups as Arrow tables with only the columns named, checked like everything else."""
-        yield from self._groups_of(self.manifest.units, columns, lambda table: table)
+        yield from self._groups(self.manifest.units, columns)
 
-    def _groups_of(
-        self, units: Sequence[UnitEntry], columns: Sequence[str] | None, decode: Callable[[pa.Table], _Item]
-    ) -> Iterator[_Item]:
-        """Row groups of `units` in order: checked, read and decoded before they are asked for, each in one thread."""
-
-        def open_unit(unit: UnitEntry) -> tuple[UnitEntry, pq.ParquetFile]:
-            return unit, open_shard(self.storage, unit)
-
-        def read(unit: UnitEntry, file: pq.ParquetFile, group: int) -> _Item:
-            return decode(self._read_group(unit, file, group, columns))
-
-        pool = ThreadPoolExecutor(_READERS, thread_name_prefix="shards")
-        try:
-            shards = _ahead(pool, (partial(open_unit, unit) for unit in units))
-            yield from _ahead(
-                pool,
-                (
-                    partial(read, unit, file, group)
-                    for unit, file in shards
-                    for group in range(file.metadata.num_row_groups)
-                ),
-            )
-        finally:
-            pool.shutdown(cancel_futures=True)
+    def _groups(self, units: Sequence[UnitEntry], columns: Sequence[str] | None) -> Iterator[pa.Table]:
+        for unit in units:
+            file = open_shard(self.storage, unit)
+            for group in range(file.metadata.num_row_groups):
+                yield self._read_group(unit, file, group, columns)
 
     def _read_group(self, unit: UnitEntry, file: pq.ParquetFile, group: int, columns: Sequence[str] | None) -> pa.Table:
-        wanted = list(SCHEMA.names if columns is None else columns)
-        # Arrow takes several times a list column's size to read it. The candidates' are nearly all there is; one after
-        # the other they use the same memory, and touching memory for the first time is what a first pass pays for.
-        apart = [name for name in wanted if name in CANDIDATE_COLUMNS][1:]
-        together = [name for name in wanted if name not in apart]
         try:
-            table = file.read_row_group(group, columns=together, use_threads=False)
-            for name in apart:
-                column = file.read_row_group(group, columns=[name], use_threads=False)
-                table = table.append_column(column.field(0), column.column(0))
+            return file.read_row_group(group, columns=list(SCHEMA.names if columns is None else columns))
         except (pa.ArrowException, OSError) as error:
             raise DatasetError(f"{self.storage.join(unit.file)} cannot be read: {error}") from error
-        return table.select(wanted)
 
     def _read_file(self, name: str) -> bytes:
         entry = next((entry for entry in self.manifest.files if entry.name == name), None)
@@ -220,8 +182,7 @@ def open_shard(storage: Storage, unit: UnitEntry, again: bool = False) -> pq.Par
     found = storage.open_verified(unit.file, unit.sha256, again)
     source = found if isinstance(found, Path) else pa.BufferReader(found)
     try:
-        # Buffered ahead, a file's ranges belong to the one row group that was asked for last; readers share the file.
-        file = pq.ParquetFile(source, pre_buffer=False)
+        file = pq.ParquetFile(source)
     except (pa.ArrowException, OSError) as error:
         raise DatasetError(f"{storage.join(unit.file)} is not a Parquet file: {error}") from error
     schema = file.schema_arrow
@@ -236,12 +197,3 @@ def open_shard(storage: Storage, unit: UnitEntry, again: bool = False) -> pq.Par
 
 def _has(unit: UnitEntry, split: str | None, rule: str | None) -> bool:
     return any(split in (None, key.partition("/")[0]) and rule in (None, key.partition("/")[2]) for key in unit.counts)
-
-
-def _ahead(pool: Executor, tasks: Iterator[Callable[[], _Item]]) -> Iterator[_Item]:
-    """What the tasks return, in their order; a few of them run in the pool before they are asked for."""
-    waiting = deque(pool.submit(task) for task in islice(tasks, _AHEAD))
-    while waiting:
-        item = waiting.popleft().result()
-        waiting.extend(pool.submit(task) for task in islice(tasks, 1))
-        yield item

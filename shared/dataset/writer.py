@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from shared.dataset.card import CARD, dataset_card
 from shared.dataset.checks import check_record
-from shared.dataset.columns import RecordGroup, records_to_table, same_content
+from shared.dataset.columns import records_to_table, same_content, table_to_records
 from shared.dataset.manifest import (
     DATA,
     MANIFEST,
@@ -183,12 +183,8 @@ class DatasetWriter:
                 f"{storage.url} was begun with another configuration:\n  " + "\n  ".join(differences) + f"\n{advice}"
             )
         if found.git_commit != self._provenance.git_commit:
-            log.warning(
-                "%s was begun at commit %s, this is %s",
-                storage.url,
-                found.git_commit,
-                self._provenance.git_commit,
-            )
+            ours = self._provenance.git_commit
+            log.warning("%s was begun at commit %s, this is %s", storage.url, found.git_commit, ours)
 
     def _write_sidecars(self, tokenizer_dir: Path | None) -> None:
         storage = self._store.storage
@@ -211,7 +207,7 @@ class DatasetWriter:
         try:
             table = read_shard(there, name)
             if self._check:
-                for record in RecordGroup(table):
+                for record in table_to_records(table):
                     check_record(record, len(self._vocabulary))
             if table["sample_id"].equals(read_shard(data, "ours")["sample_id"]):
                 log.warning("unit %s was published by another worker meanwhile; its shard is kept", ours.unit)

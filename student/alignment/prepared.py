@@ -54,6 +54,7 @@ _ARRAYS: dict[str, pa.DataType] = {
     "tail": pa.float32(),
     "known": pa.float32(),
 }
+_OF_TARGETS = ("event_mass", "members", "tail", "known")
 SCHEMA = pa.schema(
     [pa.field(name, pa.string()) for name in _TEXT]
     + [pa.field("prompt_length", pa.int32())]
@@ -201,27 +202,12 @@ def unit_bytes(samples: Iterable[AlignedSample]) -> bytes:
 def sample_to_batch(sample: AlignedSample) -> pa.RecordBatch:
     """One sample as a record batch of one row."""
     targets = sample.targets
-    values: dict[str, NDArray[Any]] = {
-        "input_ids": sample.input_ids,
-        "byte_ends": sample.byte_ends,
-        "is_anchor": sample.is_anchor.astype(np.uint8),
-        "teacher_index": sample.teacher_index,
-        "observed_logprob": sample.observed_logprob,
-        "anchor_logprob": np.asarray(sample.anchor_logprob),
-        "teacher_ids": sample.teacher_ids,
-        "teacher_byte_ends": sample.teacher_byte_ends,
-        "teacher_sampled_logprob": sample.teacher_sampled_logprob,
-        "event_counts": np.diff(targets.event_offsets).astype(np.int32),
-        "event_mass": targets.event_mass,
-        "member_counts": np.diff(targets.member_offsets).astype(np.int32),
-        "members": targets.members,
-        "tail": targets.tail,
-        "known": targets.known,
-    }
+    counts = {"event_counts": np.diff(targets.event_offsets), "member_counts": np.diff(targets.member_offsets)}
     arrays = [pa.array([getattr(sample, name)], pa.string()) for name in _TEXT]
     arrays.append(pa.array([sample.prompt_length], pa.int32()))
     for name, kind in _ARRAYS.items():
-        flat = pa.array(values[name], kind)
+        values = counts[name] if name in counts else getattr(targets if name in _OF_TARGETS else sample, name)
+        flat = pa.array(values.astype(kind.to_pandas_dtype(), copy=False))
         arrays.append(pa.ListArray.from_arrays(pa.array([0, len(flat)], pa.int32()), flat))
     return pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
 
@@ -229,29 +215,12 @@ def sample_to_batch(sample: AlignedSample) -> pa.RecordBatch:
 def batch_to_sample(batch: pa.RecordBatch) -> AlignedSample:
     """The inverse of `sample_to_batch`; arrays are views of the batch where their type allows it."""
 
-    def array(name: str) -> NDArray[Any]:
-        return batch.column(name).values.to_numpy(zero_copy_only=False)
-
-    text = {name: batch.column(name)[0].as_py() for name in _TEXT}
+    arrays = {name: batch.column(name).values.to_numpy(zero_copy_only=False) for name in _ARRAYS}
+    arrays["is_anchor"] = arrays["is_anchor"].astype(np.bool_)
     targets = SparseTargets(
-        event_offsets=offsets_of(array("event_counts")),
-        event_mass=array("event_mass"),
-        member_offsets=offsets_of(array("member_counts")),
-        members=array("members"),
-        tail=array("tail"),
-        known=array("known"),
+        event_offsets=offsets_of(arrays.pop("event_counts")),
+        member_offsets=offsets_of(arrays.pop("member_counts")),
+        **{name: arrays.pop(name) for name in _OF_TARGETS},
     )
-    return AlignedSample(
-        **text,
-        input_ids=array("input_ids"),
-        prompt_length=batch.column("prompt_length")[0].as_py(),
-        byte_ends=array("byte_ends"),
-        is_anchor=array("is_anchor").astype(np.bool_),
-        teacher_index=array("teacher_index"),
-        observed_logprob=array("observed_logprob"),
-        targets=targets,
-        teacher_ids=array("teacher_ids"),
-        teacher_byte_ends=array("teacher_byte_ends"),
-        teacher_sampled_logprob=array("teacher_sampled_logprob"),
-        anchor_logprob=array("anchor_logprob"),
-    )
+    text = {name: batch.column(name)[0].as_py() for name in (*_TEXT, "prompt_length")}
+    return AlignedSample(**text, **arrays, targets=targets)

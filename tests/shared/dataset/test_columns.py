@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from shared.dataset.columns import RecordGroup, records_to_table
+from shared.dataset.columns import records_to_table, table_to_records
 from shared.dataset.records import Distributions, Record
 from shared.dataset.schema import DISTRIBUTION_COLUMNS, SCHEMA
 from shared.errors import DatasetError
@@ -92,14 +92,14 @@ def test_mixed_records_come_back_in_order() -> None:
     ]
     table = records_to_table(records, VOCABULARY_SIZE)
     assert table.schema.equals(SCHEMA)
-    for read, record in zip(RecordGroup(table), records, strict=True):
+    for read, record in zip(table_to_records(table), records, strict=True):
         assert_same(read, record, exact=False)
     # Any slice of the table decodes to the same records.
-    for read, record in zip(RecordGroup(table.slice(2, 3)), records[2:5], strict=True):
+    for read, record in zip(table_to_records(table.slice(2, 3)), records[2:5], strict=True):
         assert_same(read, record, exact=False)
-    few = RecordGroup(table.drop(DISTRIBUTION_COLUMNS))
+    few = table_to_records(table.drop(DISTRIBUTION_COLUMNS))
     assert all(record.distributions is None for record in few)
-    assert not RecordGroup(table.slice(0, 0))
+    assert not list(table_to_records(table.slice(0, 0)))
 
 
 def test_rows_of_unknown_tail_and_of_no_candidates_are_kept_as_such() -> None:
@@ -117,7 +117,7 @@ def test_rows_of_unknown_tail_and_of_no_candidates_are_kept_as_such() -> None:
         np.full(3, np.nan, np.float32),
         np.full(3, np.nan, np.float32),
     )
-    (read,) = RecordGroup(records_to_table([replace(record, distributions=unknown)]))
+    (read,) = table_to_records(records_to_table([replace(record, distributions=unknown)]))
     assert read.distributions is not None
     assert np.isnan(read.distributions.tail).all()
     assert read.distributions.offsets.tolist() == [0, 4, 4, 8]
