@@ -102,11 +102,9 @@ class DatasetWriter:
         if name in self._units:
             return self._units[name]
         batch = list(records)
-        twice = [sample for sample, count in Counter(r.sample_id for r in batch).items() if count > 1]
-        if twice:
-            raise DatasetError(
-                f"unit {name}: sample id {twice[0]!r} comes {Counter(twice)[twice[0]] + 1} times or more"
-            )
+        for sample, count in Counter(record.sample_id for record in batch).most_common(1):
+            if count > 1:
+                raise DatasetError(f"unit {name}: sample id {sample!r} comes {count} times")
         table = records_to_table(batch, len(self._vocabulary), check=self._check)
         data = shard_bytes(table)
         if not same_content(pq.read_table(pa.BufferReader(data)), table):

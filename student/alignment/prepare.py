@@ -272,18 +272,13 @@ def _align_unit(source: Source, unit: str, key: str, store: UnitStore[PreparedUn
 
 
 def _index_entry(sample: AlignedSample, unit: str, batch: int) -> dict[str, Any]:
-    return {
-        "sample_id": sample.sample_id,
-        "prompt_id": sample.prompt_id,
-        "split": sample.split,
-        "rule": sample.rule,
-        "skill": sample.skill,
+    derived = {
         "unit": unit,
         "batch": batch,
-        "prompt_length": sample.prompt_length,
         "length": len(sample.input_ids),
         "soft": int((~np.isnan(sample.targets.tail)).sum()),
     }
+    return {name: derived[name] if name in derived else getattr(sample, name) for name in INDEX_SCHEMA.names}
 
 
 # --- summary and manifest -------------------------------------------------------------------------------
