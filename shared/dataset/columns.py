@@ -9,17 +9,20 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from shared.dataset.checks import check_record
 from shared.dataset.encoding import decode_logprobs, encode_gaps, round_sampled, round_tail, row_matches
 from shared.dataset.records import Distributions, Message, Record, Sampling, offsets_of
-from shared.dataset.schema import DISTRIBUTION_COLUMNS, SCHEMA
+from shared.dataset.schema import DISTRIBUTION_COLUMNS, SCHEMA, check_metadata
+from shared.errors import DatasetError
 
 _FLAT_COLUMNS = frozenset(
     field.name for field in SCHEMA if pa.types.is_list(field.type) and pa.types.is_primitive(field.type.value_type)
@@ -118,6 +121,26 @@ def _distributions(
             if is_there
             else None
         )
+
+
+def open_parquet(source: Path | bytes, name: str) -> pq.ParquetFile:
+    """A shard, given by its path or its bytes; `name` is for messages.
+
+    Raises:
+        DatasetError: if it is no Parquet file, of a later schema version, or not of this schema.
+    """
+    try:
+        file = pq.ParquetFile(source if isinstance(source, Path) else pa.BufferReader(source))
+    except (pa.ArrowException, OSError) as error:
+        raise DatasetError(f"{name} is not a Parquet file: {error}") from error
+    schema = file.schema_arrow
+    check_metadata(schema.metadata, name)
+    if not schema.equals(SCHEMA, check_metadata=False):
+        raise DatasetError(
+            f"{name} has the columns {schema.names}, expected {SCHEMA.names}; "
+            "it was rewritten by another tool: copy it again from where the dataset was collected"
+        )
+    return file
 
 
 def same_content(left: pa.Table, right: pa.Table) -> bool:

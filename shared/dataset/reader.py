@@ -14,7 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shared.dataset.columns import table_to_records
+from shared.dataset.columns import open_parquet, table_to_records
 from shared.dataset.manifest import (
     MANIFEST,
     PROVENANCE,
@@ -26,7 +26,7 @@ from shared.dataset.manifest import (
     load,
 )
 from shared.dataset.records import Record
-from shared.dataset.schema import DISTRIBUTION_COLUMNS, SCHEMA, check_metadata
+from shared.dataset.schema import DISTRIBUTION_COLUMNS, SCHEMA
 from shared.dataset.storage import Storage, open_storage
 from shared.dataset.writer import DatasetWriter
 from shared.errors import DatasetError
@@ -179,20 +179,7 @@ def open_shard(storage: Storage, unit: UnitEntry, again: bool = False) -> pq.Par
     Raises:
         DatasetError: if it is missing, damaged, of a later schema version or not of this schema.
     """
-    found = storage.open_verified(unit.file, unit.sha256, again)
-    source = found if isinstance(found, Path) else pa.BufferReader(found)
-    try:
-        file = pq.ParquetFile(source)
-    except (pa.ArrowException, OSError) as error:
-        raise DatasetError(f"{storage.join(unit.file)} is not a Parquet file: {error}") from error
-    schema = file.schema_arrow
-    check_metadata(schema.metadata, storage.join(unit.file))
-    if not schema.equals(SCHEMA, check_metadata=False):
-        raise DatasetError(
-            f"{storage.join(unit.file)} has the columns {schema.names}, expected {SCHEMA.names}; "
-            "it was rewritten by another tool: copy it again from where the dataset was collected"
-        )
-    return file
+    return open_parquet(storage.open_verified(unit.file, unit.sha256, again), storage.join(unit.file))
 
 
 def _has(unit: UnitEntry, split: str | None, rule: str | None) -> bool:

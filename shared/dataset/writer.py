@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from shared.dataset.card import CARD, dataset_card
 from shared.dataset.checks import check_record
-from shared.dataset.columns import records_to_table, same_content, table_to_records
+from shared.dataset.columns import open_parquet, records_to_table, same_content, table_to_records
 from shared.dataset.manifest import (
     DATA,
     MANIFEST,
@@ -32,7 +32,7 @@ from shared.dataset.manifest import (
     load,
 )
 from shared.dataset.records import Record
-from shared.dataset.schema import SCHEMA, SCHEMA_VERSION, check_metadata, parquet_options
+from shared.dataset.schema import SCHEMA_VERSION, parquet_options
 from shared.dataset.storage import open_storage
 from shared.dataset.units import UnitStore, commit_file
 from shared.errors import DatasetError
@@ -237,16 +237,12 @@ def read_shard(data: bytes, source: str) -> pa.Table:
     """The table of a shard's bytes, whose checksum nothing has vouched for yet.
 
     Raises:
-        DatasetError: if they are no shard of this schema.
+        DatasetError: if they are no shard of this schema, or damaged.
     """
     try:
-        table = pq.read_table(pa.BufferReader(data))
+        return open_parquet(data, source).read()
     except (pa.ArrowException, OSError) as error:
-        raise DatasetError(f"{source} is not a Parquet file: {error}") from error
-    check_metadata(table.schema.metadata or {}, source)
-    if not table.schema.equals(SCHEMA, check_metadata=False):
-        raise DatasetError(f"{source} has the columns {table.schema.names}, expected {SCHEMA.names}")
-    return table
+        raise DatasetError(f"{source} cannot be read: {error}") from error
 
 
 def shard_bytes(table: pa.Table, options: Mapping[str, Any] | None = None) -> bytes:

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from shared.dataset.records import offsets_of
+from shared.tokenizer.vocabulary import Encoder, Vocabulary
+
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from shared.dataset.records import offsets_of
-from shared.tokenizer.vocabulary import Encoder, Vocabulary
 
 
 @dataclass(frozen=True)
