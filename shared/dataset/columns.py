@@ -28,6 +28,7 @@ _FLAT_COLUMNS = frozenset(
     field.name for field in SCHEMA if pa.types.is_list(field.type) and pa.types.is_primitive(field.type.value_type)
 )
 """Lists of numbers, which numpy sees without a copy."""
+_SAMPLING_COLUMNS = tuple(field.name for field in fields(Sampling))
 
 
 def records_to_table(records: Sequence[Record], vocabulary_size: int | None = None, check: bool = True) -> pa.Table:
@@ -43,29 +44,24 @@ def records_to_table(records: Sequence[Record], vocabulary_size: int | None = No
     if check:
         for record in records:
             check_record(record, vocabulary_size)
-    plain: dict[str, Any] = {
-        "sample_id": [r.sample_id for r in records],
-        "prompt_id": [r.prompt_id for r in records],
-        "split": [r.split for r in records],
-        "skill": [r.skill for r in records],
-        "rule": [r.sampling.rule for r in records],
-        "messages": [[{"role": m.role, "content": m.content} for m in r.messages] for r in records],
-        "prompt_text": [r.prompt_text for r in records],
-        "response_bytes": [r.response_bytes for r in records],
-        "finish_reason": [r.finish_reason for r in records],
-        "temperature": [r.sampling.temperature for r in records],
-        "top_p": [r.sampling.top_p for r in records],
-        "top_k": [r.sampling.top_k for r in records],
-        "max_tokens": [r.sampling.max_tokens for r in records],
-        "seed": [r.sampling.seed for r in records],
-    }
-    arrays: dict[str, pa.Array] = {name: pa.array(values, SCHEMA.field(name).type) for name, values in plain.items()}
-    arrays["prompt_ids"] = _list_array("prompt_ids", [r.prompt_ids for r in records])
-    arrays["response_ids"] = _list_array("response_ids", [r.response_ids for r in records])
     stored = [_store(r) for r in records]
-    for name in DISTRIBUTION_COLUMNS:
-        arrays[name] = _list_array(name, [None if s is None else s[name] for s in stored])
-    return pa.Table.from_arrays([arrays[name] for name in SCHEMA.names], schema=SCHEMA)
+
+    def values(name: str) -> list[Any]:
+        if name in DISTRIBUTION_COLUMNS:
+            return [None if s is None else s[name] for s in stored]
+        if name == "rule" or name in _SAMPLING_COLUMNS:
+            return [getattr(r.sampling, name) for r in records]
+        if name == "messages":
+            return [[{"role": m.role, "content": m.content} for m in r.messages] for r in records]
+        return [getattr(r, name) for r in records]
+
+    arrays = [
+        _list_array(field.name, values(field.name))
+        if field.name in _FLAT_COLUMNS
+        else pa.array(values(field.name), field.type)
+        for field in SCHEMA
+    ]
+    return pa.Table.from_arrays(arrays, schema=SCHEMA)
 
 
 def table_to_records(table: pa.Table) -> Iterator[Record]:
@@ -75,7 +71,7 @@ def table_to_records(table: pa.Table) -> Iterator[Record]:
     `Record.distributions` is None. A record's arrays are read-only views of the table's, and keep it in memory.
     """
     plain = {name: table[name].to_pylist() for name in table.schema.names if name not in _FLAT_COLUMNS}
-    samplings = map(Sampling, *(plain.pop(field.name) for field in fields(Sampling)))
+    samplings = map(Sampling, *(plain.pop(name) for name in _SAMPLING_COLUMNS))
     del plain["rule"]  # follows from the sampling
     prompt_ids, prompt_at = flat_list(table["prompt_ids"])
     response_ids, response_at = flat_list(table["response_ids"])
