@@ -11,15 +11,25 @@ from pathlib import Path
 from typing import Any
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write `path` in one step; a reader sees the old text or the new one, and of several writers the last one's."""
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A name to write a file under, which becomes `path` when the block ends well; else it is removed.
+
+    A reader of `path` sees the old file or the new one, and of several writers the last one's.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{secrets.token_hex(6)}.partial")
+    partial = path.with_name(f"{path.stem}.{secrets.token_hex(6)}.partial{path.suffix}")
     try:
-        partial.write_text(text, encoding="utf-8")
+        yield partial
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `path` in one step."""
+    with new_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:

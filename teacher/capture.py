@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.dataset.records import Distributions
+from shared.dataset.records import Distributions, offsets_of
 from shared.errors import AlignmentError, CheckpointError
 
 
@@ -110,10 +110,8 @@ def to_distributions(
         before_TxK = np.cumsum(mass_TxK, axis=1) - mass_TxK
         keep_TxK &= before_TxK < retained_mass
         mass_TxK = np.where(keep_TxK, mass_TxK, 0.0)
-    offsets = np.zeros(len(columns) + 1, dtype=np.int64)
-    np.cumsum(keep_TxK.sum(axis=1), out=offsets[1:])
     return Distributions(
-        offsets=offsets,
+        offsets=offsets_of(keep_TxK.sum(axis=1)),
         ids=ids_TxK[keep_TxK].astype(np.int32),
         logprobs=logprobs_TxK[keep_TxK].astype(np.float32),
         tail=np.clip(1.0 - mass_TxK.sum(axis=1), 0.0, 1.0).astype(np.float32),

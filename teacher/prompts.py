@@ -22,6 +22,7 @@ from pydantic import model_validator
 from shared.commands.legacy_json.models import Name, Strict, Text, Turn, Turns, checked, to_messages
 from shared.config import Split
 from shared.dataset.records import Message
+from shared.dataset.split import held_out, stable_hash
 from shared.errors import ConfigError, PromptError
 from shared.json_input import read_values
 from shared.tokenizer.chat import ChatEncoder, RenderedPrompt
@@ -96,35 +97,23 @@ def load_prompts(path: Path, system_prompt: str | None = None, responses: bool =
     return [prompt for prompt, _ in prompts.values()]
 
 
-def split_prompts(prompts: Sequence[Prompt], held_out: float) -> dict[Split, list[Prompt]]:
+def split_prompts(prompts: Sequence[Prompt], share: float) -> dict[Split, list[Prompt]]:
     """Both splits, each in an order given by a hash of the ids, so that every slice mixes the skills.
 
-    Of n conversations of a skill, round(held_out n) are held out, at least one and at most n - 1 where n > 1.
+    `share` of each skill's conversations is held out (`shared.dataset.split.held_out`).
     """
     groups: dict[str, list[Prompt]] = defaultdict(list)
     for prompt in prompts:
         groups[prompt.content].append(prompt)
-    by_skill: dict[str, list[list[Prompt]]] = defaultdict(list)
     for group in groups.values():
         group.sort(key=lambda prompt: stable_hash(prompt.id))
-        by_skill[group[0].skill].append(group)
+    chosen = held_out({group[0].id: group[0].skill for group in groups.values()}, share)
     splits: dict[Split, list[Prompt]] = {"train": [], "held_out": []}
-    for members in by_skill.values():
-        members.sort(key=lambda group: stable_hash(group[0].id))
-        count = round(held_out * len(members))
-        if held_out > 0 and len(members) > 1:
-            count = min(max(count, 1), len(members) - 1)
-        for index, group in enumerate(members):
-            splits["held_out" if index < count else "train"] += group
+    for group in groups.values():
+        splits["held_out" if group[0].id in chosen else "train"] += group
     for split in splits.values():
         split.sort(key=lambda prompt: stable_hash(f"order:{prompt.id}"))
     return splits
-
-
-def stable_hash(*parts: object) -> int:
-    """63 bits of sha256 over `parts`, the same on every machine."""
-    digest = hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def prompts_fingerprint(prompts: Iterable[Prompt]) -> str:

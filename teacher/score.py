@@ -10,16 +10,13 @@ from __future__ import annotations
 
 from shared.config import PipelineConfig, Split
 from shared.dataset.reader import Dataset
-from shared.dataset.records import Record, Sampling
+from shared.dataset.records import UNKNOWN_SAMPLING, Record
 from shared.errors import ConfigError
 from teacher.collect import check_lengths, check_top_k, load_renderer, run
 from teacher.engine import prepare_environment
 from teacher.prompts import Prompt, load_prompts, prompts_fingerprint, split_prompts
 from teacher.summary import Summary
 from teacher.units import Task, Unit, slices
-
-UNKNOWN_SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=-1, max_tokens=0, seed=None)
-"""How a text of unknown origin was decoded: a top_k that no engine has, so that it counts as no teacher's sample."""
 
 
 def score(config: PipelineConfig) -> Summary:

@@ -12,7 +12,8 @@ from typing import TypeVar
 
 from shared.config import CollectConfig, DecodingConfig, Split
 from shared.dataset.records import Record, Sampling
-from teacher.prompts import Prompt, stable_hash
+from shared.dataset.split import stable_hash
+from teacher.prompts import Prompt
 
 Item = TypeVar("Item")
 

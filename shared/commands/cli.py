@@ -98,13 +98,11 @@ def import_json(
     """Make a dataset of the legacy JSON layout: prompt, response, logits, token, tokenID; or of plain conversations."""
     configure_logging(log_level)
     from shared.commands.legacy_json.files import import_json as import_file
-    from shared.commands.legacy_json.layout import UNKNOWN_FILTER, ImportSettings
+    from shared.commands.legacy_json.layout import ImportSettings
     from shared.config import apply_override
-    from shared.dataset.records import Sampling
+    from shared.dataset.records import UNKNOWN_SAMPLING, Sampling
 
-    sampling = (
-        Sampling(1.0, 1.0, UNKNOWN_FILTER, 0, None) if temperature is None else Sampling(temperature, 1.0, 0, 0, None)
-    )
+    sampling = UNKNOWN_SAMPLING if temperature is None else Sampling(temperature, 1.0, 0, 0, None)
     arguments: dict[str, Any] = {}
     for text in template_argument or []:
         apply_override(arguments, text, "--template-argument", "'date_string=26 Jul 2024'")

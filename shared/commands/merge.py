@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from shared.console import progress
+from shared.dataset.columns import repeated
 from shared.dataset.manifest import UnitEntry
-from shared.dataset.reader import Dataset, Manifest, Provenance, read_checked
+from shared.dataset.reader import Dataset, Manifest, Provenance
 from shared.dataset.writer import DatasetWriter, read_shard, shard_bytes, unit_entry
 from shared.errors import DatasetError
 
@@ -46,7 +46,7 @@ def merge(sources: Sequence[str | Path], destination: str | Path) -> Manifest:
         task = bar.add_task("merging", total=len(units), note="")
         for name, (index, entry, original) in units.items():
             if name not in writer.committed:
-                data = read_checked(datasets[index].storage, original.file, original.sha256)
+                data = datasets[index].storage.read_verified(original.file, original.sha256)
                 if entry.counts != original.counts:
                     table = read_shard(data, datasets[index].storage.join(original.file))
                     table = table.filter(pc.equal(table["split"], _splits(entry)[0]))
@@ -113,13 +113,9 @@ def _splits(unit: UnitEntry) -> list[str]:
 
 
 def _check_disjoint(units: dict[str, tuple[int, UnitEntry, UnitEntry]], datasets: Sequence[Dataset]) -> None:
-    columns = [
-        table["sample_id"].combine_chunks() for dataset in datasets for table in dataset.tables(columns=["sample_id"])
-    ]
-    counts = pc.value_counts(pa.chunked_array(columns, pa.string()))
-    twice = counts.filter(pc.greater(counts.field("counts"), 1))
-    if len(twice):
+    twice = repeated([t["sample_id"].combine_chunks() for dataset in datasets for t in dataset.tables(["sample_id"])])
+    if twice:
         raise DatasetError(
             f"{len(twice)} samples are in more than one of the {len(datasets)} datasets ({len(units)} units), such as "
-            f"{twice[0]['values'].as_py()!r}; merge parts that were collected from different prompts or seeds"
+            f"{twice[0][0]!r}; merge parts that were collected from different prompts or seeds"
         )

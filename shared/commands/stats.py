@@ -17,6 +17,7 @@ from shared.console import progress
 from shared.dataset.columns import flat_list, is_present
 from shared.dataset.encoding import decode_logprobs, row_matches
 from shared.dataset.reader import Dataset
+from shared.dataset.records import offsets_of
 from shared.errors import DatasetError, MissingExtraError
 
 DEPTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -171,7 +172,7 @@ def _retained(
 ) -> NDArray[np.float64]:
     """float64 [len(DEPTHS)]: sum over known tokens of the mass of their first k candidates."""
     rows = np.repeat(np.arange(len(widths)), widths)
-    rank = np.arange(len(rows)) - np.repeat(np.cumsum(widths, dtype=np.int64) - widths, widths)
+    rank = np.arange(len(rows)) - np.repeat(offsets_of(widths)[:-1], widths)
     counted = np.where(known[rows], probabilities, 0.0)
     by_rank = np.bincount(rank, weights=counted, minlength=max(DEPTHS))
     return np.array([by_rank[:k].sum() for k in DEPTHS])

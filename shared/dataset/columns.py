@@ -1,31 +1,28 @@
 """Records to Arrow tables and back, whole batches at a time.
 
 `records_to_table` refuses what cannot be stored faithfully, naming the record, the row and the value: it is the one
-way into a shard. `RecordGroup` decodes a row group in a few passes; its records are slices of it.
+way into a shard. `table_to_records` decodes a row group in a few passes; its records are slices of it.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
-from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from shared.dataset.checks import check_record
 from shared.dataset.encoding import decode_logprobs, encode_gaps, round_sampled, round_tail, row_matches
-from shared.dataset.records import Distributions, Message, Record, Sampling
-from shared.dataset.schema import DISTRIBUTION_COLUMNS, SCHEMA, STEPS_PER_NAT
+from shared.dataset.records import Distributions, Message, Record, Sampling, offsets_of
+from shared.dataset.schema import DISTRIBUTION_COLUMNS, SCHEMA, check_metadata
 from shared.errors import DatasetError
-
-MASS_TOLERANCE = 1e-3
-"""Teachers compute in float32: a row's mass and tail may miss 1 by this much before it is an error."""
-SAMPLED_TOLERANCE = 1e-2
-"""The sampled token's own logprob and its entry come from one computation: further apart, they are not of one row."""
-OUTSIDE_TOLERANCE = 1 / STEPS_PER_NAT
-"""A row that was stored before has its last candidate rounded by up to half a step."""
 
 _FLAT_COLUMNS = frozenset(
     field.name for field in SCHEMA if pa.types.is_list(field.type) and pa.types.is_primitive(field.type.value_type)
@@ -42,204 +39,104 @@ def records_to_table(records: Sequence[Record], vocabulary_size: int | None = No
         check: False stores rows that contradict their own text, for tests that need a damaged dataset.
 
     Raises:
-        DatasetError: if a record's arrays disagree in length, hold NaN, infinities, duplicates or ids outside the
-            vocabulary, do not fall in probability, or do not belong to the response's tokens.
+        DatasetError: as `shared.dataset.checks.check_record`.
     """
     if check:
         for record in records:
             check_record(record, vocabulary_size)
-    plain: dict[str, Any] = {
-        "sample_id": [r.sample_id for r in records],
-        "prompt_id": [r.prompt_id for r in records],
-        "split": [r.split for r in records],
-        "skill": [r.skill for r in records],
-        "rule": [r.sampling.rule for r in records],
-        "messages": [[{"role": m.role, "content": m.content} for m in r.messages] for r in records],
-        "prompt_text": [r.prompt_text for r in records],
-        "response_bytes": [r.response_bytes for r in records],
-        "finish_reason": [r.finish_reason for r in records],
-        "temperature": [r.sampling.temperature for r in records],
-        "top_p": [r.sampling.top_p for r in records],
-        "top_k": [r.sampling.top_k for r in records],
-        "max_tokens": [r.sampling.max_tokens for r in records],
-        "seed": [r.sampling.seed for r in records],
-    }
-    arrays: dict[str, pa.Array] = {name: pa.array(values, SCHEMA.field(name).type) for name, values in plain.items()}
-    arrays["prompt_ids"] = _list_array("prompt_ids", [r.prompt_ids for r in records])
-    arrays["response_ids"] = _list_array("response_ids", [r.response_ids for r in records])
     stored = [_store(r) for r in records]
-    for name in DISTRIBUTION_COLUMNS:
-        arrays[name] = _list_array(name, [None if s is None else s[name] for s in stored])
-    return pa.Table.from_arrays([arrays[name] for name in SCHEMA.names], schema=SCHEMA)
+
+    def values(name: str) -> list[Any]:
+        if name in DISTRIBUTION_COLUMNS:
+            return [None if s is None else s[name] for s in stored]
+        if name == "rule" or name in _SAMPLING_COLUMNS:
+            return [getattr(r.sampling, name) for r in records]
+        if name == "messages":
+            return [[{"role": m.role, "content": m.content} for m in r.messages] for r in records]
+        return [getattr(r, name) for r in records]
+
+    arrays = [
+        _list_array(field.name, values(field.name))
+        if field.name in _FLAT_COLUMNS
+        else pa.array(values(field.name), field.type)
+        for field in SCHEMA
+    ]
+    return pa.Table.from_arrays(arrays, schema=SCHEMA)
 
 
-def check_record(record: Record, vocabulary_size: int | None) -> None:
-    """Raise for the first thing in `record` that must not be stored; errors as `records_to_table`."""
-    who = f"record {record.sample_id!r}"
-    for what, ids in (("prompt_ids", record.prompt_ids), ("response_ids", record.response_ids)):
-        _check_ids(f"{who}: {what}", np.asarray(ids), vocabulary_size)
-    if record.distributions is None:
-        return
-    d, length = record.distributions, len(record.response_ids)
-    widths = np.diff(d.offsets)
-    if len(d.offsets) != length + 1 or len(d.tail) != length or len(d.sampled) != length:
-        raise DatasetError(
-            f"{who}: {max(len(d.offsets) - 1, 0)} rows, {len(d.tail)} tail masses and {len(d.sampled)} "
-            f"sampled logprobs for {length} response tokens; expected one of each per token"
-        )
-    if d.offsets[0] != 0 or (widths < 0).any() or d.offsets[-1] != len(d.ids) or len(d.ids) != len(d.logprobs):
-        raise DatasetError(
-            f"{who}: offsets from {d.offsets[0]} to {d.offsets[-1]} over {len(d.ids)} ids and {len(d.logprobs)} "
-            "logprobs; expected offsets that start at 0, never fall and end at the number of both"
-        )
-    rows = np.repeat(np.arange(length), widths)
-    for what, values, where, hint in (
-        ("candidate logprob", d.logprobs, rows, ""),
-        ("tail mass", d.tail, np.arange(length), ""),
-        (
-            "sampled logprob", d.sampled, np.arange(length),
-            ": the teacher gives this token of the response probability 0, so it is not the teacher's text; leave the "
-            "response out, or pass the tokenizer that it was written with",
-        ),
-    ):  # fmt: skip
-        bad = np.isnan(values) if what == "candidate logprob" else np.zeros(len(values), bool)
-        bad |= np.isinf(values)
-        _refuse(who, bad, where, values, what, f"a finite number{hint}")
-    _check_ids(f"{who}: candidates", d.ids, vocabulary_size, rows)
-    ordered = np.lexsort((d.ids, rows))
-    twice = (np.diff(d.ids[ordered]) == 0) & (np.diff(rows[ordered]) == 0)
-    _refuse(who, twice, rows[ordered][1:], d.ids[ordered][1:], "candidate id", "to stand once in its row")
-    rising = (np.diff(d.logprobs) > 0) & (np.diff(rows) == 0)
-    _refuse(who, rising, rows[1:], d.logprobs[1:], "candidate logprob", "not above the candidate before it")
-    _refuse(who, d.sampled > MASS_TOLERANCE, np.arange(length), d.sampled, "sampled logprob", "at most 0")
-    mass = np.bincount(rows, weights=np.exp(d.logprobs.astype(np.float64)), minlength=length)
-    known = ~np.isnan(d.tail)
-    total = np.where(known, mass + d.tail, 1.0)
-    _refuse(
-        who,
-        (np.abs(total - 1) > MASS_TOLERANCE) | (known & ((d.tail < -MASS_TOLERANCE) | (d.tail > 1 + MASS_TOLERANCE))),
-        np.arange(length),
-        total,
-        "candidates' mass plus tail mass",
-        "1 (logprobs are natural logs at temperature 1, before any filter)",
-    )
-    _check_sampled(who, record, d, widths.astype(np.int32))
+def table_to_records(table: pa.Table) -> Iterator[Record]:
+    """The records of `table`, which has the columns of `shared.dataset.schema.SCHEMA`.
 
-
-class RecordGroup:
-    """The records of a row group: their numbers decoded at once, each record made when it is asked for.
-
-    A record is some fifteen objects. Made by the thread that uses them they cost less than half of what they cost made
-    by another, handed over and freed here; so a reader's thread makes the group, and its consumer the records.
-
-    A record's arrays are read-only views of the group's, and keep them in memory.
+    Their numbers are decoded at once, each record is made when it is asked for; without the distribution columns
+    `Record.distributions` is None. A record's arrays are read-only views of the table's, and keep it in memory.
     """
-
-    def __init__(self, table: pa.Table) -> None:
-        """Decode `table`, which has the columns of `shared.dataset.schema.SCHEMA`; without its distribution columns
-        `Record.distributions` is None."""
-        self._length: int = table.num_rows
-        self._objects = table.select([name for name in table.schema.names if name not in _FLAT_COLUMNS])
-        self._prompt_ids, prompt_at = flat_list(table["prompt_ids"])
-        self._response_ids, response_at = flat_list(table["response_ids"])
-        self._prompt_at, self._response_at = prompt_at.tolist(), response_at.tolist()
-        self._rows = None
-        if set(DISTRIBUTION_COLUMNS).issubset(table.schema.names):
-            self._rows = _Rows(table, self._response_ids, response_at)
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __iter__(self) -> Iterator[Record]:
-        return map(self.__getitem__, range(self._length))
-
-    def __getitem__(self, index: int) -> Record:
-        index = range(self._length)[index]
-        sample_id, prompt_id, split, skill, messages, prompt_text, response_bytes, reason, sampling = self._plain[index]
-        return Record(
-            sample_id,
-            prompt_id,
-            split,
-            skill,
-            messages,
-            prompt_text,
-            self._prompt_ids[self._prompt_at[index] : self._prompt_at[index + 1]],
-            self._response_ids[self._response_at[index] : self._response_at[index + 1]],
-            response_bytes,
-            reason,
-            sampling,
-            self._rows.of(index) if self._rows else None,
+    plain = {name: table[name].to_pylist() for name in table.schema.names if name not in _FLAT_COLUMNS}
+    samplings = map(Sampling, *(plain.pop(name) for name in _SAMPLING_COLUMNS))
+    del plain["rule"]  # follows from the sampling
+    prompt_ids, prompt_at = flat_list(table["prompt_ids"])
+    response_ids, response_at = flat_list(table["response_ids"])
+    has_rows = set(DISTRIBUTION_COLUMNS).issubset(table.schema.names)
+    rows = _distributions(table, response_ids, response_at) if has_rows else itertools.repeat(None, table.num_rows)
+    for i, (sampling, distributions) in enumerate(zip(samplings, rows, strict=True)):
+        values = {name: column[i] for name, column in plain.items()}
+        values["messages"] = tuple(Message(m["role"], m["content"]) for m in values["messages"])
+        yield Record(
+            **values,
+            prompt_ids=prompt_ids[prompt_at[i] : prompt_at[i + 1]],
+            response_ids=response_ids[response_at[i] : response_at[i + 1]],
+            sampling=sampling,
+            distributions=distributions,
         )
 
-    def where(self, split: str | None, rule: str | None) -> Sequence[int]:
-        """The numbers of the records of that split and that decoding rule; None is any."""
-        if split is None and rule is None:
-            return range(self._length)
-        return [
-            number
-            for number, (_, _, own_split, *_, sampling) in enumerate(self._plain)
-            if split in (None, own_split) and rule in (None, sampling.rule)
-        ]
 
-    @cached_property
-    def _plain(self) -> list[Any]:
-        """What is no array, by record."""
-        columns = {name: self._objects[name].to_pylist() for name in self._objects.schema.names}
-        settings = list(zip(*(columns[name] for name in _SAMPLING_COLUMNS), strict=True))
-        samplings = {values: Sampling(*values) for values in set(settings)}
-        messages = [tuple(Message(m["role"], m["content"]) for m in turns) for turns in columns["messages"]]
-        plain = zip(
-            columns["sample_id"],
-            columns["prompt_id"],
-            columns["split"],
-            columns["skill"],
-            messages,
-            columns["prompt_text"],
-            columns["response_bytes"],
-            columns["finish_reason"],
-            map(samplings.__getitem__, settings),
-            strict=True,
+def _distributions(
+    table: pa.Table, response_ids: NDArray[np.int32], response_at: NDArray[np.int64]
+) -> Iterator[Distributions | None]:
+    """Those of each record; None where the columns are null."""
+    widths, token_at = flat_list(table["width"])
+    ids, candidate_at = flat_list(table["candidate_ids"])
+    gaps, _ = flat_list(table["candidate_gaps"])
+    tail, _ = flat_list(table["tail_mass"])
+    stored, _ = flat_list(table["sampled_logprob"])
+    logprobs = decode_logprobs(widths, gaps, tail)
+    present = is_present(table["width"])
+    # In the row the entry is the value: the column holds it rounded.
+    sampled = stored.copy()
+    tokens, entries = row_matches(widths, ids, response_ids[np.repeat(present, np.diff(response_at))])
+    sampled[tokens] = logprobs[entries]
+    row_ends = offsets_of(widths)
+    for own in (logprobs, sampled):  # the other arrays are Arrow's, and read-only
+        own.flags.writeable = False
+    for i, is_there in enumerate(present.tolist()):
+        tokens_of = slice(token_at[i], token_at[i + 1])
+        candidates = slice(candidate_at[i], candidate_at[i + 1])
+        offsets = row_ends[token_at[i] : token_at[i + 1] + 1] - candidate_at[i]
+        offsets.flags.writeable = False
+        yield (
+            Distributions(offsets, ids[candidates], logprobs[candidates], tail[tokens_of], sampled[tokens_of])
+            if is_there
+            else None
         )
-        return list(plain)
 
 
-class _Rows:
-    """The distributions of a group's records, decoded."""
+def open_parquet(source: Path | bytes, name: str) -> pq.ParquetFile:
+    """A shard, given by its path or its bytes; `name` is for messages.
 
-    def __init__(self, table: pa.Table, response_ids: NDArray[np.int32], response_at: NDArray[np.int64]) -> None:
-        widths, token_at = flat_list(table["width"])
-        self._ids, candidate_at = flat_list(table["candidate_ids"])
-        gaps, _ = flat_list(table["candidate_gaps"])
-        self._tail, _ = flat_list(table["tail_mass"])
-        stored, _ = flat_list(table["sampled_logprob"])
-        self._logprobs = decode_logprobs(widths, gaps, self._tail)
-        present = is_present(table["width"])
-        # In the row the entry is the value: the column holds it rounded.
-        self._sampled = stored.copy()
-        tokens, entries = row_matches(widths, self._ids, response_ids[np.repeat(present, np.diff(response_at))])
-        self._sampled[tokens] = self._logprobs[entries]
-        self._present, self._token_at, self._candidate_at = present.tolist(), token_at.tolist(), candidate_at.tolist()
-        # Offsets begin at 0 in every record: where all rows are of one width they are the beginning of one array.
-        self._is_even = bool(len(widths)) and bool((widths == widths[0]).all())
-        rows = int(np.diff(token_at).max()) if self._is_even else len(widths)
-        self._row_ends = np.zeros(rows + 1, np.int64)
-        np.cumsum(widths[:rows], out=self._row_ends[1:])
-        for own in (self._logprobs, self._sampled, self._row_ends):  # the other arrays are Arrow's, and read-only
-            own.flags.writeable = False
-
-    def of(self, index: int) -> Distributions | None:
-        """Those of one record; None where the columns are null."""
-        if not self._present[index]:
-            return None
-        tokens = slice(first := self._token_at[index], last := self._token_at[index + 1])
-        candidates = slice(start := self._candidate_at[index], self._candidate_at[index + 1])
-        return Distributions(
-            self._row_ends[: last - first + 1] if self._is_even else self._row_ends[first : last + 1] - start,
-            self._ids[candidates],
-            self._logprobs[candidates],
-            self._tail[tokens],
-            self._sampled[tokens],
+    Raises:
+        DatasetError: if it is no Parquet file, of a later schema version, or not of this schema.
+    """
+    try:
+        file = pq.ParquetFile(source if isinstance(source, Path) else pa.BufferReader(source))
+    except (pa.ArrowException, OSError) as error:
+        raise DatasetError(f"{name} is not a Parquet file: {error}") from error
+    schema = file.schema_arrow
+    check_metadata(schema.metadata, name)
+    if not schema.equals(SCHEMA, check_metadata=False):
+        raise DatasetError(
+            f"{name} has the columns {schema.names}, expected {SCHEMA.names}; "
+            "it was rewritten by another tool: copy it again from where the dataset was collected"
         )
+    return file
 
 
 def same_content(left: pa.Table, right: pa.Table) -> bool:
@@ -278,57 +175,10 @@ def _store(record: Record) -> dict[str, NDArray[Any]] | None:
     }
 
 
-def _check_sampled(who: str, record: Record, d: Distributions, widths: NDArray[np.int32]) -> None:
-    """The sampled token's own logprob must fit the row that it is stored with: shifted rows end here."""
-    tokens, entries = row_matches(widths, d.ids, record.response_ids)
-    apart = np.abs(d.sampled[tokens] - d.logprobs[entries]) > SAMPLED_TOLERANCE
-    if apart.any():
-        at = np.flatnonzero(apart)[0]
-        raise DatasetError(
-            f"{who}: token {tokens[at]} (id {record.response_ids[tokens[at]]}) was sampled with logprob "
-            f"{d.sampled[tokens[at]]:.4f}, but its row gives it {d.logprobs[entries[at]]:.4f}; "
-            "the rows are shifted against the response, or belong to another one"
-        )
-    outside = np.ones(len(d.tail), bool)
-    outside[tokens] = False
-    last = np.full(len(d.tail), np.inf)
-    filled = widths > 0
-    last[filled] = d.logprobs[d.offsets[1:][filled] - 1]
-    _refuse(
-        who,
-        outside & (d.sampled > last + OUTSIDE_TOLERANCE),
-        np.arange(len(last)),
-        d.sampled,
-        "sampled logprob of a token outside its row",
-        "not above the row's last candidate; the rows are shifted against the response, or belong to another one",
-    )
-
-
-def _check_ids(who: str, ids: NDArray[Any], vocabulary_size: int | None, rows: NDArray[np.int64] | None = None) -> None:
-    bad = ids < 0
-    if vocabulary_size is not None:
-        bad = bad | (ids >= vocabulary_size)
-    if bad.any():
-        at = int(np.flatnonzero(bad)[0])
-        place = f"position {at}" if rows is None else f"row {rows[at]}, position {at - np.searchsorted(rows, rows[at])}"
-        size = "0 or more" if vocabulary_size is None else f"0 to {vocabulary_size - 1}"
-        raise DatasetError(f"{who}: id {ids[at]} at {place}, expected {size}: it is another tokenizer's token")
-
-
-def _refuse(
-    who: str, bad: NDArray[np.bool_], rows: NDArray[Any], values: NDArray[Any], what: str, expected: str
-) -> None:
-    if bad.any():
-        at = int(np.flatnonzero(bad)[0])
-        raise DatasetError(
-            f"{who}: {what} {values[at]} in row {rows[at]}, expected {expected} ({int(bad.sum())} such values)"
-        )
-
-
 def _list_array(name: str, values: Sequence[NDArray[Any] | None]) -> pa.Array:
     kind = SCHEMA.field(name).type
     lengths = [0 if v is None else len(v) for v in values]
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    offsets = offsets_of(lengths).astype(np.int32)
     present = [np.asarray(v) for v in values if v is not None]
     flat = np.concatenate(present) if present else np.zeros(0)
     mask = pa.array([v is None for v in values], pa.bool_()) if any(v is None for v in values) else None
@@ -344,10 +194,15 @@ def flat_list(column: pa.ChunkedArray) -> tuple[NDArray[Any], NDArray[np.int64]]
     return values[offsets[0] : offsets[-1]], offsets - offsets[0]
 
 
+def repeated(sample_ids: Sequence[pa.Array]) -> list[tuple[str, int]]:
+    """Sample ids that come more than once, each with how often."""
+    counts = pc.value_counts(pa.chunked_array(sample_ids, pa.string()))
+    twice = counts.filter(pc.greater(counts.field("counts"), 1))
+    return [(entry["values"], entry["counts"]) for entry in twice.to_pylist()]
+
+
 def is_present(column: pa.ChunkedArray) -> NDArray[np.bool_]:
     """bool [rows], where a column is not null."""
-    if not column.null_count:  # Arrow's own functions take 60 ms to load
-        return np.ones(len(column), np.bool_)
     return _numpy(_one_chunk(column).is_valid().cast(pa.uint8())).astype(np.bool_)
 
 

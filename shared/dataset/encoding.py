@@ -1,21 +1,18 @@
 """Between the teacher's logprobs and the whole numbers that are stored (`shared.dataset.schema` has the formula).
 
-Legend: T response tokens, N candidates of all of them, K of each, R rows of a block. Both directions are a few passes
+Legend: T response tokens, N candidates of all of them. Both directions are a few passes
 of numpy over the N candidates. What was decoded encodes to itself, bit by bit.
 """
 
 from __future__ import annotations
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
+from shared.dataset.records import offsets_of
 from shared.dataset.schema import MAX_STEPS, SAMPLED_STEPS_PER_NAT, STEPS_PER_NAT
 
 _TAIL_BITS = 11
-_BLOCK_ROWS = 4096
-"""Rows that are decoded at a time: at k = 64 a megabyte a pass, which a core's cache holds; fewer would make numpy
-give the interpreter's lock back and wait for it more often."""
 
 
 def encode_gaps(offsets: NDArray[np.int64], logprobs: NDArray[np.float32]) -> NDArray[np.uint16]:
@@ -59,20 +56,8 @@ def decode_logprobs(
     known = np.where(np.isnan(tail), 0.0, tail.astype(np.float64))
     with np.errstate(divide="ignore"):
         log_mass = np.log1p(-known)
-    width = int(widths[0])
-    if width and (widths == width).all():
-        # Arrow keeps what is freed for the next row group; numpy would give it back and fault it in again, which at
-        # this size takes longer than the sums do.
-        result = np.frombuffer(pa.allocate_buffer(gaps.size * 4), np.float32)
-        scratch = np.frombuffer(pa.allocate_buffer(min(gaps.size, _BLOCK_ROWS * width) * 4), np.int32)
-        gaps_TxK, result_TxK = gaps.reshape(-1, width), result.reshape(-1, width)
-        for start in range(0, len(widths), _BLOCK_ROWS):
-            rows = slice(start, start + _BLOCK_ROWS)
-            _decode_block(gaps_TxK[rows], log_mass[rows], result_TxK[rows], scratch)
-        return result
-    ends = np.cumsum(widths, dtype=np.int64)
     filled = widths > 0
-    starts = (ends - widths)[filled]
+    starts = offsets_of(widths)[:-1][filled]
     running = np.cumsum(gaps, dtype=np.int64)
     before = running[starts] - gaps[starts]
     result = (running - np.repeat(before, widths[filled])).astype(np.float32)
@@ -83,24 +68,6 @@ def decode_logprobs(
     return result
 
 
-def _decode_block(
-    gaps_RxK: NDArray[np.uint16],
-    log_mass: NDArray[np.float64],
-    out_RxK: NDArray[np.float32],
-    scratch: NDArray[np.int32],
-) -> None:
-    # One running sum over the whole block takes less than one per row; a row begins by taking back the row before.
-    flat = scratch[: gaps_RxK.size]
-    below_RxK = flat.reshape(gaps_RxK.shape)
-    np.copyto(below_RxK, gaps_RxK)
-    below_RxK[1:, 0] -= np.einsum("rk->r", below_RxK)[:-1]
-    np.cumsum(flat, out=flat)
-    np.copyto(out_RxK, below_RxK, casting="unsafe")
-    out_RxK *= np.float32(-1.0 / STEPS_PER_NAT)
-    weights = np.einsum("rk->r", np.exp(out_RxK, out=below_RxK.view(np.float32)))
-    out_RxK += (log_mass - np.log(weights.astype(np.float64))).astype(np.float32)[:, None]
-
-
 def row_matches(
     widths: NDArray[np.int32], candidate_ids: NDArray[np.int32], response_ids: NDArray[np.int32]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -109,18 +76,6 @@ def row_matches(
     Returns:
         Tokens that do, int64 [M] ascending, and the indices of their entries in the candidates, int64 [M].
     """
-    if len(widths) and widths[0] and (widths == widths[0]).all():
-        ids_TxK = candidate_ids.reshape(len(widths), -1)
-        width = ids_TxK.shape[1]
-        # Most tokens are their row's first candidate; only the others' rows are looked through.
-        firsts = np.arange(0, ids_TxK.size, width)
-        entries = np.where(ids_TxK[:, 0] == response_ids, firsts, -1)
-        others = np.flatnonzero(entries < 0)
-        hits = np.flatnonzero(np.take(ids_TxK, others, axis=0) == response_ids[others, None])
-        rows, columns = np.divmod(hits, width)
-        entries[others[rows]] = firsts[others[rows]] + columns
-        tokens = np.flatnonzero(entries >= 0)
-        return tokens, entries[tokens]
     tokens = np.repeat(np.arange(len(widths)), widths)
     entries = np.flatnonzero(candidate_ids == response_ids[tokens])
     return tokens[entries], entries

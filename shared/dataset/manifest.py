@@ -73,11 +73,13 @@ FileName = Annotated[str, AfterValidator(check_file_name)]
 UnitName = Annotated[str, AfterValidator(check_unit_name)]
 
 
-class _Document(BaseModel):
+class Document(BaseModel):
+    """What `dump` writes and `load` reads."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
-class Provenance(_Document):
+class Provenance(Document):
     """Where a dataset's distributions come from. Two sessions that differ in anything but the last three are refused.
 
     Attributes:
@@ -136,7 +138,7 @@ class Provenance(_Document):
         ]
 
 
-class FileEntry(_Document):
+class FileEntry(Document):
     """A file that the manifest vouches for."""
 
     name: FileName
@@ -144,13 +146,18 @@ class FileEntry(_Document):
     sha256: str
 
 
-class UnitEntry(_Document):
-    """A committed unit: its shard's checksum and counts. `counts` is records by `split/rule`."""
+class Commit(Document):
+    """What every commit says of its unit: the file that it published."""
 
     unit: UnitName
     file: FileName
     sha256: str
     bytes: int
+
+
+class UnitEntry(Commit):
+    """A committed unit of responses. `counts` is records by `split/rule`."""
+
     rows: int
     tokens: int
     candidates: int
@@ -158,7 +165,7 @@ class UnitEntry(_Document):
     provenance: str = Field(description="Fingerprint of the provenance that it was collected under.")
 
 
-class Manifest(_Document):
+class Manifest(Document):
     """The whole dataset, in order: record i of the dataset is found by the units' row counts."""
 
     schema_version: int

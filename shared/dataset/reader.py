@@ -2,27 +2,19 @@
 
 Nothing is trusted but the manifest and what its checksums vouch for. A shard's sha256 is computed before its first
 byte is decoded, once per process and version of the file; a shard in an object store is fetched whole, checked and
-read from memory. A few row groups (of 16k tokens at k = 64: 8 MB) are decoded ahead, whatever the dataset's size.
+read from memory. One row group (16k tokens at k = 64: 8 MB) is decoded at a time, whatever the dataset's size.
 """
 
 from __future__ import annotations
 
-import hashlib
-import tempfile
-from bisect import bisect_right
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
-from functools import cached_property, partial
-from itertools import accumulate, islice
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shared.dataset.columns import RecordGroup
+from shared.dataset.columns import open_parquet, table_to_records
 from shared.dataset.manifest import (
     MANIFEST,
     PROVENANCE,
@@ -34,26 +26,13 @@ from shared.dataset.manifest import (
     load,
 )
 from shared.dataset.records import Record
-from shared.dataset.schema import CANDIDATE_COLUMNS, DISTRIBUTION_COLUMNS, SCHEMA, check_metadata
-from shared.dataset.storage import LocalStorage, Storage, file_sha256, open_storage
+from shared.dataset.schema import DISTRIBUTION_COLUMNS, SCHEMA
+from shared.dataset.storage import Storage, open_storage
 from shared.dataset.writer import DatasetWriter
 from shared.errors import DatasetError
 from shared.tokenizer.vocabulary import Vocabulary
 
 __all__ = ["Dataset", "DatasetWriter", "Manifest", "Provenance"]
-
-_Item = TypeVar("_Item")
-
-_CACHED_GROUPS = 8
-_READERS = 2
-"""Threads that read and decode, each a row group of its own. Within a row group two columns of candidates have nearly
-all of the work, so that a thread per column, Arrow's way, keeps fewer cores busy and hands more memory around."""
-_AHEAD = 4
-"""Row groups, and shards, that are begun before they are asked for; with the window they bound the memory."""
-_VERIFIED: set[tuple[str, int, int, int, int]] = set()
-"""Shards of this process that had their checksum: sha256, device, inode, size, time of change."""
-_FETCHED: list[tempfile.TemporaryDirectory[str]] = []
-"""Tokenizers copied from stores: a tokenizer may read its files long after the dataset is gone."""
 
 
 class Dataset:
@@ -62,10 +41,6 @@ class Dataset:
     def __init__(self, storage: Storage, manifest: Manifest) -> None:
         self.storage = storage
         self.manifest = manifest
-        self._ends = np.cumsum([unit.rows for unit in manifest.units], dtype=np.int64).tolist()
-        self._groups: OrderedDict[tuple[int, int], RecordGroup] = OrderedDict()
-        self._group_starts: dict[int, list[int]] = {}
-        self._fetched: tuple[int, pq.ParquetFile] | None = None
 
     @classmethod
     def open(cls, path: str | Path) -> Dataset:
@@ -81,35 +56,18 @@ class Dataset:
         return self.manifest.rows
 
     def __getitem__(self, index: int) -> Record:
-        """Record `index`, negative counting from the end; the last few row groups stay decoded, a store's last shard
-        in memory."""
+        """Record `index`, negative counting from the end. Decodes its whole row group: `records` is for many."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
-        index %= len(self)
-        unit = bisect_right(self._ends, index)
-        row = index - (self._ends[unit - 1] if unit else 0)
-        if unit not in self._group_starts:
-            metadata = self._shard(unit).metadata
-            lengths = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-            self._group_starts[unit] = list(accumulate(lengths, initial=0))
-        starts = self._group_starts[unit]
-        group = bisect_right(starts, row) - 1
-        key = (unit, group)
-        if key not in self._groups:
-            table = self._read_group(self.manifest.units[unit], self._shard(unit), group, None)
-            self._groups[key] = RecordGroup(table)
-            if len(self._groups) > _CACHED_GROUPS:
-                self._groups.popitem(last=False)
-        self._groups.move_to_end(key)
-        return self._groups[key][row - starts[group]]
-
-    def _shard(self, unit: int) -> pq.ParquetFile:
-        if isinstance(self.storage, LocalStorage):  # opened anew: a file that changed is checked again
-            return open_shard(self.storage, self.manifest.units[unit])
-        # In memory it cannot change, and a store would send all of it for every row group.
-        if self._fetched is None or self._fetched[0] != unit:
-            self._fetched = unit, open_shard(self.storage, self.manifest.units[unit])
-        return self._fetched[1]
+        row = index % len(self)
+        for unit in self.manifest.units:
+            if row < unit.rows:
+                break
+            row -= unit.rows
+        file, group = open_shard(self.storage, unit), 0
+        while row >= (rows := file.metadata.row_group(group).num_rows):
+            row, group = row - rows, group + 1
+        return next(table_to_records(self._read_group(unit, file, group, None).slice(row, 1)))
 
     @cached_property
     def provenance(self) -> Provenance:
@@ -140,88 +98,58 @@ class Dataset:
         Raises:
             DatasetError: if the dataset has none (an import), or one is damaged.
         """
-        names = [entry.name for entry in self.manifest.files if entry.name.startswith(f"{TOKENIZER}/")]
+        names = {e.name: e.sha256 for e in self.manifest.files if e.name.startswith(f"{TOKENIZER}/")}
         if not names:
             raise DatasetError(
                 f"{self.storage.url} holds no tokenizer files: it was made without; import it again with --tokenizer"
             )
-        contents = {name: self._read_file(name) for name in names}
-        if isinstance(self.storage, LocalStorage):
-            return self.storage.root / TOKENIZER
-        fetched = tempfile.TemporaryDirectory(prefix="teacher-tokenizer-")
-        _FETCHED.append(fetched)
-        for name, data in contents.items():
-            target = Path(fetched.name) / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(data)
-        return Path(fetched.name) / TOKENIZER
+        return self.storage.local_folder(TOKENIZER, names)
 
     def records(
-        self, split: str | None = None, rule: str | None = None, distributions: bool = True
+        self,
+        split: str | None = None,
+        rule: str | None = None,
+        distributions: bool = True,
+        unit: str | None = None,
     ) -> Iterator[Record]:
-        """Records in order, a few row groups in memory.
+        """Records in order, one row group in memory.
 
         Args:
             split: `train` or `held_out` only. rule: that decoding rule only.
             distributions: False leaves the distribution columns unread; `Record.distributions` is None then.
+            unit: that unit only.
 
         Raises:
             DatasetError: if a shard is missing or damaged.
         """
-        units = [u for u in self.manifest.units if _has(u, split, rule)]
+        units = [u for u in self.manifest.units if unit in (None, u.unit) and _has(u, split, rule)]
         columns = None if distributions else [name for name in SCHEMA.names if name not in DISTRIBUTION_COLUMNS]
-        for group in self._groups_of(units, columns, RecordGroup):
-            yield from map(group.__getitem__, group.where(split, rule))
+        for table in self._groups(units, columns):
+            for record in table_to_records(table):
+                if split in (None, record.split) and rule in (None, record.sampling.rule):
+                    yield record
 
     def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """Row groups as Arrow tables with only the columns named, checked like everything else."""
-        yield from self._groups_of(self.manifest.units, columns, lambda table: table)
+        yield from self._groups(self.manifest.units, columns)
 
-    def _groups_of(
-        self, units: Sequence[UnitEntry], columns: Sequence[str] | None, decode: Callable[[pa.Table], _Item]
-    ) -> Iterator[_Item]:
-        """Row groups of `units` in order: checked, read and decoded before they are asked for, each in one thread."""
-
-        def open_unit(unit: UnitEntry) -> tuple[UnitEntry, pq.ParquetFile]:
-            return unit, open_shard(self.storage, unit)
-
-        def read(unit: UnitEntry, file: pq.ParquetFile, group: int) -> _Item:
-            return decode(self._read_group(unit, file, group, columns))
-
-        pool = ThreadPoolExecutor(_READERS, thread_name_prefix="shards")
-        try:
-            shards = _ahead(pool, (partial(open_unit, unit) for unit in units))
-            yield from _ahead(
-                pool,
-                (
-                    partial(read, unit, file, group)
-                    for unit, file in shards
-                    for group in range(file.metadata.num_row_groups)
-                ),
-            )
-        finally:
-            pool.shutdown(cancel_futures=True)
+    def _groups(self, units: Sequence[UnitEntry], columns: Sequence[str] | None) -> Iterator[pa.Table]:
+        for unit in units:
+            file = open_shard(self.storage, unit)
+            for group in range(file.metadata.num_row_groups):
+                yield self._read_group(unit, file, group, columns)
 
     def _read_group(self, unit: UnitEntry, file: pq.ParquetFile, group: int, columns: Sequence[str] | None) -> pa.Table:
-        wanted = list(SCHEMA.names if columns is None else columns)
-        # Arrow takes several times a list column's size to read it. The candidates' are nearly all there is; one after
-        # the other they use the same memory, and touching memory for the first time is what a first pass pays for.
-        apart = [name for name in wanted if name in CANDIDATE_COLUMNS][1:]
-        together = [name for name in wanted if name not in apart]
         try:
-            table = file.read_row_group(group, columns=together, use_threads=False)
-            for name in apart:
-                column = file.read_row_group(group, columns=[name], use_threads=False)
-                table = table.append_column(column.field(0), column.column(0))
+            return file.read_row_group(group, columns=list(SCHEMA.names if columns is None else columns))
         except (pa.ArrowException, OSError) as error:
             raise DatasetError(f"{self.storage.join(unit.file)} cannot be read: {error}") from error
-        return table.select(wanted)
 
     def _read_file(self, name: str) -> bytes:
         entry = next((entry for entry in self.manifest.files if entry.name == name), None)
         if entry is None:
             raise DatasetError(f"the manifest of {self.storage.url} does not name {name}; the dataset is not complete")
-        return read_checked(self.storage, name, entry.sha256)
+        return self.storage.read_verified(name, entry.sha256)
 
 
 def read_manifest(storage: Storage) -> Manifest:
@@ -242,20 +170,6 @@ def read_manifest(storage: Storage) -> Manifest:
     return manifest
 
 
-def read_checked(storage: Storage, name: str, sha256: str) -> bytes:
-    """The file's bytes.
-
-    Raises:
-        DatasetError: if it is missing or does not have the checksum that the manifest names.
-    """
-    try:
-        data = storage.read(name)
-    except FileNotFoundError as error:
-        raise _missing(storage, name) from error
-    _compare(hashlib.sha256(data).hexdigest(), sha256, storage, name)
-    return data
-
-
 def open_shard(storage: Storage, unit: UnitEntry, again: bool = False) -> pq.ParquetFile:
     """The unit's shard, its checksum verified before anything of it is decoded.
 
@@ -265,61 +179,8 @@ def open_shard(storage: Storage, unit: UnitEntry, again: bool = False) -> pq.Par
     Raises:
         DatasetError: if it is missing, damaged, of a later schema version or not of this schema.
     """
-    source: Any
-    if isinstance(storage, LocalStorage):
-        path = storage.root / unit.file
-        try:
-            status = path.stat()
-            key = (unit.sha256, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-            if again or key not in _VERIFIED:
-                _compare(file_sha256(path), unit.sha256, storage, unit.file)
-                _VERIFIED.add(key)
-        except FileNotFoundError as error:
-            raise _missing(storage, unit.file) from error
-        except OSError as error:
-            raise DatasetError(f"cannot read {path}: {error.strerror}; check the disk and your permissions") from error
-        source = path
-    else:
-        source = pa.BufferReader(read_checked(storage, unit.file, unit.sha256))
-    try:
-        # Buffered ahead, a file's ranges belong to the one row group that was asked for last; readers share the file.
-        file = pq.ParquetFile(source, pre_buffer=False)
-    except (pa.ArrowException, OSError) as error:
-        raise DatasetError(f"{storage.join(unit.file)} is not a Parquet file: {error}") from error
-    schema = file.schema_arrow
-    check_metadata(schema.metadata, storage.join(unit.file))
-    if not schema.equals(SCHEMA, check_metadata=False):
-        raise DatasetError(
-            f"{storage.join(unit.file)} has the columns {schema.names}, expected {SCHEMA.names}; "
-            "it was rewritten by another tool: copy it again from where the dataset was collected"
-        )
-    return file
+    return open_parquet(storage.open_verified(unit.file, unit.sha256, again), storage.join(unit.file))
 
 
 def _has(unit: UnitEntry, split: str | None, rule: str | None) -> bool:
     return any(split in (None, key.partition("/")[0]) and rule in (None, key.partition("/")[2]) for key in unit.counts)
-
-
-def _ahead(pool: Executor, tasks: Iterator[Callable[[], _Item]]) -> Iterator[_Item]:
-    """What the tasks return, in their order; a few of them run in the pool before they are asked for."""
-    waiting = deque(pool.submit(task) for task in islice(tasks, _AHEAD))
-    while waiting:
-        item = waiting.popleft().result()
-        waiting.extend(pool.submit(task) for task in islice(tasks, 1))
-        yield item
-
-
-def _compare(seen: str, expected: str, storage: Storage, name: str) -> None:
-    if seen != expected:
-        raise DatasetError(
-            f"{storage.join(name)} is damaged: its sha256 is {seen[:12]}…, the manifest says {expected[:12]}…; "
-            "copy it again from where the dataset was collected, or delete it and its commit "
-            "and collect that unit again"
-        )
-
-
-def _missing(storage: Storage, name: str) -> DatasetError:
-    return DatasetError(
-        f"{storage.join(name)} is missing, but the manifest names it; "
-        "copy it again from where the dataset was collected"
-    )

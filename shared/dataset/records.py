@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 FinishReason = Literal["stop", "length", "unknown"]
 
@@ -48,6 +48,15 @@ class Sampling:
     def rule(self) -> str:
         """The rule's name."""
         return decoding_rule(self.temperature, self.top_p, self.top_k)
+
+
+UNKNOWN_SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=-1, max_tokens=0, seed=None)
+"""How a text of unknown origin was decoded. No engine has a top_k of -1; the rule is `filtered`, which claims least."""
+
+
+def offsets_of(counts: ArrayLike) -> NDArray[np.int64]:
+    """int64 [n + 1], where each of n rows of these lengths starts, and where the last one ends."""
+    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
 
 @dataclass(slots=True)

@@ -115,8 +115,6 @@ COLUMNS: tuple[Column, ...] = (
 )
 
 DISTRIBUTION_COLUMNS = ("sampled_logprob", "width", "candidate_ids", "candidate_gaps", "tail_mass")
-CANDIDATE_COLUMNS = ("candidate_ids", "candidate_gaps")
-"""One value per candidate: most of a shard."""
 
 SCHEMA = pa.schema(
     [pa.field(column.name, column.type, column.nullable) for column in COLUMNS],

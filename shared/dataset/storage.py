@@ -16,9 +16,10 @@ import hashlib
 import logging
 import os
 import secrets
+import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,20 @@ _ATTEMPTS = 100
 """Tries at a temporary file; each ends early only where another worker cleared `.partial` in a gap of microseconds."""
 _STORE_ATTEMPTS = 5
 _EXTRAS = {"s3": "s3", "gs": "gcs", "gcs": "gcs", "hf": "hf"}
+_VERIFIED: set[tuple[str, int, int, int, int]] = set()
+"""Local files of this process that had their checksum: sha256, device, inode, size, time of change."""
+_FETCHED: list[tempfile.TemporaryDirectory[str]] = []
+"""Local copies of a store's folders: a tokenizer may read its files long after the dataset is gone."""
 
 
 class Storage(ABC):
     """Named files under one root. Names are relative, with `/`. Errors of the system become `DatasetError`."""
 
     url: str
+    repair = (
+        "copy it again from where the dataset was collected, or delete it and its commit and collect that unit again"
+    )
+    """What to do about a file that is damaged or missing, for messages."""
 
     @abstractmethod
     def read(self, name: str) -> bytes:
@@ -55,6 +64,44 @@ class Storage(ABC):
             FileNotFoundError, DatasetError: as `read`.
         """
         return {name: self.read(name) for name in names}
+
+    def read_or_none(self, name: str) -> bytes | None:
+        """`read`, and None where there is no such file."""
+        try:
+            return self.read(name)
+        except FileNotFoundError:
+            return None
+
+    def read_verified(self, name: str, sha256: str) -> bytes:
+        """The whole file.
+
+        Raises:
+            DatasetError: if it is missing or does not have that checksum.
+        """
+        data = self.read_or_none(name)
+        if data is None:
+            raise self._missing(name)
+        self._compare(name, hashlib.sha256(data).hexdigest(), sha256)
+        return data
+
+    @abstractmethod
+    def open_verified(self, name: str, sha256: str, again: bool = False) -> Path | bytes:
+        """The file after its checksum was compared: its path where it is local, else all of its bytes.
+
+        Args:
+            again: compare even what this process has compared before.
+
+        Raises:
+            DatasetError: as `read_verified`.
+        """
+
+    @abstractmethod
+    def local_folder(self, folder: str, checksums: Mapping[str, str]) -> Path:
+        """A local directory that has the files of `folder`, given as name → sha256.
+
+        Raises:
+            DatasetError: as `read_verified`.
+        """
 
     @abstractmethod
     def write(self, name: str, data: bytes) -> None:
@@ -89,17 +136,49 @@ class Storage(ABC):
         """The file's full name, for messages."""
         return f"{self.url}/{name}"
 
+    def _missing(self, name: str) -> DatasetError:
+        return DatasetError(f"{self.join(name)} is missing, but the manifest names it; {self.repair}")
+
+    def _compare(self, name: str, seen: str, expected: str) -> None:
+        if seen != expected:
+            raise DatasetError(
+                f"{self.join(name)} is damaged: its sha256 is {seen[:12]}…, the manifest says {expected[:12]}…; "
+                f"{self.repair}"
+            )
+
 
 class LocalStorage(Storage):
-    """A directory."""
+    """A directory.
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    Args:
+        repair: in place of `Storage.repair`.
+    """
+
+    def __init__(self, root: Path, repair: str = Storage.repair) -> None:
+        self.root, self.repair = root, repair
         self.url = str(root)
 
     def read(self, name: str) -> bytes:
         with self._explained(name, "read"):
             return (self.root / name).read_bytes()
+
+    def open_verified(self, name: str, sha256: str, again: bool = False) -> Path:
+        path = self.root / name
+        try:
+            with self._explained(name, "read"):
+                status = path.stat()
+                key = (sha256, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+                if again or key not in _VERIFIED:
+                    self._compare(name, file_sha256(path), sha256)
+                    _VERIFIED.add(key)
+        except FileNotFoundError as error:
+            raise self._missing(name) from error
+        return path
+
+    def local_folder(self, folder: str, checksums: Mapping[str, str]) -> Path:
+        for name, sha256 in checksums.items():
+            self.open_verified(name, sha256)
+        return self.root / folder
 
     def write(self, name: str, data: bytes) -> None:
         self._publish(name, data, _replace)
@@ -170,6 +249,7 @@ class ObjectStorage(Storage):
         import fsspec
 
         self.url = url.rstrip("/")
+        self._last: tuple[str, bytes] | None = None
         protocol = url.partition("://")[0]
         try:
             self._fs, self._root = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
@@ -185,6 +265,23 @@ class ObjectStorage(Storage):
     def read(self, name: str) -> bytes:
         with self._explained(name, "read"):
             return bytes(self._fs.cat_file(self._path(name)))
+
+    def open_verified(self, name: str, sha256: str, again: bool = False) -> bytes:
+        # The last file stays in memory, where it cannot change: a store would send all of it for every row group.
+        last = self._last
+        if again or last is None or last[0] != sha256:
+            self._last = last = sha256, self.read_verified(name, sha256)
+        return last[1]
+
+    def local_folder(self, folder: str, checksums: Mapping[str, str]) -> Path:
+        contents = {name: self.read_verified(name, sha256) for name, sha256 in checksums.items()}
+        fetched = tempfile.TemporaryDirectory(prefix="llada-drafter-")
+        _FETCHED.append(fetched)
+        for name, data in contents.items():
+            target = Path(fetched.name) / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(data)
+        return Path(fetched.name) / folder
 
     def read_all(self, names: Iterable[str]) -> dict[str, bytes]:
         paths = {name: self._path(name) for name in names}

@@ -12,11 +12,12 @@ import json
 import logging
 import multiprocessing
 import os
+import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,9 @@ import pyarrow.parquet as pq
 
 from shared.config import PipelineConfig, PrepareConfig
 from shared.console import progress
+from shared.dataset.manifest import COMMITS, DATA, MANIFEST
 from shared.dataset.reader import Dataset
+from shared.dataset.units import UnitStore
 from shared.errors import AlignmentError, CheckpointError, DatasetError
 from shared.files import write_json
 from shared.tokenizer.vocabulary import Encoder, load_tokenizer
@@ -34,11 +37,12 @@ from student.alignment.align import Aligner
 from student.alignment.prepared import (
     INDEX,
     INDEX_SCHEMA,
-    MANIFEST,
     VERSION,
     PreparedDataset,
-    check_file,
-    write_samples,
+    PreparedUnit,
+    data_file,
+    unit_bytes,
+    unit_store,
 )
 from student.alignment.targets import AlignedSample
 from student.lineage import (
@@ -149,9 +153,10 @@ def prepare(config: PipelineConfig) -> PrepareSummary:
     target = config.prepared_dir
     units = source.dataset.manifest.units
     keys = {unit.unit: _unit_key(source.key, unit.sha256) for unit in units}
-    (target / "units").mkdir(parents=True, exist_ok=True)
-    (target / "data").mkdir(parents=True, exist_ok=True)
-    pending = [unit.unit for unit in units if not _is_done(target, unit.unit, keys[unit.unit])]
+    store = unit_store(target)
+    store.storage.clear_partial()
+    done = _done_units(store, keys)
+    pending = [unit for unit in keys if unit not in done]
     if not pending and (finished := _finished(config, source, keys)):
         _logger.info("already prepared: %s", target)
         return finished
@@ -161,13 +166,14 @@ def prepare(config: PipelineConfig) -> PrepareSummary:
         task = bar.add_task("Preparing targets", total=len(units), completed=len(units) - len(pending), note="")
         tokens = 0
         for entry in _align_units(config, source, pending, keys):
-            tokens += entry["counts"].get("teacher_tokens", 0)
+            done[entry.unit] = entry
+            tokens += int(entry.counts.get("teacher_tokens", 0))
             bar.update(task, advance=1, note=f"{tokens / (time.monotonic() - started):,.0f} tokens/s")
-    entries = {unit.unit: json.loads(_commit_file(target, unit.unit).read_text(encoding="utf-8")) for unit in units}
+    entries = [done[unit] for unit in keys]
     summary = _summarize(entries, len(pending), tokens, time.monotonic() - started)
     if not summary.samples:
         raise AlignmentError(f"no record of {config.shards_dir} can be used: {_reasons(summary.counts)}")
-    _publish(config, source, entries, summary)
+    _publish(target, source, entries, summary)
     _report(summary)
     return summary
 
@@ -191,22 +197,21 @@ def _unit_key(source_key: str, shard_sha256: str) -> str:
     return hashlib.sha256(f"{source_key}|{shard_sha256}".encode()).hexdigest()
 
 
-def _commit_file(target: Path, unit: str) -> Path:
-    return target / "units" / f"{unit}.json"
+def _done_units(store: UnitStore[PreparedUnit], keys: dict[str, str]) -> dict[str, PreparedUnit]:
+    """Units that are aligned already, by what `keys` say now, and whole."""
 
-
-def _is_done(target: Path, unit: str, key: str) -> bool:
-    try:
-        entry = json.loads(_commit_file(target, unit).read_text(encoding="utf-8"))
-        if entry["key"] != key:
-            return False
-        check_file(target / "data" / f"{unit}.arrow", entry["sha256"])
-    except (FileNotFoundError, ValueError, KeyError):
-        return False
-    except DatasetError as error:
+    def again(error: DatasetError) -> None:
         _logger.warning("%s; doing this unit again", error)
-        return False
-    return True
+
+    done = {}
+    for unit, entry in store.committed(again).items():
+        if entry.key == keys.get(unit):
+            try:
+                store.storage.open_verified(entry.file, entry.sha256)
+                done[unit] = entry
+            except DatasetError as error:
+                again(error)
+    return done
 
 
 # --- workers --------------------------------------------------------------------------------------------
@@ -216,20 +221,20 @@ _source: Source | None = None
 
 def _align_units(
     config: PipelineConfig, source: Source, pending: list[str], keys: dict[str, str]
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[PreparedUnit]:
     """Align units as they get done; in this process where one worker is enough."""
     workers = min(config.prepare.workers or len(os.sched_getaffinity(0)), len(pending))
-    target = config.prepared_dir
+    store = unit_store(config.prepared_dir)
     if workers <= 1:
         for unit in pending:
-            yield _align_unit(source, unit, keys[unit], target)
+            yield _align_unit(source, unit, keys[unit], store)
         return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the processes are the parallelism
     # spawn: a fork would copy the threads of tokenizers and Arrow mid-flight.
     context = multiprocessing.get_context("spawn")
     arguments = (str(config.shards_dir), config.student_init_dir, config.prepare)
     with ProcessPoolExecutor(workers, context, _start_worker, arguments) as pool:
-        futures = [pool.submit(_work, unit, keys[unit], target) for unit in pending]
+        futures = [pool.submit(_work, unit, keys[unit], store) for unit in pending]
         for future in as_completed(futures):
             yield future.result()
 
@@ -239,67 +244,53 @@ def _start_worker(dataset: str, tokenizer: Path, settings: PrepareConfig) -> Non
     _source = open_source(dataset, tokenizer, settings)
 
 
-def _work(unit: str, key: str, target: Path) -> dict[str, Any]:
+def _work(unit: str, key: str, store: UnitStore[PreparedUnit]) -> PreparedUnit:
     assert _source is not None
-    return _align_unit(_source, unit, key, target)
+    return _align_unit(_source, unit, key, store)
 
 
-def _align_unit(source: Source, unit: str, key: str, target: Path) -> dict[str, Any]:
+def _align_unit(source: Source, unit: str, key: str, store: UnitStore[PreparedUnit]) -> PreparedUnit:
     counts: Counter[str] = Counter()
     index: list[dict[str, Any]] = []
 
     def samples() -> Iterator[AlignedSample]:
-        for number in _record_numbers(source.dataset, unit):
-            sample, met = source.aligner.align_counted(source.dataset[number])
+        for record in source.dataset.records(unit=unit):
+            sample, met = source.aligner.align_counted(record)
             for name, value in met.items():
                 counts[name] += value
             if sample is not None:
                 index.append(_index_entry(sample, unit, len(index)))
                 yield sample
 
-    data = target / "data" / f"{unit}.arrow"
-    partial = data.with_suffix(f".{os.getpid()}.partial")
-    digest = write_samples(partial, samples())
-    partial.replace(data)
-    entry = {"unit": unit, "key": key, "sha256": digest, "counts": dict(counts), "index": index}
-    write_json(_commit_file(target, unit), entry)
-    return entry
-
-
-def _record_numbers(dataset: Dataset, unit: str) -> range:
-    start = 0
-    for entry in dataset.manifest.units:
-        if entry.unit == unit:
-            return range(start, start + entry.rows)
-        start += entry.rows
-    raise AssertionError(f"{unit} is not in the manifest that it was taken from")
+    data = unit_bytes(samples())
+    digest = hashlib.sha256(data).hexdigest()
+    entry = PreparedUnit(
+        unit=unit, file=data_file(unit), sha256=digest, bytes=len(data), key=key, counts=dict(counts), index=index
+    )
+    # What is there is of other settings, or damaged.
+    return store.publish(entry, data, adopt=lambda _: None)
 
 
 def _index_entry(sample: AlignedSample, unit: str, batch: int) -> dict[str, Any]:
-    return {
-        "sample_id": sample.sample_id,
-        "prompt_id": sample.prompt_id,
-        "split": sample.split,
-        "rule": sample.rule,
-        "skill": sample.skill,
+    derived = {
         "unit": unit,
         "batch": batch,
-        "prompt_length": sample.prompt_length,
         "length": len(sample.input_ids),
         "soft": int((~np.isnan(sample.targets.tail)).sum()),
     }
+    return {name: derived[name] if name in derived else getattr(sample, name) for name in INDEX_SCHEMA.names}
 
 
 # --- summary and manifest -------------------------------------------------------------------------------
 
 
-def _summarize(entries: dict[str, dict[str, Any]], done: int, tokens: int, seconds: float) -> PrepareSummary:
+def _summarize(entries: list[PreparedUnit], done: int, tokens: int, seconds: float) -> PrepareSummary:
     counts: Counter[str] = Counter()
-    for entry in entries.values():
-        counts.update(entry["counts"])
+    for entry in entries:
+        counts.update(entry.counts)
     positions, soft = counts["positions"], counts["soft"]
     return PrepareSummary(
-        samples=sum(len(entry["index"]) for entry in entries.values()),
+        samples=sum(len(entry.index) for entry in entries),
         positions=positions,
         supervised_fraction=soft / positions if positions else 0.0,
         mapped_mass=counts["mapped_mass"] / soft if soft else None,
@@ -311,32 +302,30 @@ def _summarize(entries: dict[str, dict[str, Any]], done: int, tokens: int, secon
     )
 
 
-def _publish(
-    config: PipelineConfig, source: Source, entries: dict[str, dict[str, Any]], summary: PrepareSummary
-) -> None:
-    target = config.prepared_dir
-    rows = [row for entry in entries.values() for row in entry["index"]]
-    partial = target / f"{INDEX}.partial"
-    pq.write_table(pa.Table.from_pylist(rows, schema=INDEX_SCHEMA), partial)
-    index_sha256 = hashlib.sha256(partial.read_bytes()).hexdigest()
-    partial.replace(target / INDEX)
-    figures = {name: getattr(summary, name) for name in PrepareSummary.__slots__}
-    keys = {unit: entry["key"] for unit, entry in entries.items()}
+def _publish(target: Path, source: Source, entries: list[PreparedUnit], summary: PrepareSummary) -> None:
+    """Write what readers open, the manifest last, and take away what is of no unit."""
+    index = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist([row for entry in entries for row in entry.index], schema=INDEX_SCHEMA), index)
+    index_bytes = index.getvalue().to_pybytes()
+    figures = asdict(summary)
+    manifest = {
+        "version": VERSION,
+        "fingerprint": _fingerprint({entry.unit: entry.key for entry in entries}),
+        IDENTITY: source.identity,
+        "units": {entry.unit: {"sha256": entry.sha256} for entry in entries},
+        "index_sha256": hashlib.sha256(index_bytes).hexdigest(),
+        "summary": figures,
+    }
+    storage = unit_store(target).storage
+    storage.write(INDEX, index_bytes)
     write_json(target / "summary.json", figures)
-    write_json(
-        target / MANIFEST,
-        {
-            "version": VERSION,
-            "fingerprint": _fingerprint(keys),
-            IDENTITY: source.identity,
-            "units": {unit: {"sha256": entry["sha256"]} for unit, entry in entries.items()},
-            "index_sha256": index_sha256,
-            "summary": figures,
-        },
-    )
-    for stale in {*(target / "data").glob("*.arrow"), *(target / "units").glob("*.json")}:
-        if stale.stem not in entries:
-            stale.unlink()
+    write_json(target / MANIFEST, manifest)
+    kept = {entry.unit for entry in entries}
+    for file in (*storage.list(DATA), *storage.list(COMMITS)):
+        if Path(file).stem not in kept:
+            (target / file).unlink()
+    shutil.rmtree(target / "units", ignore_errors=True)  # where an earlier release had its commits
+    storage.clear_partial()
 
 
 REASONS = {

@@ -1,9 +1,11 @@
 """Prepared targets on disk: aligned once, read at random by every training process.
 
-DIR/data/UNIT.arrow    Arrow IPC, one record batch per sample, zstd; a sample costs one small read
-DIR/units/UNIT.json    written after the data: the unit is done, with its checksum and counts
-DIR/index.parquet      one row per sample: ids, split, rule, skill, lengths, where it lies
-DIR/manifest.json      written last; readers trust nothing else
+DIR/data/UNIT.arrow      Arrow IPC, one record batch per sample, zstd; a sample costs one small read
+DIR/commits/UNIT.json    written after the data: the unit is done, with its checksum, counts and part of the index
+DIR/index.parquet        one row per sample: ids, split, rule, skill, lengths, where it lies
+DIR/manifest.json        written last; readers trust nothing else
+
+Units are kept in `shared.dataset.units.UnitStore`.
 """
 
 from __future__ import annotations
@@ -21,13 +23,16 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from shared.config import PipelineConfig
-from shared.dataset.manifest import check_unit_name
+from shared.dataset.manifest import COMMITS, DATA, MANIFEST, Commit, check_unit_name
+from shared.dataset.records import offsets_of
+from shared.dataset.storage import LocalStorage
+from shared.dataset.units import UnitStore
 from shared.errors import DatasetError
-from student.alignment.targets import AlignedSample, SparseTargets, offsets_of
+from student.alignment.targets import AlignedSample, SparseTargets
 from student.lineage import IDENTITY, prepared_identity, present, require_current_start, require_same
 
 VERSION = 2
-MANIFEST, INDEX = "manifest.json", "index.parquet"
+INDEX = "index.parquet"
 _AGAIN = "run `student prepare` again"
 _OPEN_UNITS = 16
 
@@ -49,6 +54,7 @@ _ARRAYS: dict[str, pa.DataType] = {
     "tail": pa.float32(),
     "known": pa.float32(),
 }
+_OF_TARGETS = ("event_mass", "members", "tail", "known")
 SCHEMA = pa.schema(
     [pa.field(name, pa.string()) for name in _TEXT]
     + [pa.field("prompt_length", pa.int32())]
@@ -66,6 +72,19 @@ INDEX_SCHEMA = pa.schema(
 )
 
 
+class PreparedUnit(Commit):
+    """A unit that is aligned: what made it (`key`), what was met on the way, and its samples' rows of the index."""
+
+    key: str
+    counts: dict[str, int | float]
+    index: list[dict[str, Any]]
+
+
+def unit_store(directory: Path) -> UnitStore[PreparedUnit]:
+    """The units of the prepared targets at `directory`."""
+    return UnitStore(LocalStorage(directory, repair=f"{_AGAIN}, it mends this"), PreparedUnit)
+
+
 class PreparedDataset:
     """Aligned samples by number; make one with `PreparedDataset.open`.
 
@@ -79,6 +98,7 @@ class PreparedDataset:
 
     def __init__(self, directory: Path, manifest: dict[str, Any], index: pa.Table) -> None:
         self.directory, self.manifest = directory, manifest
+        self._storage = unit_store(directory).storage
         self.lengths: NDArray[np.int64] = index["length"].to_numpy().astype(np.int64)
         self.soft: NDArray[np.int64] = index["soft"].to_numpy().astype(np.int64)
         self.fingerprint: str = manifest["fingerprint"]
@@ -99,7 +119,7 @@ class PreparedDataset:
             manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
             index_bytes = (directory / INDEX).read_bytes()
         except FileNotFoundError as error:
-            unfinished = (directory / "units").is_dir()
+            unfinished = (directory / COMMITS).is_dir()
             state = "is not finished" if unfinished else "holds no prepared targets"
             raise DatasetError(f"{directory} {state}; run `student prepare` with this config") from error
         except ValueError as error:
@@ -154,9 +174,8 @@ class PreparedDataset:
         found = self._files.get(unit)
         if found is None:
             check_unit_name(unit)  # the index names it: no path out of the directory
-            path, entry = self.directory / "data" / f"{unit}.arrow", self.manifest["units"][unit]
-            check_file(path, entry["sha256"])
-            found = pa.ipc.open_file(pa.memory_map(str(path)))
+            file = self._storage.open_verified(data_file(unit), self.manifest["units"][unit]["sha256"])
+            found = pa.ipc.open_file(pa.memory_map(str(file)))
             self._files[unit] = found
             if len(self._files) > _OPEN_UNITS:
                 self._files.popitem(last=False)
@@ -164,65 +183,31 @@ class PreparedDataset:
         return found
 
 
-_CHECKED: set[tuple[str, str, int, int, int]] = set()
-"""Files of this process that had their checksum: path, sha256, inode, size, time of change."""
+def data_file(unit: str) -> str:
+    """The name of a unit's file."""
+    return f"{DATA}/{unit}.arrow"
 
 
-def check_file(path: Path, sha256: str) -> None:
-    """Compare a file's checksum, once per process and version of the file.
-
-    Raises:
-        DatasetError: if it is missing or differs.
-    """
-    try:
-        status = path.stat()
-        key = (str(path.resolve()), sha256, status.st_ino, status.st_size, status.st_mtime_ns)
-        if key not in _CHECKED:
-            with path.open("rb") as file:
-                seen = hashlib.file_digest(file, "sha256").hexdigest()
-            if seen != sha256:
-                raise DatasetError(
-                    f"{path} is damaged: its checksum differs; run `student prepare` again, it mends this"
-                )
-            _CHECKED.add(key)
-    except FileNotFoundError as error:
-        raise DatasetError(f"{path} is missing; run `student prepare` again, it does only what is missing") from error
-
-
-def write_samples(path: Path, samples: Iterable[AlignedSample]) -> str:
-    """Write one unit's samples and return the file's sha256. The caller publishes the file."""
+def unit_bytes(samples: Iterable[AlignedSample]) -> bytes:
+    """One unit's samples as an Arrow file."""
+    sink = pa.BufferOutputStream()
     options = pa.ipc.IpcWriteOptions(compression="zstd")
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, SCHEMA, options=options) as writer:
+    with pa.ipc.new_file(sink, SCHEMA, options=options) as writer:
         for sample in samples:
             writer.write_batch(sample_to_batch(sample))
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
 
 
 def sample_to_batch(sample: AlignedSample) -> pa.RecordBatch:
     """One sample as a record batch of one row."""
     targets = sample.targets
-    values: dict[str, NDArray[Any]] = {
-        "input_ids": sample.input_ids,
-        "byte_ends": sample.byte_ends,
-        "is_anchor": sample.is_anchor.astype(np.uint8),
-        "teacher_index": sample.teacher_index,
-        "observed_logprob": sample.observed_logprob,
-        "anchor_logprob": np.asarray(sample.anchor_logprob),
-        "teacher_ids": sample.teacher_ids,
-        "teacher_byte_ends": sample.teacher_byte_ends,
-        "teacher_sampled_logprob": sample.teacher_sampled_logprob,
-        "event_counts": np.diff(targets.event_offsets).astype(np.int32),
-        "event_mass": targets.event_mass,
-        "member_counts": np.diff(targets.member_offsets).astype(np.int32),
-        "members": targets.members,
-        "tail": targets.tail,
-        "known": targets.known,
-    }
+    counts = {"event_counts": np.diff(targets.event_offsets), "member_counts": np.diff(targets.member_offsets)}
     arrays = [pa.array([getattr(sample, name)], pa.string()) for name in _TEXT]
     arrays.append(pa.array([sample.prompt_length], pa.int32()))
     for name, kind in _ARRAYS.items():
-        flat = pa.array(values[name], kind)
+        values = counts[name] if name in counts else getattr(targets if name in _OF_TARGETS else sample, name)
+        flat = pa.array(values.astype(kind.to_pandas_dtype(), copy=False))
         arrays.append(pa.ListArray.from_arrays(pa.array([0, len(flat)], pa.int32()), flat))
     return pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
 
@@ -230,29 +215,12 @@ def sample_to_batch(sample: AlignedSample) -> pa.RecordBatch:
 def batch_to_sample(batch: pa.RecordBatch) -> AlignedSample:
     """The inverse of `sample_to_batch`; arrays are views of the batch where their type allows it."""
 
-    def array(name: str) -> NDArray[Any]:
-        return batch.column(name).values.to_numpy(zero_copy_only=False)
-
-    text = {name: batch.column(name)[0].as_py() for name in _TEXT}
+    arrays = {name: batch.column(name).values.to_numpy(zero_copy_only=False) for name in _ARRAYS}
+    arrays["is_anchor"] = arrays["is_anchor"].astype(np.bool_)
     targets = SparseTargets(
-        event_offsets=offsets_of(array("event_counts")),
-        event_mass=array("event_mass"),
-        member_offsets=offsets_of(array("member_counts")),
-        members=array("members"),
-        tail=array("tail"),
-        known=array("known"),
+        event_offsets=offsets_of(arrays.pop("event_counts")),
+        member_offsets=offsets_of(arrays.pop("member_counts")),
+        **{name: arrays.pop(name) for name in _OF_TARGETS},
     )
-    return AlignedSample(
-        **text,
-        input_ids=array("input_ids"),
-        prompt_length=batch.column("prompt_length")[0].as_py(),
-        byte_ends=array("byte_ends"),
-        is_anchor=array("is_anchor").astype(np.bool_),
-        teacher_index=array("teacher_index"),
-        observed_logprob=array("observed_logprob"),
-        targets=targets,
-        teacher_ids=array("teacher_ids"),
-        teacher_byte_ends=array("teacher_byte_ends"),
-        teacher_sampled_logprob=array("teacher_sampled_logprob"),
-        anchor_logprob=array("anchor_logprob"),
-    )
+    text = {name: batch.column(name)[0].as_py() for name in (*_TEXT, "prompt_length")}
+    return AlignedSample(**text, **arrays, targets=targets)

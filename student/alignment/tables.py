@@ -30,8 +30,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from shared.dataset.records import offsets_of
+from shared.files import new_file
 from shared.tokenizer.vocabulary import Encoder, Vocabulary
-from student.alignment.targets import offsets_of
 
 _VERSION = 3
 _REMEMBERED = 1 << 17
@@ -242,10 +243,8 @@ def _load(file: Path) -> dict[str, Any] | None:
 
 
 def _save(file: Path, arrays: dict[str, Any]) -> None:
-    partial = file.with_name(f"{file.stem}.{os.getpid()}.partial.npz")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(partial, **arrays)
-        partial.replace(file)
+        with new_file(file) as partial:
+            np.savez(partial, **arrays)
     except OSError as error:
         _logger.warning("cannot cache the vocabulary tables in %s (%s); the next run computes them again", file, error)

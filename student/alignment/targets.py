@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +93,3 @@ class AlignedSample:
     teacher_byte_ends: NDArray[np.int64]
     teacher_sampled_logprob: NDArray[np.float32]
     anchor_logprob: NDArray[np.float32]
-
-
-def offsets_of(counts: ArrayLike) -> NDArray[np.int64]:
-    """int64 [n + 1], where each of n rows of these lengths starts, and where the last one ends."""
-    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)

@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from student.alignment.targets import AlignedSample, SparseTargets, offsets_of
+from shared.dataset.records import offsets_of
+from student.alignment.targets import AlignedSample, SparseTargets
 from student.data.blocks import BlockRow
 from student.losses.targets import TargetBatch, depth_weights
 

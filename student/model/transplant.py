@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from shared.dataset.records import offsets_of
+from shared.tokenizer.vocabulary import Encoder, Vocabulary
+
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from shared.tokenizer.vocabulary import Encoder, Vocabulary
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def plan_transplant(old: Vocabulary, encoder: Encoder, new: Vocabulary) -> Trans
     lengths = [len(list(source)) for source in sources]
     report = TransplantReport(len(new), copied, len(unknown), special, len(new) - copied - len(unknown) - special)
     return Transplant(
-        offsets=np.concatenate(([0], np.cumsum(lengths))).astype(np.int64),
+        offsets=offsets_of(lengths),
         ids=np.array([index for source in sources for index in source], dtype=np.int64),
         text_ids=np.flatnonzero(~old.is_special).astype(np.int64),
         report=report,

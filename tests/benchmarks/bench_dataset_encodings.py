@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from shared.dataset.columns import RecordGroup, records_to_table
+from shared.dataset.columns import records_to_table, table_to_records
 from shared.dataset.reader import Dataset
 from shared.dataset.records import Distributions, Record
 from shared.dataset.schema import STEPS_PER_NAT, parquet_options
@@ -233,7 +233,7 @@ def main() -> None:
     for k, mass in ((64, None), (32, None), (16, None), (64, 0.99), (64, 0.95), (64, 0.9)):
         kept = [truncated(record, k, mass) for record in records]
         size, _ = stored_size(kept, UNIT)
-        decoded = [r for i in range(0, len(kept), UNIT) for r in RecordGroup(records_to_table(kept[i : i + UNIT]))]
+        decoded = [r for i in range(0, len(kept), UNIT) for r in table_to_records(records_to_table(kept[i : i + UNIT]))]
         mean, largest = divergence(kept, decoded)
         rows = [r.distributions for r in kept if r.distributions is not None]
         entry = {

@@ -18,6 +18,7 @@ import pytest
 
 from shared.config import PipelineConfig
 from shared.dataset.reader import Dataset, DatasetWriter
+from shared.dataset.split import stable_hash
 from shared.errors import AlignmentError, ConfigError, DatasetError, PromptError
 from shared.tokenizer.vocabulary import Vocabulary
 from teacher import collect as collecting
@@ -26,7 +27,7 @@ from teacher.collect import Collector, check_top_k, prepare, provenance_of
 from teacher.engine import Answer, Request
 from teacher.numpy_rows import ColumnBuffer
 from teacher.plan import Assumptions, estimate
-from teacher.prompts import prompts_fingerprint, stable_hash
+from teacher.prompts import prompts_fingerprint
 from teacher.summary import Summary, summarize
 from teacher.units import Unit
 from tests.teacher.conftest import TEMPLATE

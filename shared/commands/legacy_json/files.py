@@ -6,10 +6,8 @@ included, so that a bad entry leaves nothing behind. Memory holds one unit of en
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
-import secrets
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,13 +18,15 @@ from rich.progress import Progress
 from shared.commands.legacy_json.layout import EntryReader, ImportSettings, to_entry
 from shared.commands.legacy_json.models import ENTRY_EXAMPLE
 from shared.console import progress
-from shared.dataset.columns import check_record, records_to_table
+from shared.dataset.checks import check_record
+from shared.dataset.columns import records_to_table
 from shared.dataset.reader import Dataset, Manifest, Provenance
 from shared.dataset.records import Record
 from shared.dataset.storage import file_sha256
 from shared.dataset.validate import table_problems
 from shared.dataset.writer import DatasetWriter
 from shared.errors import DatasetError
+from shared.files import new_file
 from shared.json_input import read_values
 
 UNIT_ENTRIES = 256
@@ -54,6 +54,7 @@ def import_json(source: Path, destination: str | Path, tokenizer_dir: Path, sett
     reader = EntryReader(tokenizer_dir, settings)
     with progress() as bar:
         count = _check_entries(reader, source, bar)
+        reader.choose_held_out()
         template = reader.template
         provenance = Provenance(
             teacher=f"import:{source.name}",
@@ -66,6 +67,7 @@ def import_json(source: Path, destination: str | Path, tokenizer_dir: Path, sett
             details={
                 "values": settings.values,
                 "held_out": settings.held_out,
+                "held_out_rule": "a share of each skill",
                 "sampling": repr(settings.sampling),
                 "template_arguments": settings.template_arguments,
                 "rendered": settings.rendered,
@@ -116,45 +118,30 @@ def _check_entries(reader: EntryReader, source: Path, bar: Progress) -> int:
         DatasetError: for the first that cannot be imported, or that `shards validate` would find a problem in.
     """
     task = bar.add_task("checking", total=None, note=source.name)
-    count, facts = 0, _Facts()
+    count = 0
+    ids: dict[str, str] = {}  # id → its place
+    prompts: dict[str, tuple[int, str]] = {}  # prompt_id → the conversation that it is of, and its place
     for batch in _batches(reader, source):
         for where, record in batch:
             try:
                 check_record(record, len(reader.vocabulary))
             except DatasetError as error:
                 raise DatasetError(f"{where}: {error}") from error
-            conversation = json.dumps([[m.role, m.content] for m in record.messages])
-            facts.say("id {!r} is also that of {}; ids must be unique", record.sample_id, where, where)
-            facts.say(
-                "prompt_id {!r} is that of another prompt in {}; one id for each", record.prompt_id, conversation, where
-            )
-            facts.say(
-                "the prompt {!r} is also in {}, in another split; one prompt is in one split",
-                conversation, record.split, where,
-            )  # fmt: skip
+            if (place := ids.setdefault(record.sample_id, where)) != where:
+                raise DatasetError(f"{where}: id {record.sample_id!r} is also that of {place}; ids must be unique")
+            conversation = hash(record.messages)
+            other, place = prompts.setdefault(record.prompt_id, (conversation, where))
+            if other != conversation:
+                raise DatasetError(
+                    f"{where}: prompt_id {record.prompt_id!r} is that of another prompt in {place}; one id for each"
+                )
         table = records_to_table([record for _, record in batch], check=False)
         for problem in table_problems(table, reader.vocabulary):
-            place = next((w for w, record in batch if problem.startswith(f"record {record.sample_id!r}")), source)
-            raise DatasetError(f"{place}: {problem}")
+            at = next((where for where, record in batch if problem.startswith(f"record {record.sample_id!r}")), source)
+            raise DatasetError(f"{at}: {problem}")
         count += len(batch)
         bar.update(task, completed=count)
     return count
-
-
-class _Facts:
-    """What entries say about ids and prompts: the first to say it binds the others. Some 200 bytes each."""
-
-    def __init__(self) -> None:
-        self._said: dict[bytes, tuple[bytes, str]] = {}
-
-    def say(self, message: str, key: str, value: str, where: str) -> None:
-        """Raise `message`, with `key` and the other place, where another value was said of `key`."""
-        key_digest, digest = (
-            hashlib.blake2b(text.encode(), digest_size=16).digest() for text in (message + key, value)
-        )
-        other, place = self._said.setdefault(key_digest, (digest, where))
-        if other != digest:
-            raise DatasetError(f"{where}: {message.format(key[:80], place)}")
 
 
 def export_json(
@@ -166,27 +153,23 @@ def export_json(
         DatasetError: if the dataset is damaged or nothing in it is of that split and rule.
     """
     dataset = Dataset.open(source)
-    partial = destination.with_name(f"{destination.name}.{secrets.token_hex(6)}.partial")
     count = 0
     try:
-        with progress() as bar, partial.open("w", encoding="utf-8") as file:
+        with progress() as bar, new_file(destination) as partial, partial.open("w", encoding="utf-8") as file:
             task = bar.add_task("exporting", total=None if limit is None else min(limit, len(dataset)), note="")
             for record in itertools.islice(dataset.records(split, rule), limit):
                 file.write(",\n" if count else "[\n")
                 json.dump(to_entry(record, dataset.vocabulary), file, ensure_ascii=False, allow_nan=False)
                 count += 1
                 bar.update(task, advance=1)
+            if not count:
+                raise DatasetError(
+                    f"{source} has no records of split {split or 'any'} and rule {rule or 'any'}; it has "
+                    + (", ".join(f"{n} of {key}" for key, n in dataset.manifest.counts.items()) or "none at all")
+                )
             file.write("\n]\n")
-        if not count:
-            raise DatasetError(
-                f"{source} has no records of split {split or 'any'} and rule {rule or 'any'}; it has "
-                + (", ".join(f"{n} of {key}" for key, n in dataset.manifest.counts.items()) or "none at all")
-            )
-        partial.replace(destination)
     except OSError as error:
         raise DatasetError(
             f"cannot write {destination}: {error.strerror}; choose another file or free space"
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
     return count

@@ -25,17 +25,15 @@ from numpy.typing import NDArray
 
 from shared.commands.legacy_json.models import ENTRY_EXAMPLE, Entry, checked, to_messages
 from shared.commands.legacy_json.rows import RowReader, token_ids
-from shared.dataset.records import Message, Record, Sampling
+from shared.dataset.records import UNKNOWN_SAMPLING, Message, Record, Sampling
+from shared.dataset.split import held_out
 from shared.errors import ConfigError, DatasetError, PromptError
-from shared.tokenizer.chat import ChatEncoder, RenderedPrompt
+from shared.tokenizer.chat import ChatEncoder
 from shared.tokenizer.files import read_tokenizer_file
 from shared.tokenizer.template import ChatTemplate
 from shared.tokenizer.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
-
-UNKNOWN_FILTER = -1
-"""`Sampling.top_k` of responses decoded nobody says how: their rule is `filtered`, which claims least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +44,14 @@ class ImportSettings:
         top_k: candidates kept of a row; what is cut off goes to the tail.
         values: what candidate-only rows hold: `logits`, of any offset, or `logprobs`, which leave a known tail.
         sampling: how the responses were decoded, where the entry has no `sampling`.
-        held_out: share of the prompts that training never sees, chosen by their hash.
+        held_out: share of the prompts that training never sees (`shared.dataset.split`).
         rendered: whether prompts are rendered text already; None recognizes those that are.
         template_arguments: of the tokenizer's chat template.
     """
 
     top_k: int = 64
     values: Literal["logits", "logprobs"] = "logits"
-    sampling: Sampling = field(default_factory=lambda: Sampling(1.0, 1.0, UNKNOWN_FILTER, 0, None))
+    sampling: Sampling = UNKNOWN_SAMPLING
     held_out: float = 0.1
     rendered: bool | None = None
     template_arguments: dict[str, Any] = field(default_factory=dict)
@@ -78,6 +76,9 @@ class EntryReader:
         self._settings = settings
         self._rows = RowReader(self.vocabulary, settings.top_k, settings.values)
         self._foreign: set[str] = set()
+        self._stated: dict[str, tuple[str, str]] = {}  # conversation → the split that an entry states, and where
+        self._skills: dict[str, str] = {}  # of conversations whose split no entry before has stated
+        self._held_out: set[str] = set()
 
     @property
     def template(self) -> ChatTemplate | None:
@@ -95,13 +96,11 @@ class EntryReader:
         """
         given = checked(Entry, entry, where, DatasetError, ENTRY_EXAMPLE)
         self._warn_of_foreign(entry, where)
-        entry = {key: value for key, value in entry.items() if value is not None}
         messages, response = _conversation(given, where)
-        rows = given.logits
-        if rows is None and (idle := [key for key in ("tokenID", "token", "tail", "sampled") if key in entry]):
+        beside = ("tokenID", "token", "tail", "sampled")
+        if given.logits is None and (idle := [key for key in beside if getattr(given, key) is not None]):
             raise DatasetError(f"{where}: {idle[0]} without logits; give the rows that it belongs to, or take it out")
-        response_ids = self._response_ids(entry, response, rows, where)
-        response_bytes = self.vocabulary.decode(response_ids)
+        response_ids = self._response_ids(given, response, where)
         prompt_text, prompt_ids = self._prompt(given, messages, where)
         self._check_texts(given, prompt_text, prompt_ids, response_ids, where)
         conversation = _digest(*(f"{m.role}\n{m.content}" for m in messages))
@@ -109,52 +108,68 @@ class EntryReader:
         return Record(
             sample_id=given.id or f"{prompt_id}/{number}",
             prompt_id=prompt_id,
-            split=given.split or self._split(prompt_id),
+            split=self._split(given, conversation, messages[-1].content, where),
             skill=given.skill,
             messages=messages,
             prompt_text=prompt_text,
             prompt_ids=prompt_ids,
             response_ids=response_ids,
-            response_bytes=response_bytes,
+            response_bytes=self.vocabulary.decode(response_ids),
             finish_reason=given.finish_reason,
             sampling=self._sampling(given, len(response_ids), where),
-            distributions=None if rows is None else self._rows.distributions(given, response_ids, where),
+            distributions=None if given.logits is None else self._rows.distributions(given, response_ids, where),
         )
 
-    def _response_ids(self, entry: dict[str, Any], response: str, rows: Any, where: str) -> NDArray[np.int32]:
+    def choose_held_out(self) -> None:
+        """Choose the splits of the prompts read so far whose entries state none; those read again have them then."""
+        unstated = {key: skill for key, skill in self._skills.items() if key not in self._stated}
+        self._held_out = held_out(unstated, self._settings.held_out)
+
+    def _split(self, entry: Entry, conversation: str, said: str, where: str) -> str:
+        if entry.split is None:
+            self._skills.setdefault(conversation, entry.skill)
+            default = "held_out" if conversation in self._held_out else "train"
+            return self._stated.get(conversation, (default, ""))[0]
+        split, place = self._stated.setdefault(conversation, (entry.split, where))
+        if split != entry.split:
+            raise DatasetError(
+                f"{where}: the prompt {said[:60]!r} is also in {place}, in the split {split}, not {entry.split}; "
+                "one prompt is in one split"
+            )
+        return split
+
+    def _response_ids(self, entry: Entry, response: str, where: str) -> NDArray[np.int32]:
         """The response's tokens; with rows, as many as there are rows."""
-        if "response_ids" in entry:
-            ids = self._ids(entry["response_ids"], f"{where}: response_ids")
+        count = None if entry.logits is None else len(entry.logits)
+        if entry.response_ids is not None:
+            ids = self._ids(entry.response_ids, f"{where}: response_ids")
         else:
-            finished, count = entry.get("finish_reason") != "length", None if rows is None else len(rows)
             try:
-                ids = self._chat.response(response, finished, count, entry.get("rendered"))
+                ids = self._chat.response(response, entry.finish_reason != "length", count, entry.rendered)
             except PromptError as error:
                 raise DatasetError(f"{where}: {error}") from error
-        if rows is not None and len(rows) != len(ids):
+        if count not in (None, len(ids)):
             raise DatasetError(
-                f"{where}: {len(rows)} rows of logits for a response of {len(ids)} tokens; the rows belong to another "
+                f"{where}: {count} rows of logits for a response of {len(ids)} tokens; the rows belong to another "
                 "tokenization: pass the teacher's tokenizer, or give the entry its response_ids"
             )
         return ids
 
     def _ids(self, values: list[Any], at: str) -> NDArray[np.int32]:
-        return token_ids(values, len(self.vocabulary), at)
+        return token_ids(values, len(self.vocabulary), at).astype(np.int32)
 
     def _prompt(self, entry: Entry, messages: tuple[Message, ...], where: str) -> tuple[str, NDArray[np.int32]]:
         """The rendered prompt and its ids, as far as the entry does not state them."""
-        text = entry.prompt_text
+        text, ids = entry.prompt_text, None
         try:
-            rendered = (
-                self._chat.prompt(messages, entry.rendered)
-                if text is None
-                else RenderedPrompt(text, self._chat.encode(text))
-            )
+            if text is None:
+                rendered = self._chat.prompt(messages, entry.rendered)
+                text, ids = rendered.text, rendered.ids
+            if entry.prompt_ids is not None:
+                ids = self._ids(entry.prompt_ids, f"{where}: prompt_ids")
+            return text, self._chat.encode(text) if ids is None else ids
         except PromptError as error:
             raise DatasetError(f"{where}: {error}") from error
-        if entry.prompt_ids is not None:
-            return rendered.text, self._ids(entry.prompt_ids, f"{where}: prompt_ids")
-        return rendered.text, rendered.ids
 
     def _check_texts(
         self, entry: Entry, prompt: str, prompt_ids: NDArray[np.int32], response_ids: NDArray[np.int32], where: str
@@ -187,7 +202,7 @@ class EntryReader:
         if entry.sampling is None:
             return self._settings.sampling
         stated, asked = entry.sampling.to_sampling(), self._settings.sampling
-        if asked.top_k != UNKNOWN_FILTER and stated.temperature != asked.temperature:
+        if asked != UNKNOWN_SAMPLING and stated.temperature != asked.temperature:
             raise DatasetError(
                 f"{where}: sampling.temperature is {stated.temperature:g}, --temperature is {asked.temperature:g}; "
                 "leave out --temperature, which is for entries without sampling"
@@ -204,10 +219,6 @@ class EntryReader:
         if foreign:
             self._foreign |= foreign
             log.warning("%s: not of the layout, and left out here and below: %s", where, ", ".join(sorted(foreign)))
-
-    def _split(self, prompt_id: str) -> str:
-        share = int.from_bytes(hashlib.sha256(prompt_id.encode()).digest()[:8]) / 2**64
-        return "held_out" if share < self._settings.held_out else "train"
 
 
 def to_entry(record: Record, vocabulary: Vocabulary) -> dict[str, Any]:

@@ -1,55 +1,26 @@
 """Rows of logits, as the legacy JSON layout has them, to distributions.
 
-Rows of one width are checked and normalized together, as arrays. Numbers are numbers of JSON: text and booleans, which
-numpy would turn into some, are refused. What is said twice must agree: `token` and `tokenID`, `tail` and the values,
-`sampled` and the response token's own value, candidates named beside values over the whole vocabulary.
+Numbers are numbers of JSON: text and booleans, which numpy would turn into some, are refused. What is said twice must
+agree: `token` and `tokenID`, `tail` and the values, `sampled` and the response token's own value, candidates named
+beside values over the whole vocabulary. Costs some 50 µs a row of 64 candidates.
 
-Legend: T response tokens, R rows of one width, W values of each, V tokens of the vocabulary.
+Legend: W values of a row, V tokens of the vocabulary.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shared.commands.legacy_json.models import ENTRY_EXAMPLE, Entry
-from shared.dataset.columns import MASS_TOLERANCE, SAMPLED_TOLERANCE
-from shared.dataset.records import Distributions
+from shared.dataset.checks import MASS_TOLERANCE, SAMPLED_TOLERANCE, SHIFTED
+from shared.dataset.records import Distributions, offsets_of
 from shared.errors import DatasetError
 from shared.json_input import is_schematic
 from shared.tokenizer.vocabulary import Vocabulary
-
-_BLOCK_VALUES = 1 << 20
-_SHIFTED = "the rows are shifted against the response, or belong to another one"
-
-
-@dataclass(frozen=True, slots=True)
-class _Block:
-    """Rows `first` to `first + R` of an entry, all of one width.
-
-    Attributes:
-        values: float64 [R, W]. ids: int64 [R, W], the candidate of each. response: int32 [R], the response's tokens.
-        tail, sampled: float64 [R], as stated; NaN where they are not.
-        states_tail: whether the entry has tails; NaN is an unknown one then.
-    """
-
-    where: str
-    first: int
-    values: NDArray[np.float64]
-    ids: NDArray[np.int64]
-    response: NDArray[np.int32]
-    tail: NDArray[np.float64]
-    sampled: NDArray[np.float64]
-    states_tail: bool
-
-    def at(self, row: int) -> str:
-        return f"{self.where}, row {self.first + row}"
 
 
 class RowReader:
@@ -62,7 +33,6 @@ class RowReader:
 
     def __init__(self, vocabulary: Vocabulary, top_k: int, values: Literal["logits", "logprobs"]) -> None:
         self._vocabulary, self._top_k, self._values = vocabulary, top_k, values
-        self._texts_V = np.array([*vocabulary.texts, None], object)[:-1]  # of str, whatever their lengths
         self._ids_of_text = {text: i for i, text in reversed(list(enumerate(vocabulary.texts))) if text}
 
     def distributions(self, entry: Entry, response_ids: NDArray[np.int32], where: str) -> Distributions:
@@ -73,144 +43,131 @@ class RowReader:
         """
         assert entry.logits is not None
         count = len(entry.logits)
-        stated_tail = _stated(entry.tail, "tail", count, where)
-        stated_sampled = _stated(entry.sampled, "sampled", count, where)
+        stated = {key: _stated(getattr(entry, key), key, count, where) for key in ("tail", "sampled")}
         named = {key: _named(getattr(entry, key), key, count, where) for key in ("tokenID", "token")}
-        for row, values in enumerate(entry.logits):
+        found = []
+        for row, (values, own) in enumerate(zip(entry.logits, response_ids.tolist(), strict=True)):
+            at = f"{where}, row {row}"
             if not isinstance(values, list):
-                raise DatasetError(f"{where}, row {row} is {values!r:.60}, expected a list of numbers{_hint(values)}")
-        lists = [entry.logits, *(rows for rows in named.values() if rows is not None)]
-        parts = []
-        for first, last in _runs([tuple(map(len, row)) for row in zip(*lists, strict=True)]):
-            rows = slice(first, last)
-            values_RxW = _numbers(entry.logits[rows], f"{where}, row ", first)
-            ids_RxW = self._candidates(values_RxW, named, rows, response_ids[rows], where)
-            stated = stated_tail[rows], stated_sampled[rows], entry.tail is not None
-            block = _Block(where, first, values_RxW, ids_RxW, response_ids[rows], *stated)
-            parts.append(self._normalized(block))
-        ids, logprobs, tail, sampled, widths = zip(*parts, strict=True) if parts else ([],) * 5
-        none = [np.zeros(0)]
+                raise DatasetError(f"{at} is {values!r:.60}, expected a list of numbers{_hint(values)}")
+            values_W = _numbers(values, at)
+            names = {key: rows[row] for key, rows in named.items() if rows is not None}
+            ids_W = self._candidates(values_W, names, own, at)
+            tail, sampled = float(stated["tail"][row]), float(stated["sampled"][row])
+            if entry.tail is None and self._values == "logprobs":
+                tail = math.inf  # whatever the candidates leave
+            found.append(self._normalized(values_W, ids_W, own, tail, sampled, at))
+        ids, logprobs, tails, sampleds = zip(*found, strict=True) if found else ((), (), (), ())
         return Distributions(
-            np.concatenate([[0], np.cumsum(np.concatenate([*widths, *none]))]).astype(np.int64),
-            np.concatenate([*ids, *none]).astype(np.int32),
-            np.concatenate([*logprobs, *none]).astype(np.float32),
-            np.concatenate([*tail, *none]).astype(np.float32),
-            np.concatenate([*sampled, *none]).astype(np.float32),
+            offsets_of([len(row) for row in ids]),
+            np.concatenate([np.zeros(0), *ids]).astype(np.int32),
+            np.concatenate([np.zeros(0), *logprobs]).astype(np.float32),
+            np.array(tails, np.float32),
+            np.array(sampleds, np.float32),
         )
 
-    def _normalized(self, block: _Block) -> tuple[NDArray[Any], ...]:
-        """Ids and logprobs of what is kept of the block's rows, flat; tail, sampled logprob and width of each row."""
-        values_RxW, rows, width = block.values, len(block.values), block.values.shape[1]
-        log_mass = _log_sums(values_RxW)
-        mass = np.exp(np.minimum(log_mass, 700)) if width else np.zeros(rows)
-        if width == len(self._vocabulary):
-            tail = np.zeros(rows)
-            _refuse(block, block.tail > MASS_TOLERANCE, "tail", block.tail, "0: the row has every token's value")
-            if self._values == "logprobs":
-                self._refuse_mass(block, np.abs(mass - 1) > MASS_TOLERANCE, mass)
-        elif self._values == "logprobs" and not block.states_tail:
-            tail = 1 - mass
-            self._refuse_mass(block, tail < -MASS_TOLERANCE, mass)
-            log_mass = np.zeros(rows)
+    def _normalized(
+        self, values_W: NDArray[np.float64], ids_W: NDArray[np.int64], own: int, tail: float, sampled: float, at: str
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64], float, float]:
+        """Ids and logprobs of what is kept of a row, its tail, and the sampled token's logprob.
+
+        Args:
+            own: the response's token. tail: as stated; NaN is unknown, infinity is what the candidates leave.
+            sampled: as stated, or NaN.
+        """
+        log_mass = _log_sum(values_W)
+        mass = math.exp(min(log_mass, 700.0)) if len(values_W) else 0.0
+        given = tail if math.isfinite(tail) else None
+        if len(values_W) == len(self._vocabulary):
+            if given is not None and given > MASS_TOLERANCE:
+                raise DatasetError(f"{at}: tail is {given:.4f}, expected 0: the row has every token's value")
+            wrong = self._values == "logprobs" and abs(mass - 1) > MASS_TOLERANCE
+            tail = 0.0
+        elif math.isinf(tail):
+            tail, log_mass = 1 - mass, 0.0
+            wrong = tail < -MASS_TOLERANCE
         else:
-            tail = block.tail
-            log_mass = np.where(np.isnan(tail), log_mass, 0)
-            self._refuse_mass(block, np.abs(np.where(np.isnan(tail), 1, mass + tail) - 1) > MASS_TOLERANCE, mass)
-        logprobs_RxW = values_RxW - log_mass[:, None]
-        own, column = np.nonzero(block.ids == block.response[:, None])
-        sampled = block.sampled.copy()
-        sampled[own] = logprobs_RxW[own, column]
-        _refuse(
-            block, np.abs(block.sampled - sampled) > SAMPLED_TOLERANCE, "sampled", block.sampled,
-            "{}, which the row gives the response's token; " + _SHIFTED, sampled,
-        )  # fmt: skip
-        order = np.argsort(-logprobs_RxW, axis=1, kind="stable")
-        kept = order[:, : self._top_k]
-        tail = tail + np.exp(np.take_along_axis(logprobs_RxW, order[:, self._top_k :], 1)).sum(axis=1)
-        return (
-            np.take_along_axis(block.ids, kept, 1).ravel(),
-            np.take_along_axis(logprobs_RxW, kept, 1).ravel(),
-            tail,
-            sampled,
-            np.full(rows, kept.shape[1]),
-        )
-
-    def _refuse_mass(self, block: _Block, bad: NDArray[np.bool_], mass: NDArray[np.float64]) -> None:
-        if bad.any():
-            row = int(np.flatnonzero(bad)[0])
-            tail = "" if math.isnan(block.tail[row]) else f" beside a tail of {block.tail[row]:.6f}"
-            fix = "take out tail, or correct it" if tail else "import them with --values logits"
+            wrong = given is not None and abs(mass + given - 1) > MASS_TOLERANCE
+            log_mass = log_mass if given is None else 0.0
+        if wrong:
+            beside = "" if given is None else f" beside a tail of {given:.6f}"
+            fix = "take out tail, or correct it" if beside else "import them with --values logits"
             raise DatasetError(
-                f"{block.at(row)}: the candidates' probabilities add up to {mass[row]:.6f}{tail}, "
-                f"{'more' if mass[row] > 1 else 'other'} than 1: these are not logprobs; {fix}"
+                f"{at}: the candidates' probabilities add up to {mass:.6f}{beside}, {'more' if mass > 1 else 'other'} "
+                f"than 1: these are not logprobs; {fix}"
             )
+        logprobs_W = values_W - log_mass
+        for place in np.flatnonzero(ids_W == own):
+            if abs(sampled - logprobs_W[place]) > SAMPLED_TOLERANCE:
+                raise DatasetError(
+                    f"{at}: sampled is {sampled:.4f}, expected {logprobs_W[place]:.4f}, which the row gives the "
+                    f"response's token; {SHIFTED}"
+                )
+            sampled = float(logprobs_W[place])
+        order = np.argsort(-logprobs_W, kind="stable")
+        kept, cut = order[: self._top_k], order[self._top_k :]
+        return ids_W[kept], logprobs_W[kept], tail + float(np.exp(logprobs_W[cut]).sum()), sampled
 
     def _candidates(
-        self,
-        values_RxW: NDArray[np.float64],
-        named: dict[str, list[Any] | None],
-        rows: slice,
-        response: NDArray[np.int32],
-        where: str,
+        self, values_W: NDArray[np.float64], named: dict[str, list[Any]], own: int, at: str
     ) -> NDArray[np.int64]:
-        """int64 [R, W], the candidate that each value is of."""
-        count, width, size = *values_RxW.shape, len(self._vocabulary)
-        of_key = {key: lists[rows] for key, lists in named.items() if lists is not None}
-        at = f"{where}, row {rows.start}"
-        if not of_key and width != size:
+        """int64 [W], the candidate that each value is of; `named` are those of `tokenID` and `token`."""
+        width, size = len(values_W), len(self._vocabulary)
+        if not named and width != size:
             raise DatasetError(
                 f"{at}: {width} values without token or tokenID; expected the whole vocabulary of {size}, "
                 "or candidates named in token or tokenID"
             )
-        for key, lists in of_key.items():
-            if len(lists[0]) != width != size:
+        for key, names in named.items():
+            if len(names) != width != size:
+                raise DatasetError(f"{at}: {width} logits for {len(names)} candidates in {key}; expected one for each")
+        ids = token_ids(named["tokenID"], size, f"{at}: tokenID") if "tokenID" in named else None
+        if "token" in named:
+            ids = self._of_names(named["token"], ids, at)
+        if ids is None:
+            return np.arange(size)
+        seen: dict[int, int] = {}
+        for position, index in enumerate(ids.tolist()):
+            if seen.setdefault(index, position) != position:
                 raise DatasetError(
-                    f"{at}: {width} logits for {len(lists[0])} candidates in {key}; expected one for each"
+                    f"{at}, position {position}: candidate {index} ({self._vocabulary.texts[index]!r}) stands at "
+                    f"position {seen[index]} already; drop one of the two"
                 )
-        ids_RxN = None
-        if "tokenID" in of_key:
-            ids_RxN = _ids(of_key["tokenID"], size, f"{where}, row ", rows.start, ": tokenID")
-        if "token" in of_key:
-            ids_RxN = self._of_names(of_key["token"], ids_RxN, where, rows.start)
-        if ids_RxN is None:
-            return np.tile(np.arange(size), (count, 1))
-        _check_once(ids_RxN, self._vocabulary, where, rows.start)
-        if ids_RxN.shape[1] == width:
-            return ids_RxN
+        if len(ids) == width:
+            return ids
         # Values in order of id, and beside them the likeliest tokens, or the response's own.
-        self._check_leaders(values_RxW, ids_RxN, response, where, rows.start)
-        return np.tile(np.arange(size), (count, 1))
+        least = np.partition(values_W, -len(ids))[-len(ids)] if len(ids) else 0.0
+        for position in np.flatnonzero((values_W[ids] < least - SAMPLED_TOLERANCE) & (ids != own)):
+            raise DatasetError(
+                f"{at}, position {position}: candidate {ids[position]} is not among the {len(ids)} likeliest of the "
+                "row's values, which are in order of id over the whole vocabulary; take out token and tokenID, or give "
+                "the candidates' values alone"
+            )
+        return np.arange(size)
 
-    def _of_names(
-        self, names: list[list[Any]], ids_RxN: NDArray[np.int64] | None, where: str, first: int
-    ) -> NDArray[Any]:
-        """int64 [R, N], the ids of the tokens' names; where ids are given the names must be theirs."""
-        flat = list(itertools.chain.from_iterable(names))
-        if ids_RxN is None:
-            ids = list(map(self._id_of, flat))
-            if None not in ids:
-                return np.array(ids, np.int64).reshape(len(names), -1)
-            row, position = divmod(ids.index(None), len(names[0]))
+    def _of_names(self, names: list[Any], ids: NDArray[np.int64] | None, at: str) -> NDArray[np.int64]:
+        """The ids of the tokens' names; where ids are given the names must be theirs."""
+        if ids is None:
+            found = list(map(self._id_of, names))
+            if None in found:
+                position = found.index(None)
+                raise DatasetError(
+                    f"{at}, position {position}: the tokenizer has no token {names[position]!r}"
+                    f"{_hint(names[position])}; pass the teacher's tokenizer, or name candidates by id in tokenID"
+                )
+            return np.array(found, np.int64)
+        if len(names) != len(ids):
             raise DatasetError(
-                f"{where}, row {first + row}, position {position}: the tokenizer has no token {flat[ids.index(None)]!r}"
-                f"{_hint(names[row][position])}; pass the teacher's tokenizer, or name candidates by id in tokenID"
+                f"{at}: {len(names)} names in token for {len(ids)} ids in tokenID; expected one name for each id"
             )
-        if len(flat) != ids_RxN.size:
-            raise DatasetError(
-                f"{where}, row {first}: {len(names[0])} names in token for {ids_RxN.shape[1]} ids in tokenID; "
-                "expected one name for each id"
-            )
-        own = self._texts_V[ids_RxN.ravel()].tolist()
-        if flat != own:
-            for place, (name, index) in enumerate(zip(flat, ids_RxN.ravel().tolist(), strict=True)):
-                if name is not None and not self._is_name(name, index):
-                    row, position = divmod(place, ids_RxN.shape[1])
-                    raise DatasetError(
-                        f"{where}, row {first + row}, position {position}: token is {name!r}, but tokenID {index} is "
-                        f"{own[place]!r} in this tokenizer; pass the tokenizer that the rows were made with, or take "
-                        "out the one that is wrong"
-                    )
-        return ids_RxN
+        for position, (name, index) in enumerate(zip(names, ids.tolist(), strict=True)):
+            if name is not None and not self._is_name(name, index):
+                raise DatasetError(
+                    f"{at}, position {position}: token is {name!r}, but tokenID {index} is "
+                    f"{self._vocabulary.texts[index]!r} in this tokenizer; pass the tokenizer that the rows were made "
+                    "with, or take out the one that is wrong"
+                )
+        return ids
 
     def _id_of(self, name: Any) -> int | None:
         """The tokenizer's own spelling first (`Ġthe`), else the text that the token stands for (` the`)."""
@@ -222,83 +179,49 @@ class RowReader:
     def _is_name(self, name: Any, index: int) -> bool:
         """Whether `name` is the token's spelling, or its text as tokenizers decode it alone."""
         spelling = self._vocabulary.texts[index]
+        if name == spelling:
+            return True
         text = self._vocabulary.tokens[index].decode("utf-8", "replace")
-        return name in (spelling, text) or (spelling.startswith("▁") and name == text.removeprefix(" "))
-
-    def _check_leaders(
-        self,
-        values_RxV: NDArray[np.float64],
-        ids_RxN: NDArray[np.int64],
-        response: NDArray[np.int32],
-        where: str,
-        first: int,
-    ) -> None:
-        count = ids_RxN.shape[1]
-        if not count:
-            return
-        least = np.partition(values_RxV, -count, axis=1)[:, -count]
-        bad = np.take_along_axis(values_RxV, ids_RxN, 1) < least[:, None] - SAMPLED_TOLERANCE
-        bad &= ids_RxN != response[:, None]
-        if bad.any():
-            row, position = np.argwhere(bad)[0]
-            raise DatasetError(
-                f"{where}, row {first + row}, position {position}: candidate {ids_RxN[row, position]} is not among the "
-                f"{count} likeliest of the row's values, which are in order of id over the whole vocabulary; take out "
-                "token and tokenID, or give the candidates' values alone"
-            )
+        return bool(name == text or (spelling.startswith("▁") and name == text.removeprefix(" ")))
 
 
-def token_ids(values: list[Any], size: int, at: str) -> NDArray[np.int32]:
+def token_ids(values: list[Any], size: int, at: str) -> NDArray[np.int64]:
     """A list of ids below `size`.
 
     Raises:
         DatasetError: naming `at`, the position and the value.
     """
-    return _ids([values], size, at)[0].astype(np.int32)
-
-
-def _ids(rows: list[list[Any]], size: int, at: str, first: int | None = None, what: str = "") -> NDArray[np.int64]:
-    """int64 [R, N]; `at`, the row's number from `first` on, and `what` name the place."""
-    flat = list(itertools.chain.from_iterable(rows))
-    if set(map(type, flat)) <= {int} and (not flat or (min(flat) >= 0 and max(flat) < size)):
-        return np.array(flat, np.int64).reshape(len(rows), -1 if flat else 0)
-    place = next(i for i, value in enumerate(flat) if type(value) is not int or not 0 <= value < size)
-    row, position = divmod(place, len(rows[0]))
-    fix = "write it without quotes" if isinstance(flat[place], str) else "pass the tokenizer that the ids are of"
+    if set(map(type, values)) <= {int} and (not values or (min(values) >= 0 and max(values) < size)):
+        return np.array(values, np.int64)
+    position = next(i for i, value in enumerate(values) if type(value) is not int or not 0 <= value < size)
+    value = values[position]
+    fix = "write it without quotes" if isinstance(value, str) else "pass the tokenizer that the ids are of"
     raise DatasetError(
-        f"{at}{'' if first is None else first + row}{what}, position {position}: id {flat[place]!r} is outside the "
-        f"vocabulary, expected a whole number from 0 to {size - 1}{_hint(flat[place]) or f'; {fix}'}"
+        f"{at}, position {position}: id {value!r} is outside the vocabulary, expected a whole number from 0 to "
+        f"{size - 1}{_hint(value) or f'; {fix}'}"
     )
 
 
-def _numbers(rows: list[list[Any]], at: str, first: int) -> NDArray[np.float64]:
-    """float64 [R, W]."""
-    flat = list(itertools.chain.from_iterable(rows))
-    if set(map(type, flat)) <= {float, int}:
+def _numbers(values: list[Any], at: str) -> NDArray[np.float64]:
+    """float64 [W]."""
+    if set(map(type, values)) <= {float, int}:
         try:
-            values = np.array(flat, np.float64)
+            numbers = np.array(values, np.float64)
         except OverflowError:  # a whole number beyond float64
-            values = np.array([float(v) if abs(v) < 1e308 else math.inf for v in flat])
-        bad = ~np.isfinite(values)
-        if not bad.any():
-            return values.reshape(len(rows), -1 if flat else 0)
-        place = int(np.flatnonzero(bad)[0])
-        row, position = divmod(place, len(rows[0]))
-        raise DatasetError(
-            f"{at}{first + row}, position {position}: logit {values[place]}, expected a finite number; leave out "
-            "tokens of probability 0 (write -1e9 in a row over the whole vocabulary), and collect again what is NaN"
-        )
-    place = next(i for i, value in enumerate(flat) if type(value) not in (float, int))
-    row, position = divmod(place, len(rows[0]))
-    fix = ", without quotes" if isinstance(flat[place], str) else ""
-    raise DatasetError(
-        f"{at}{first + row}, position {position}: {flat[place]!r:.60} is not a number; expected a logit{fix}"
-        f"{_hint(flat[place])}"
-    )
+            numbers = np.array([float(v) if abs(v) < 1e308 else math.inf for v in values])
+        for position in np.flatnonzero(~np.isfinite(numbers)):
+            raise DatasetError(
+                f"{at}, position {position}: logit {numbers[position]}, expected a finite number; leave out tokens of "
+                "probability 0 (write -1e9 in a row over the whole vocabulary), and collect again what is NaN"
+            )
+        return numbers
+    position, value = next((i, value) for i, value in enumerate(values) if type(value) not in (float, int))
+    fix = ", without quotes" if isinstance(value, str) else ""
+    raise DatasetError(f"{at}, position {position}: {value!r:.60} is not a number; expected a logit{fix}{_hint(value)}")
 
 
-def _stated(values: Sequence[float | None] | None, key: str, count: int, where: str) -> NDArray[np.float64]:
-    """float64 [T], NaN where a value is not stated."""
+def _stated(values: list[float | None] | None, key: str, count: int, where: str) -> NDArray[np.float64]:
+    """One value per row, NaN where it is not stated."""
     if values is None:
         return np.full(count, np.nan)
     if len(values) != count:
@@ -306,7 +229,7 @@ def _stated(values: Sequence[float | None] | None, key: str, count: int, where: 
     return np.array(values, np.float64)  # None becomes NaN
 
 
-def _named(rows: list[Any] | None, key: str, count: int, where: str) -> list[Any] | None:
+def _named(rows: list[Any] | None, key: str, count: int, where: str) -> list[list[Any]] | None:
     if rows is not None and (len(rows) != count or not all(isinstance(row, list) for row in rows)):
         wrong = next((f", {row!r:.60} among them" for row in rows if not isinstance(row, list)), "")
         raise DatasetError(
@@ -315,44 +238,12 @@ def _named(rows: list[Any] | None, key: str, count: int, where: str) -> list[Any
     return rows
 
 
-def _runs(widths: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, int]]:
-    """First and last row of each run of rows of the same widths, of bounded size."""
-    first = 0
-    for key, run in itertools.groupby(widths):
-        last = first + sum(1 for _ in run)
-        step = max(1, _BLOCK_VALUES // max(1, *key))
-        yield from ((start, min(start + step, last)) for start in range(first, last, step))
-        first = last
-
-
-def _check_once(ids_RxN: NDArray[np.int64], vocabulary: Vocabulary, where: str, first: int) -> None:
-    ordered = np.sort(ids_RxN, axis=1)
-    twice = np.argwhere(ordered[:, 1:] == ordered[:, :-1])
-    if len(twice):
-        row, place = twice[0]
-        index = ordered[row, place]
-        one, other, *_ = np.flatnonzero(ids_RxN[row] == index)
-        raise DatasetError(
-            f"{where}, row {first + row}, position {other}: candidate {index} ({vocabulary.texts[index]!r}) stands at "
-            f"position {one} already; drop one of the two"
-        )
-
-
-def _refuse(
-    block: _Block, bad: NDArray[np.bool_], key: str, stated: NDArray[np.float64], expected: str, other: Any = None
-) -> None:
-    if bad.any():
-        row = int(np.flatnonzero(bad)[0])
-        found = expected if other is None else expected.format(f"{other[row]:.4f}")
-        raise DatasetError(f"{block.at(row)}: {key} is {stated[row]:.4f}, expected {found}")
-
-
-def _log_sums(values_RxW: NDArray[np.float64]) -> NDArray[np.float64]:
-    """float64 [R], log of the sum of exp; 0 for rows of no values, whose mass counts as nothing."""
-    if not values_RxW.shape[1]:
-        return np.zeros(len(values_RxW))
-    top = values_RxW.max(axis=1)
-    return top + np.log(np.exp(values_RxW - top[:, None]).sum(axis=1))
+def _log_sum(values: NDArray[np.float64]) -> float:
+    """Log of the sum of exp; 0 for a row of no values, whose mass counts as nothing."""
+    if not len(values):
+        return 0.0
+    top = values.max()
+    return float(top + np.log(np.exp(values - top).sum()))
 
 
 def _hint(value: object) -> str:

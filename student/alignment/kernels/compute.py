@@ -13,12 +13,12 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.dataset.records import Distributions
+from shared.dataset.records import Distributions, offsets_of
 from student.alignment.kernels import events, paths, rows
 from student.alignment.kernels.arrays import Candidates, Csr, Events, Heads, Inside, Rows, Scratch, TeacherTokens
 from student.alignment.spans import Spans, covered_path
 from student.alignment.tables import PairTables
-from student.alignment.targets import SparseTargets, Targets, offsets_of
+from student.alignment.targets import SparseTargets, Targets
 
 
 class TargetKernels:

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import signal
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -344,6 +345,21 @@ def test_entries_that_contradict_each_other_are_named(reader: EntryReader, token
         EntryReader(tokenizer, asked).record({**entry, "sampling": {"temperature": 0.5}}, "here", 0)
     with pytest.raises(ConfigError, match=r"--held-out is nan, expected a share from 0 to 1"):
         ImportSettings(held_out=math.nan)
+
+
+def test_a_share_of_each_skill_is_held_out_and_a_stated_split_binds_its_prompt(tokenizer: Path, tmp_path: Path) -> None:
+    entries = [
+        {"id": f"{skill}-{i}", "skill": skill, "prompt": f"{skill} {i}", "response": "so"}
+        for skill in ("a", "b")
+        for i in range(10)
+    ]
+    stated = [{"prompt": "said", "response": "no"}, {"prompt": "said", "response": "so", "split": "held_out"}]
+    (tmp_path / "in.json").write_text(json.dumps(stated + entries))
+    import_json(tmp_path / "in.json", tmp_path / "d", tokenizer, ImportSettings(held_out=0.2))
+    found = Counter((record.skill, record.split) for record in Dataset.open(tmp_path / "d").records())
+    assert found == {
+        ("", "held_out"): 2, ("a", "held_out"): 2, ("a", "train"): 8, ("b", "held_out"): 2, ("b", "train"): 8,
+    }  # fmt: skip
 
 
 def test_an_import_that_was_interrupted_says_what_to_do_with_another_file(

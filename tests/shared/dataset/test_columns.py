@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from shared.dataset.columns import RecordGroup, records_to_table
+from shared.dataset.columns import records_to_table, table_to_records
 from shared.dataset.records import Distributions, Record
 from shared.dataset.schema import DISTRIBUTION_COLUMNS, SCHEMA
 from shared.errors import DatasetError
@@ -38,25 +38,25 @@ def put(position: int, value: float) -> Callable[[NDArray[Any]], NDArray[Any]]:
 
 RECORD = make_record("p", 3, length=6, k=8)
 BAD: dict[str, tuple[Record, str]] = {
-    "rows": (change(RECORD, tail=lambda a: a[:-1]), r"6 rows, 5 tail masses .*for 6 response tokens"),
-    "offsets": (change(RECORD, offsets=put(1, 99)), r"offsets from 0 to 48 over 48 ids"),
-    "nan": (change(RECORD, logprobs=put(9, np.nan)), r"candidate logprob nan in row 1, expected a finite number"),
-    "infinity": (change(RECORD, logprobs=put(15, -np.inf)), r"candidate logprob -inf in row 1"),
-    "tail": (change(RECORD, tail=put(2, np.inf)), r"tail mass inf in row 2"),
+    "rows": (change(RECORD, tail=lambda a: a[:-1]), r"tail_mass has 5 values, expected 6 for 6 response tokens"),
+    "offsets": (change(RECORD, offsets=put(1, 99)), r"offsets that do not start at 0 or fall"),
+    "nan": (change(RECORD, logprobs=put(9, np.nan)), r"token 1: candidate logprob nan, expected a finite number"),
+    "infinity": (change(RECORD, logprobs=put(15, -np.inf)), r"token 1: candidate logprob -inf"),
+    "tail": (change(RECORD, tail=put(2, np.inf)), r"token 2: tail mass inf, expected 0 to 1"),
     "never": (
         change(RECORD, sampled=put(2, -np.inf)),
-        r"sampled logprob -inf in row 2, expected a finite number: the teacher gives this token .* leave the resp",
+        r"token 2: sampled logprob -inf, expected a finite number: the teacher gives this token .* leave the resp",
     ),
-    "id": (change(RECORD, ids=put(18, VOCABULARY_SIZE)), r"id 300 at row 2, position 2, expected 0 to 299"),
-    "negative id": (change(RECORD, ids=put(0, -1)), r"id -1 at row 0, position 0"),
-    "duplicate": (change(RECORD, ids=lambda a: put(17, a[16])(a)), r"candidate id \d+ in row 2, expected to stand"),
-    "order": (change(RECORD, logprobs=put(30, -0.001)), r"candidate logprob -0.001\d* in row 3, expected not above"),
-    "mass": (change(RECORD, tail=put(4, 0.9)), r"mass plus tail mass 1\.[0-9]+ in row 4, expected 1"),
-    "sampled": (change(RECORD, sampled=put(3, -7.5)), r"token 3 .*logprob -7\.5000, but its row gives it"),
-    "positive": (change(RECORD, sampled=put(3, 0.5)), r"sampled logprob 0\.5 in row 3, expected at most 0"),
-    "prompt": (replace(RECORD, prompt_ids=np.array([1, 999], np.int32)), r"prompt_ids: id 999 at position 1"),
-    "response": (replace(RECORD, response_ids=RECORD.response_ids + 300), r"response_ids: id \d+ at position 0"),
-    "shifted": (shifted(RECORD), r"shifted against the response|above the row's last candidate"),
+    "id": (change(RECORD, ids=put(18, VOCABULARY_SIZE)), r"token 2: candidate id 300, expected 0 to 299"),
+    "negative id": (change(RECORD, ids=put(0, -1)), r"token 0: candidate id -1, expected 0 to 299"),
+    "duplicate": (change(RECORD, ids=lambda a: put(17, a[16])(a)), r"token 2: candidate id \d+ stands twice"),
+    "order": (change(RECORD, logprobs=put(30, -0.001)), r"token 3: candidate logprob -0.001\d*, expected not above"),
+    "mass": (change(RECORD, tail=put(4, 0.9)), r"token 4: candidates' mass plus tail mass 1\.[0-9]+, expected 1"),
+    "sampled": (change(RECORD, sampled=put(3, -7.5)), r"token 3: sampled with logprob -7\.5000, but its row gives it"),
+    "positive": (change(RECORD, sampled=put(3, 0.5)), r"token 3: sampled logprob 0\.5, expected a finite num"),
+    "prompt": (replace(RECORD, prompt_ids=np.array([1, 999], np.int32)), r"prompt token 1 has the id 999, expected"),
+    "response": (replace(RECORD, response_ids=RECORD.response_ids + 300), r"response token 0 has the id \d+"),
+    "shifted": (shifted(RECORD), r"shifted against the response"),
 }  # fmt: skip
 
 
@@ -79,7 +79,7 @@ def test_a_token_outside_its_row_cannot_be_likelier_than_the_row_ends() -> None:
     sampled = d.sampled.copy()
     sampled[gone] = d.logprobs[gone * 8]
     moved = replace(record, distributions=replace(d, ids=ids, sampled=sampled))
-    with pytest.raises(DatasetError, match=r"token outside its row -\d\.\d+ in row 2"):
+    with pytest.raises(DatasetError, match=r"token 2: sampled with logprob -\d\.\d+ from outside the row"):
         records_to_table([moved], VOCABULARY_SIZE)
 
 
@@ -92,14 +92,14 @@ def test_mixed_records_come_back_in_order() -> None:
     ]
     table = records_to_table(records, VOCABULARY_SIZE)
     assert table.schema.equals(SCHEMA)
-    for read, record in zip(RecordGroup(table), records, strict=True):
+    for read, record in zip(table_to_records(table), records, strict=True):
         assert_same(read, record, exact=False)
     # Any slice of the table decodes to the same records.
-    for read, record in zip(RecordGroup(table.slice(2, 3)), records[2:5], strict=True):
+    for read, record in zip(table_to_records(table.slice(2, 3)), records[2:5], strict=True):
         assert_same(read, record, exact=False)
-    few = RecordGroup(table.drop(DISTRIBUTION_COLUMNS))
+    few = table_to_records(table.drop(DISTRIBUTION_COLUMNS))
     assert all(record.distributions is None for record in few)
-    assert not RecordGroup(table.slice(0, 0))
+    assert not list(table_to_records(table.slice(0, 0)))
 
 
 def test_rows_of_unknown_tail_and_of_no_candidates_are_kept_as_such() -> None:
@@ -117,7 +117,7 @@ def test_rows_of_unknown_tail_and_of_no_candidates_are_kept_as_such() -> None:
         np.full(3, np.nan, np.float32),
         np.full(3, np.nan, np.float32),
     )
-    (read,) = RecordGroup(records_to_table([replace(record, distributions=unknown)]))
+    (read,) = table_to_records(records_to_table([replace(record, distributions=unknown)]))
     assert read.distributions is not None
     assert np.isnan(read.distributions.tail).all()
     assert read.distributions.offsets.tolist() == [0, 4, 4, 8]

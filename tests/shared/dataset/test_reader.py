@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from shared.dataset.reader import Dataset
+from shared.dataset.reader import Dataset, open_shard
 from shared.dataset.records import Record
 from shared.dataset.schema import STEPS_PER_NAT
 from shared.dataset.validate import validate_dataset
@@ -75,7 +75,7 @@ def test_row_groups_that_are_read_side_by_side_come_in_order(tmp_path: Path, mon
     units = {f"u{i}": make_records(40, seed=i) for i in range(5)}
     write_dataset(tmp_path / "d", units)
     dataset = Dataset.open(tmp_path / "d")
-    assert dataset._shard(0).metadata.num_row_groups == 40
+    assert open_shard(dataset.storage, dataset.manifest.units[0]).metadata.num_row_groups == 40
     written = [record for records in units.values() for record in records]
     for read, record in zip(dataset.records(), written, strict=True):
         assert_same(read, record, exact=False)

@@ -70,10 +70,10 @@ def test_rows_shifted_by_one_position_fail(tmp_path: Path, rule: str) -> None:
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "prompt id": ({"prompt_ids": put(1, 300)}, r"record 'greedy/greedy/0': prompt token 1 has the id 300"),
-    "response id": ({"response_ids": put(2, 400)}, r"response token 2 has the id 400, the vocabulary has 300"),
+    "response id": ({"response_ids": put(2, 400)}, r"response token 2 has the id 400, expected 0 to 299"),
     "bytes": ({"response_bytes": lambda b: b[:3] + b"#" + b[4:]}, r"response_bytes differ .* at byte 3: b'#"),
     "cut bytes": ({"response_bytes": lambda b: b[:-1]}, r"response_bytes differ from the tokens' bytes"),
-    "candidate id": ({"candidate_ids": put(12, 300)}, r"token 1: candidate id 300, the vocabulary has 300"),
+    "candidate id": ({"candidate_ids": put(12, 300)}, r"token 1: candidate id 300, expected 0 to 299"),
     "duplicate": ({"candidate_ids": lambda v: put(12, v[11])(v)}, r"token 1: candidate id \d+ stands twice"),
     "first gap": ({"candidate_gaps": put(16, 3)}, r"token 2: the row's first gap is 3, expected 0"),
     "wide gaps": ({"candidate_gaps": lambda v: put(17, 65535)(v)}, r"token 2: gaps add up to \d+ steps"),

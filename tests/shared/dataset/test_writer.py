@@ -97,7 +97,7 @@ def test_a_bad_record_publishes_nothing(tmp_path: Path) -> None:
     target.write_unit("unit-000", units["unit-000"])
     before = contents(tmp_path / "d")
     other = make_records(2, size=400)  # another tokenizer's ids
-    with pytest.raises(DatasetError, match=r"id \d+ .*another tokenizer's token"):
+    with pytest.raises(DatasetError, match=r"id \d+, .*another tokenizer's token"):
         target.write_unit("unit-001", other)
     assert contents(tmp_path / "d") == before
     with pytest.raises(DatasetError, match="cannot be a file's name"):

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shared.dataset.records import Distributions
+from shared.dataset.records import Distributions, offsets_of
 from student.alignment.kernels.rows import LOGPROB_TOLERANCE, TAIL_TOLERANCE
 from student.alignment.spans import Spans, covered_path
 from student.alignment.tables import PairTables, range_of
-from student.alignment.targets import SparseTargets, Targets, offsets_of
+from student.alignment.targets import SparseTargets, Targets
 
 Event = tuple[float, list[int]]
 """Mass and members."""

@@ -111,6 +111,7 @@ def test_prepared_samples_are_the_aligned_records(config: PipelineConfig, record
     assert prepared.indices(split="train", rule="greedy").tolist() == []
     assert prepared.lengths.tolist() == [len(prepared[i].input_ids) for i in range(RECORDS)]
     report = json.loads((config.prepared_dir / "summary.json").read_text())
+    assert isinstance(report["counts"]["positions"], int)
     assert report["positions"] == sum(len(prepared[i].byte_ends) for i in range(RECORDS))
     assert 0.8 < report["supervised_fraction"] <= 1
     assert 0.5 < report["mapped_mass"] <= 1
@@ -173,6 +174,19 @@ def test_damage_is_found_by_readers_and_mended_by_prepare(config: PipelineConfig
     (config.prepared_dir / "index.parquet").write_bytes(b"")
     with pytest.raises(DatasetError, match="damaged"):
         PreparedDataset.open(config.prepared_dir)
+
+
+def test_what_an_earlier_release_prepared_is_read_and_its_commits_give_way(config: PipelineConfig) -> None:
+    """Version 2 had its commits in `units`, without their own checksum."""
+    prepare(config)
+    (config.prepared_dir / "commits").rename(config.prepared_dir / "units")
+    before = PreparedDataset.open(config.prepared_dir)
+    assert before[PER_UNIT].sample_id == "sample-3"
+    assert prepare(config).units_done == 3
+    assert PreparedDataset.open(config.prepared_dir).fingerprint == before.fingerprint
+    assert {path.name for path in config.prepared_dir.iterdir()} == {
+        "commits", "data", "index.parquet", "manifest.json", "summary.json",
+    }  # fmt: skip
 
 
 @pytest.mark.slow
