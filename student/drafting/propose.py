@@ -210,7 +210,7 @@ class Drafter:
         return requests
 
     def _groups(self, requests: list[_Request]) -> Iterator[list[_Request]]:
-        """Rows of one forward: all in the steady state; long new contexts go apart, so that they pad nobody."""
+        """Rows of one forward: all in the steady state; long new contexts go apart, and pad no short ones."""
         group: list[_Request] = []
         for request in sorted(requests, key=lambda request: len(request.new)):
             new = len(request.new)

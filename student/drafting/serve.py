@@ -14,7 +14,7 @@ import json
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +149,7 @@ def _score(llm: Any, prompts: list[list[int]], outputs: list[list[int]], found: 
         gap = None
         if entry.here in candidates and entry.there in candidates:
             gap = candidates[entry.here].logprob - candidates[entry.there].logprob
-        scored.append(Difference(entry.prompt, entry.position, entry.here, entry.there, gap))
+        scored.append(replace(entry, gap=gap))
     return scored
 
 

@@ -64,7 +64,7 @@ def speculate(config: PipelineConfig) -> dict[str, Any]:
     drafting = engine | drafter_arguments(config, dataset, student)
     drafted = run(_job(config, dataset, drafting, prompts), directory / "with_draft", "with the draft", variables)
     alone = _job(config, dataset, engine, prompts, compare_with=directory / "with_draft.json")
-    baseline = run(alone, directory / "baseline", "without", variables)
+    baseline = run(alone, directory / "baseline", "without the draft", variables)
     result = summarize(drafted, baseline, list(prompts), _dtype(config)) | {IDENTITY: identity}
     write_json(config.run_dir / "speculate.json", result)
     logger.info(

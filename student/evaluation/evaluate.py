@@ -52,8 +52,8 @@ def evaluate(config: PipelineConfig) -> dict[str, Any]:
     held_out = {rule: _held_out(dataset, rule, config.evaluate.max_samples) for rule in ("greedy", "sample")}
     if not held_out[config.evaluate.rule]:
         raise DatasetError(
-            f"{config.shards_dir} holds no held-out response decoded by the rule {config.evaluate.rule!r}: "
-            "add one to collect.decoding, or set evaluate.rule to the other"
+            f"{config.shards_dir} holds no held-out response with the decoding rule {config.evaluate.rule!r}: "
+            "add one to collect.decoding, or set evaluate.rule to the rule that it holds"
         )
     result: dict[str, Any] = {
         "rule": config.evaluate.rule,

@@ -203,7 +203,7 @@ def _stages(config: PipelineConfig, report: dict[str, Any]) -> list[tuple[str, s
         ),
         (
             "prepare",
-            "stored rows became events over the student's vocabulary",
+            "stored rows were mapped to the student's vocabulary",
             [
                 ("positions", prepare["positions"]),
                 ("share with a soft target", prepare["supervised_fraction"]),
