@@ -1,16 +1,21 @@
 """The byte bridge: the teacher's context as student tokens, the student's draft as teacher tokens.
 
-Both vocabularies spell the same bytes. The context's text is re-encoded by the student's own tokenization and its
-special tokens go over by role. A draft's bytes are encoded by the teacher's own tokenization *in context*: with
-the text before them, so that merges and digit groups fall where the teacher's would.
+Both vocabularies are made of bytes. The context's text is encoded by the student's tokenizer; special tokens go over by
+role. A draft's bytes are encoded by the teacher's tokenizer together with the text before them, so that merges and
+groups of digits fall where the teacher's would.
 
-What it costs: a step re-encodes only the text after the last *stable boundary*, some ten bytes of ordinary
-text, whatever the length of the context. A boundary is a place where no token of either vocabulary reaches
-across and neither splits text otherwise: a letter before, a splitting character (a space, most punctuation)
-after. Which characters split is found in the vocabularies, not assumed: a character is out if any token has it
-after a letter. Where a script has no such places the run is re-encoded whole, which is slower and as exact.
+Cost: a step encodes only the text after the last *stable boundary*, some ten bytes of ordinary text, however long the
+context is. A stable boundary is a place where no token of either vocabulary reaches across and later text changes no
+token before it: a letter, then a splitting character (a space, most punctuation). Which characters split is found in
+the vocabularies: a character is out if any token has it after a letter. In scripts without such places all text since
+the last special token is encoded again, which is slower and gives the same ids.
 
 Equal tokenizers are the special case in which ids go over as they are, in both directions.
+
+Related: a draft that crosses between vocabularies as text and is verified by exact match is string-level exact match
+(Timor et al., arXiv:2502.05202); transformers has it as universal assisted generation. That one encodes a window of the
+last tokens again in each step and goes on where old and new ids match longest. Here byte positions say where to go on,
+so that the ids equal those of encoding the whole text, and a last token that further text could change is withheld.
 """
 
 from __future__ import annotations
@@ -24,6 +29,7 @@ from numpy.typing import ArrayLike, NDArray
 from shared.errors import VocabularyError
 from shared.tokenizer.vocabulary import Encoder, Vocabulary
 from student.alignment.tables import special_counterparts
+from student.drafting.tokens import TokenBuffer, leading_matches
 
 # No apostrophes: contractions (`I'll`) are tokens that start with one, and split unlike other punctuation.
 _SPLITTER_CANDIDATES = ' \t\r\n.,;:!?()[]{}<>"/*=，。、；：！？（）「」'
@@ -37,16 +43,26 @@ class BridgedContext:
     """One request's context in both vocabularies; made and extended by `ByteBridge`.
 
     Attributes:
-        teacher_ids: what has been bridged so far.
-        student_ids: the same text; a later `extend` may change what lies beyond the last stable boundary.
-        stable: how many of `student_ids` no later text can change.
+        teacher: what has been bridged so far.
+        student: the same text; a later `extend` may change what lies beyond the last stable boundary.
+        stable: how many tokens of `student` no later text can change.
+        unchanged: how many tokens of `student` the last `extend` left as they were.
         open_bytes: text after the last stable boundary, or after the last special token.
     """
 
-    teacher_ids: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
-    student_ids: list[int] = field(default_factory=list)
+    teacher: TokenBuffer = field(default_factory=TokenBuffer)
+    student: TokenBuffer = field(default_factory=TokenBuffer)
     stable: int = 0
+    unchanged: int = 0
     open_bytes: bytes = b""
+
+    @property
+    def teacher_ids(self) -> NDArray[np.int32]:
+        return self.teacher.ids
+
+    @property
+    def student_ids(self) -> NDArray[np.int32]:
+        return self.student.ids
 
 
 class ByteBridge:
@@ -64,8 +80,7 @@ class ByteBridge:
             teacher.fingerprint == student.fingerprint and teacher_encoder.fingerprint == student_encoder.fingerprint
         )
         self._encode_teacher, self._encode_student = teacher_encoder.encode, student_encoder.encode
-        counterparts = special_counterparts(teacher, student)
-        self._student_special = {int(index): int(counterparts[index]) for index in np.flatnonzero(counterparts >= 0)}
+        self._counterparts = special_counterparts(teacher, student)
         self._teacher_end = {
             index: teacher.roles[role]
             for index, role in student.role_of.items()
@@ -102,39 +117,36 @@ class ByteBridge:
                 f"token id {new.max() if new.min() >= 0 else new.min()} is outside the teacher's vocabulary of "
                 f"{len(self.teacher)}: the drafter was given another teacher's tokens"
             )
-        context.teacher_ids = np.concatenate((context.teacher_ids, new))
-        if self.identity:
-            context.student_ids.extend(new.tolist())
-            context.stable = len(context.student_ids)
-            return context
-        del context.student_ids[context.stable :]
-        start = 0
-        for stop in [*np.flatnonzero(self.teacher.is_special[new]), len(new)]:
-            context.open_bytes += b"".join([self.teacher.tokens[index] for index in new[start:stop]])
-            if stop < len(new):
-                self._close(context, int(new[stop]))
-            start = stop + 1
-        self._settle(context)
+        first = context.stable
+        ids, stable, text = self._student_tokens(context, new)
+        context.unchanged = first + leading_matches(context.student_ids[first:], ids)
+        context.teacher.write(len(context.teacher), new)
+        context.student.write(first, ids)
+        context.stable, context.open_bytes = stable, text
         return context
 
-    def _close(self, context: BridgedContext, special: int) -> None:
-        """End the open text at a special token, which goes over by role, or not at all if the student has no such."""
-        context.student_ids.extend(self._encode_student(context.open_bytes).tolist())
-        if special in self._student_special:
-            context.student_ids.append(self._student_special[special])
-        context.stable, context.open_bytes = len(context.student_ids), b""
-
-    def _settle(self, context: BridgedContext) -> None:
-        """Encode the open text and move the stable boundary as far as it goes."""
-        tail = self._encode_student(context.open_bytes)
-        context.student_ids.extend(tail.tolist())
-        cut = self._last_boundary(context.open_bytes)
-        if cut:
+    def _student_tokens(self, context: BridgedContext, new: NDArray[np.int64]) -> tuple[NDArray[np.int32], int, bytes]:
+        """Student tokens from the stable boundary on; then the new boundary, and the text after it."""
+        if self.identity:
+            return new.astype(np.int32), context.stable + len(new), b""
+        parts: list[NDArray[np.int32]] = []
+        text, done = context.open_bytes, 0
+        for stop in [*np.flatnonzero(self.teacher.is_special[new]), len(new)]:
+            text += b"".join([self.teacher.tokens[index] for index in new[done:stop]])
+            if stop < len(new):
+                # A special token ends the text; it goes over by role, or not at all if the student has no such role.
+                counterpart = self._counterparts[new[stop : stop + 1]]
+                parts += [self._encode_student(text), counterpart[counterpart >= 0]]
+                text = b""
+            done = stop + 1
+        stable = context.stable + sum(map(len, parts))
+        parts.append(tail := self._encode_student(text))
+        if cut := self._last_boundary(text):
             ends = self.student.byte_ends(tail)
             tokens = int(np.searchsorted(ends, cut, side="right"))
             assert ends[tokens - 1] == cut, "a token reaches across a stable boundary"
-            context.stable += tokens
-            context.open_bytes = context.open_bytes[cut:]
+            stable, text = stable + tokens, text[cut:]
+        return np.concatenate(parts), stable, text
 
     def _last_boundary(self, text: bytes) -> int:
         """Bytes before the last stable boundary of `text`; 0 if there is none."""

@@ -1,23 +1,28 @@
 """Draft with LLaDA: one forward per call proposes a block of teacher tokens for every request.
 
-The student sees the request's context over its own vocabulary (`bridge`), then `block_length` masked positions,
-and fills all of them in one denoising step. Each position's argmax makes the draft, a one-hot draft: lossless
-under the one-hot rule at any temperature (`verify`). Contexts keep their keys and values between calls
-(`PrefixCache`, one slot a request), so that a call costs the new tokens and the block, not the context; what the
-bridge re-encoded differently is cut off and fed again. Proposals are the same with and without the cache.
+The student sees the request's context in its own vocabulary (`bridge.py`), then `block_length` masked positions, and
+fills all of them in one denoising step. The argmax of each position makes the draft: a one-hot draft, which one-hot
+verification keeps lossless at every temperature (README.md of this folder).
 
-Requests come and go by id: a request that was not seen for longest gives up its slot when slots run out, and
-starts over if it comes back. Independent of the engine that verifies: the offline evaluation walks stored
-responses with this very class.
+Contexts keep their keys and values between calls (`PrefixCache`, one slot a request), so that a call costs the new
+tokens and the block, not the context. Where new text changes how earlier text is tokenized, those tokens are cut off
+the cache and fed again. Proposals are the same with and without the cache.
+
+Related: string-level exact match and universal assisted generation (`bridge.py`) draft across vocabularies too, with an
+autoregressive model that takes one forward a token; here one forward fills the block.
+
+A request is known by its context, which starts with what it was in the call before. Its id is a hint that makes it
+quick to find; a wrong one costs time and nothing else. A request that was not seen for longest gives up its slot when
+slots run out, and starts over if it comes back. Nothing here depends on the engine that verifies: offline evaluation
+drafts along stored responses with this class.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -35,25 +40,23 @@ _FORWARD_TOKENS = 8192  # of one forward, padding included: bounds the memory th
 
 @dataclass(slots=True)
 class _Request:
-    """One request's slot: its context, the student tokens whose keys and values are cached, and how many are final."""
+    """A slot of the cache. Keys and values of the first `cached` student tokens of `context` lie there."""
 
     slot: int
+    name: Hashable = None
     context: BridgedContext = field(default_factory=BridgedContext)
-    cached: list[int] = field(default_factory=list)
-    final: int = 0
+    cached: int = 0
 
-
-@dataclass(slots=True)
-class _Job:
-    """One row of a forward: the request's student tokens from index `kept` on are new to the cache."""
-
-    row: int
-    request: _Request
-    kept: int
+    def continues_to(self, context: NDArray[np.integer[Any]]) -> bool:
+        known = self.context.teacher_ids
+        start = context[: len(known)]
+        # The last token first: it tells most other requests apart without reading their contexts.
+        return np.array_equal(known[-1:], start[-1:]) and np.array_equal(known, start)
 
     @property
-    def new(self) -> list[int]:
-        return self.request.context.student_ids[self.kept :]
+    def new(self) -> NDArray[np.int32]:
+        """Student tokens that are not cached."""
+        return self.context.student_ids[self.cached :]
 
 
 class Drafter:
@@ -102,7 +105,8 @@ class Drafter:
         self._cache = PrefixCache.allocate(
             model.config, 1, min(_FIRST_CAPACITY, self.max_context_tokens), dtype, device
         )
-        self._requests: OrderedDict[Hashable, _Request] = OrderedDict()
+        self._requests: dict[int, _Request] = {}
+        """By slot, in order of use."""
 
     @classmethod
     def from_student(
@@ -149,128 +153,103 @@ class Drafter:
         """Up to `draft_tokens` teacher tokens for each request.
 
         Args:
-            request_ids: different from one another; the same request keeps its id from call to call.
+            request_ids: different from one another. Best if a request keeps its id from call to call; where ids move
+                between requests (rows of a batch), requests are found by their contexts.
             contexts: all teacher tokens of each request so far, prompt included.
 
         Raises:
             VocabularyError: if a token is outside the teacher's vocabulary.
         """
         assert len(set(request_ids)) == len(request_ids) == len(contexts), "one context for each of different requests"
-        drafts: list[list[int]] = [[] for _ in contexts]
+        if not self.cached:
+            self._requests.clear()
+        drafts: list[list[int]] = []
         for start in range(0, len(contexts), self.slots):
-            stop = min(start + self.slots, len(contexts))
-            jobs = self._admit(request_ids[start:stop], contexts[start:stop], start)
-            for group in self._groups(jobs):
-                for job, drafted in zip(group, self._forward(group), strict=True):
-                    proposed = self.bridge.to_teacher(job.request.context, drafted, self.keep_extendable)
-                    drafts[job.row] = proposed[: self.draft_tokens]
+            stop = start + self.slots
+            drafts += self._propose(request_ids[start:stop], [np.asarray(ids) for ids in contexts[start:stop]])
         return drafts
 
     def release(self, request_ids: Sequence[Hashable]) -> None:
         """Forget these requests and free their slots; unknown ones are ignored."""
-        for request_id in request_ids:
-            self._requests.pop(request_id, None)
+        released = set(request_ids)
+        self._requests = {slot: request for slot, request in self._requests.items() if request.name not in released}
 
-    def _admit(self, request_ids: Sequence[Hashable], contexts: Sequence[ArrayLike], first_row: int) -> list[_Job]:
-        """Bring each request's context up to date and find what of it is not cached."""
-        for request_id in request_ids:
-            if request_id in self._requests:
-                self._requests.move_to_end(request_id)
-        jobs = []
-        for row, (request_id, context) in enumerate(zip(request_ids, contexts, strict=True), first_row):
-            request = self._requests.get(request_id)
-            if request is None:
-                request = self._requests[request_id] = _Request(self._free_slot())
-            kept = (
-                self._update(request, np.asarray(context, dtype=np.int64))
-                if self.cached
-                else self._restart(request, context)
-            )
-            if len(request.context.student_ids) + self.block_length <= self.max_context_tokens:
-                jobs.append(_Job(row, request, kept))
-        return jobs
+    def _propose(self, names: Sequence[Hashable], contexts: list[NDArray[np.integer[Any]]]) -> list[list[int]]:
+        """`propose` for at most as many requests as there are slots."""
+        requests = self._find(names, contexts)
+        for request, context in zip(requests, contexts, strict=True):
+            self.bridge.extend(request.context, context[len(request.context.teacher) :])
+            request.cached = min(request.cached, request.context.unchanged)
+        drafts: dict[int, list[int]] = {}
+        longest = self.max_context_tokens - self.block_length
+        for group in self._groups([request for request in requests if len(request.context.student) <= longest]):
+            for request, drafted in zip(group, self._forward(group), strict=True):
+                proposed = self.bridge.to_teacher(request.context, drafted, self.keep_extendable)
+                drafts[request.slot] = proposed[: self.draft_tokens]
+        return [drafts.get(request.slot, []) for request in requests]
 
-    def _update(self, request: _Request, teacher_ids: NDArray[np.int64]) -> int:
-        """Bridge the new tokens; how many of the cached student tokens are still right."""
-        known = request.context.teacher_ids
-        same = 0
-        if len(known) <= len(teacher_ids) and np.array_equal(known, teacher_ids[: len(known)]):
-            same = request.final
-            self.bridge.extend(request.context, teacher_ids[len(known) :])
-        else:
-            request.context = self.bridge.translate(teacher_ids)
-        ids, cached = request.context.student_ids, request.cached
-        while same < min(len(ids), len(cached)) and ids[same] == cached[same]:
-            same += 1
-        return same
+    def _find(self, names: Sequence[Hashable], contexts: list[NDArray[np.integer[Any]]]) -> list[_Request]:
+        """The request that each context continues: the one of that name, else the longest other, else a new one."""
+        free = dict(self._requests)
+        named = {request.name: request for request in free.values()}
+        found: list[_Request | None] = []
+        for name, context in zip(names, contexts, strict=True):
+            request = named.get(name)
+            found.append(free.pop(request.slot) if request and request.continues_to(context) else None)
+        for row, context in enumerate(contexts):
+            if found[row] is None:
+                candidates = [request for request in free.values() if request.continues_to(context)]
+                if candidates:
+                    found[row] = free.pop(max(candidates, key=lambda request: len(request.context.teacher)).slot)
+        slots = iter([*(slot for slot in range(self.slots) if slot not in self._requests), *free])
+        requests = [request or _Request(next(slots)) for request in found]
+        for name, request in zip(names, requests, strict=True):
+            request.name = name
+            self._requests.pop(request.slot, None)
+            self._requests[request.slot] = request
+        return requests
 
-    def _restart(self, request: _Request, teacher_ids: ArrayLike) -> int:
-        request.context = self.bridge.translate(teacher_ids)
-        return 0
-
-    def _free_slot(self) -> int:
-        """A slot that nobody has, of the request that was not seen for longest if need be."""
-        if len(self._requests) >= self.slots:
-            return self._requests.popitem(last=False)[1].slot
-        taken = {request.slot for request in self._requests.values()}
-        return next(slot for slot in range(self.slots) if slot not in taken)
-
-    def _groups(self, jobs: list[_Job]) -> Iterator[list[_Job]]:
-        """Rows of one forward: all in the steady state; long new contexts go apart, so that they pad nobody."""
-        group: list[_Job] = []
-        for job in sorted(jobs, key=lambda job: len(job.new)):
-            width = len(job.new) + self.block_length
-            too_many = (len(group) + 1) * width > _FORWARD_TOKENS
-            if group and (too_many or len(job.new) > 2 * len(group[0].new) + 64):
+    def _groups(self, requests: list[_Request]) -> Iterator[list[_Request]]:
+        """Rows of one forward: all in the steady state; long new contexts go apart, and pad no short ones."""
+        group: list[_Request] = []
+        for request in sorted(requests, key=lambda request: len(request.new)):
+            new = len(request.new)
+            too_many = (len(group) + 1) * (new + self.block_length) > _FORWARD_TOKENS
+            if group and (too_many or new > 2 * len(group[0].new) + 64):
                 yield group
                 group = []
-            group.append(job)
+            group.append(request)
         if group:
             yield group
 
-    def _forward(self, group: list[_Job]) -> list[list[int]]:
+    def _forward(self, group: list[_Request]) -> list[list[int]]:
         """The argmax of every masked position, `block_length` student ids for each row of `group`."""
         import torch
 
-        group.sort(key=lambda job: job.request.slot)  # neighbouring slots are read without a copy
-        new = [job.new for job in group]
-        self._reserve(
-            max(job.request.slot for job in group) + 1,
-            max(len(job.request.context.student_ids) for job in group) + self.block_length,
-        )
-        slots = [job.request.slot for job in group]
-        self._cache.truncate(slots, [job.kept for job in group])
-        clean_BxC = np.zeros((len(group), max(map(len, new))), np.int64)
-        for row, ids in enumerate(new):
-            clean_BxC[row, : len(ids)] = ids
+        group.sort(key=lambda request: request.slot)  # neighboring slots are read without a copy
+        slots = [request.slot for request in group]
+        new = [len(request.new) for request in group]
+        self._reserve(slots[-1] + 1, max(len(request.context.student) for request in group) + self.block_length)
+        self._cache.truncate(slots, [request.cached for request in group])
+        clean_BxC = np.zeros((len(group), max(new)), np.int64)
+        for row, request in enumerate(group):
+            clean_BxC[row, : new[row]] = request.new
         device = self.model.head_weight.device
         with torch.inference_mode():
             hidden_BxGxD = self.model.draft_hidden_states(
-                self._cache, slots, torch.from_numpy(clean_BxC).to(device), [len(ids) for ids in new], self.block_length
+                self._cache, slots, torch.from_numpy(clean_BxC).to(device), new, self.block_length
             )
             logits_BxGxV = hidden_BxGxD @ self.model.head_weight.T
             drafted: list[list[int]] = logits_BxGxV.masked_fill_(self._undraftable_V, -torch.inf).argmax(-1).tolist()
-        for job in group:
-            job.request.cached = list(job.request.context.student_ids)
-            job.request.final = job.request.context.stable
+        for request in group:
+            request.cached = len(request.context.student)
         return drafted
 
     def _reserve(self, slots: int, capacity: int) -> None:
         """Let the cache hold `slots` requests of `capacity` tokens; it doubles, so that growing is rare."""
-        from student.model.prefix_cache import PrefixCache
-
-        old = self._cache
-        if slots <= old.slots and capacity <= old.capacity:
-            return
-        keys = old.keys[0]
-        self._cache = PrefixCache.allocate(
-            self.model.config,
-            old.slots if slots <= old.slots else min(self.slots, max(slots, 2 * old.slots)),
-            old.capacity if capacity <= old.capacity else min(self.max_context_tokens, max(capacity, 2 * old.capacity)),
-            keys.dtype,
-            keys.device,
-        )
-        for layer in range(len(old.keys)):
-            self._cache.keys[layer][: old.slots, :, : old.capacity] = old.keys[layer]
-            self._cache.values[layer][: old.slots, :, : old.capacity] = old.values[layer]
-        self._cache.lengths[: old.slots] = old.lengths
+        cache = self._cache
+        if slots > cache.slots:
+            slots = min(self.slots, max(slots, 2 * cache.slots))
+        if capacity > cache.capacity:
+            capacity = min(self.max_context_tokens, max(capacity, 2 * cache.capacity))
+        cache.grow(slots, capacity)

@@ -3,9 +3,9 @@
     python -m student.drafting.serve JOB.json RESULT.json
 
 Its own process, because vLLM frees a model's memory only by ending. Lines `progress DONE TOTAL NOTE` on stdout
-tell the parent how far it is; all other output goes to stderr. Timed is `LLM.generate` over all prompts, after a
-warm-up: no loading, no detokenization, no prefix cache. Of the student's files
-only this one and `vllm_sampling` import vLLM.
+tell the parent how far it is; all other output goes to stderr. The time is that of `LLM.generate` over all prompts,
+after a warm-up: no loading, no detokenization, no prefix cache. Of the student's files only this one and
+`vllm_sampling.py` import vLLM.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ import json
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from student.drafting.tokens import leading_matches
 
 _WARM_UP_TOKENS = 8
 _SCORED = 20  # candidates asked for where two runs differ
@@ -123,8 +125,7 @@ def first_differences(outputs: list[list[int]], others: list[list[int]]) -> list
     differences = []
     for prompt, (ours, theirs) in enumerate(zip(outputs, others, strict=True)):
         if ours != theirs:
-            length = min(len(ours), len(theirs))
-            position = next((i for i in range(length) if ours[i] != theirs[i]), length)
+            position = leading_matches(ours, theirs)
             here, there = (ids[position] if position < len(ids) else None for ids in (ours, theirs))
             differences.append(Difference(prompt, position, here, there))
     return differences
@@ -148,7 +149,7 @@ def _score(llm: Any, prompts: list[list[int]], outputs: list[list[int]], found: 
         gap = None
         if entry.here in candidates and entry.there in candidates:
             gap = candidates[entry.here].logprob - candidates[entry.there].logprob
-        scored.append(Difference(entry.prompt, entry.position, entry.here, entry.there, gap))
+        scored.append(replace(entry, gap=gap))
     return scored
 
 
@@ -164,11 +165,7 @@ def _metrics(llm: Any) -> tuple[dict[str, int], list[int]]:
 
 
 def _report(done: int, total: int, note: str) -> None:
-    print("progress", done, total, note, file=_channel(), flush=True)
-
-
-def _channel() -> Any:
-    return sys.__stdout__
+    print("progress", done, total, note, file=sys.__stdout__, flush=True)
 
 
 def _progress_bar() -> Any:

@@ -1,10 +1,10 @@
 """`student speculate`: real speculative decoding of the held-out prompts, and the same without a draft.
 
-vLLM serves the teacher twice, each time in a process of its own: with the trained student as its draft, then
-alone. Both decode the same prompts greedily. Reported are vLLM's own acceptance metrics, wall-clock tokens per
-second of both, and whether the outputs are the same; where one differs, the second engine scores both candidates
-at the first differing token, so that a numerical tie is shown by a measurement and a wrong output is not taken
-for one. Costs two loads of the teacher and 2 x prompts x max_response_tokens tokens.
+vLLM serves the teacher twice, each time in a process of its own: with the trained student as its draft model, then
+alone. Both decode the same prompts greedily. Reported are vLLM's own acceptance metrics, wall-clock tokens per second
+of both, and whether the outputs are the same. Where one differs, the second engine scores both candidates at the first
+differing token, which tells a numerical tie from a wrong output. Costs two loads of the teacher and
+2 x prompts x max_response_tokens tokens.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def speculate(config: PipelineConfig) -> dict[str, Any]:
     drafting = engine | drafter_arguments(config, dataset, student)
     drafted = run(_job(config, dataset, drafting, prompts), directory / "with_draft", "with the draft", variables)
     alone = _job(config, dataset, engine, prompts, compare_with=directory / "with_draft.json")
-    baseline = run(alone, directory / "baseline", "without", variables)
+    baseline = run(alone, directory / "baseline", "without the draft", variables)
     result = summarize(drafted, baseline, list(prompts), _dtype(config)) | {IDENTITY: identity}
     write_json(config.run_dir / "speculate.json", result)
     logger.info(
@@ -111,7 +111,7 @@ def shared_arguments(config: PipelineConfig) -> dict[str, Any]:
 
 
 def drafter_arguments(config: PipelineConfig, dataset: Dataset, student: Path) -> dict[str, Any]:
-    """Arguments of `vllm.LLM` that put the student before the teacher."""
+    """Arguments of `vllm.LLM` that make the student its draft model."""
     return {
         "speculative_config": {
             "method": "custom_class",

@@ -11,20 +11,15 @@
     )
 
 vLLM hands over its batch, not its request ids: rows of token ids and their lengths, after each step's tokens are
-appended. Rows move as requests come, go, are preempted and return, so a row is known again by its content: a
-request's context always starts with what its context was before. Nothing rests on that guess but speed, for the
-drafter compares the tokens themselves. The draft is one-hot and vLLM accepts a token with the target's
-probability of it, so the output is the target's at any temperature.
-
-The sampler that accepts them is vLLM's: `vllm_sampling` checks it before anything is drafted.
-
-This file needs nothing of vLLM at import; vLLM imports it.
+appended. Rows move as requests come, go, are preempted and return; the row is the id that `Drafter` gets, which finds
+a request by its context where its row has changed. The draft is one-hot, and vLLM accepts a drafted token with the
+target's probability of it (one-hot verification), so the output follows the target at every temperature.
+`vllm_sampling.py` checks vLLM's sampler before anything is drafted. This file imports nothing of vLLM.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,17 +91,15 @@ class LladaProposer:
         assert vllm_config.speculative_config is not None
         self.draft_tokens = int(vllm_config.speculative_config.num_speculative_tokens)
         self.max_model_len = int(vllm_config.model_config.max_model_len)
-        requests = int(vllm_config.scheduler_config.max_num_seqs)
-        self.slots = self.options.slots or requests
+        self.slots = self.options.slots or int(vllm_config.scheduler_config.max_num_seqs)
         self.teacher_tokenizer = self.options.teacher_tokenizer or str(vllm_config.model_config.tokenizer)
-        self.rows = RowTracker(max(self.slots, requests))
         self.drafter: Drafter | None = None
         self.ends: frozenset[int] = frozenset()
 
     def load_model(self, target: Any = None, *_args: Any, **_kwargs: Any) -> None:
         """Check vLLM's sampler and load the student onto the target's device; vLLM calls this after loading the target.
 
-        Where the sampler is wrong and cannot be mended, nothing is loaded and nothing is ever drafted.
+        Where the sampler is wrong and cannot be repaired, nothing is loaded and nothing is ever drafted.
 
         Raises:
             CheckpointError: if the student or the teacher's tokenizer is missing or incomplete.
@@ -172,61 +165,10 @@ class LladaProposer:
             # A row that has just ended is still in the batch.
             if sampled and sampled[-1] not in self.ends and num_tokens_no_spec[row] < self.max_model_len
         ]
-        if not rows:
-            return drafts
         contexts = [token_ids_cpu[row, : num_tokens_no_spec[row]] for row in rows]
-        ids, forgotten = self.rows.identify(rows, contexts)
-        self.drafter.release(forgotten)
-        for row, draft in zip(rows, self.drafter.propose(ids, contexts), strict=True):
+        for row, draft in zip(rows, self.drafter.propose(rows, contexts), strict=True):
             drafts[row] = draft[: self.max_model_len - int(num_tokens_no_spec[row])]
         return drafts
-
-
-class RowTracker:
-    """Tells which request each row of a batch is, by content; remembers at most `capacity` requests."""
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self._contexts: dict[int, NDArray[np.int64]] = {}  # in order of use
-        self._row_of: dict[int, int] = {}
-        self._next = 0
-
-    def identify(
-        self, rows: Sequence[int], contexts: Sequence[NDArray[np.integer[Any]]]
-    ) -> tuple[list[int], list[int]]:
-        """(a stable id for each row, ids that are forgotten from now on)."""
-        ids: list[int | None] = [None] * len(rows)
-        free = set(self._contexts)
-        at_row = {self._row_of[request]: request for request in self._contexts}
-        for index, (row, context) in enumerate(zip(rows, contexts, strict=True)):
-            request = at_row.get(row)
-            if request is not None and self._continues(request, context):
-                ids[index] = request
-                free.discard(request)
-        for index, context in enumerate(contexts):
-            if ids[index] is None:
-                matches = [request for request in free if self._continues(request, context)]
-                request = max(matches, key=lambda request: len(self._contexts[request]), default=None)
-                if request is None:
-                    request, self._next = self._next, self._next + 1
-                ids[index] = request
-                free.discard(request)
-        identified = [request for request in ids if request is not None]
-        for request, row, context in zip(identified, rows, contexts, strict=True):
-            self._contexts.pop(request, None)
-            self._contexts[request] = np.array(context, dtype=np.int64)
-            self._row_of[request] = row
-        return identified, self._forget()
-
-    def _continues(self, request: int, context: NDArray[np.integer[Any]]) -> bool:
-        known = self._contexts[request]
-        return len(known) <= len(context) and bool(np.array_equal(known, context[: len(known)]))
-
-    def _forget(self) -> list[int]:
-        forgotten = list(self._contexts)[: max(0, len(self._contexts) - self.capacity)]
-        for request in forgotten:
-            del self._contexts[request], self._row_of[request]
-        return forgotten
 
 
 def _local_tokenizer(name: str) -> Path:

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 def refusal(device: torch.device) -> str | None:
-    """Check and mend the rejection sampler of this process.
+    """Check and repair the rejection sampler of this process.
 
     Args:
         device: where vLLM samples.

@@ -1,12 +1,8 @@
-"""Bounds on the acceptance rate α of the ratio rule at depth 1, from truncated rows (`student/README.md`, Evaluation).
+"""Bounds on the acceptance rate α of rejection sampling at depth 1, from truncated rows (README.md of this folder).
 
-α = Σ_s min(p(s), q(s)) needs p of every student token. What is stored is p of events: sets of tokens whose inner split
-is unknown, and the tail. Over all splits that the events allow, α lies in
-
-    Σ_e min(p(e), min_{s∈e} q(s))  ≤  α  ≤  Σ_e min(p(e), q(e)) + min(tail, 1 − Σ_e q(e)),
-
-both ends attained: the lower one puts an event's whole mass on its least drafted token, the upper one splits it as q
-does. With one token an event this is the usual top-k bound.
+α = Σ_s min(p(s), q(s)) needs p of every student token. Stored is p of events, sets of tokens whose inner split is
+unknown, and of the tail. The lower bound puts an event's whole mass on the token that the student likes least, and
+counts nothing of the tail; the upper bound splits events and tail as the student does.
 """
 
 from __future__ import annotations
@@ -26,19 +22,15 @@ def acceptance_bounds(logits_NxV: Tensor, targets: TargetBatch) -> tuple[Tensor,
 
     Returns: two float64 [N]; NaN where a position has no soft target.
     """
-    positions = logits_NxV.shape[0]
     q_NxV = torch.softmax(logits_NxV.double(), dim=-1)
-    position_E = torch.repeat_interleave(torch.arange(positions, device=q_NxV.device), targets.event_offsets.diff())
-    event_M = torch.repeat_interleave(
-        torch.arange(len(targets.event_mass), device=q_NxV.device), targets.member_offsets.diff()
-    )
+    position_E, event_M = targets.event_rows(), targets.member_events()
     q_M = q_NxV[position_E[event_M], targets.members]
     mass_E = targets.event_mass.double()
     q_E = torch.zeros_like(mass_E).index_add_(0, event_M, q_M)
     least_q_E = torch.full_like(mass_E, torch.inf).scatter_reduce_(0, event_M, q_M, "amin")
 
     def summed(values_E: Tensor) -> Tensor:
-        return torch.zeros(positions, dtype=torch.float64, device=q_NxV.device).index_add_(0, position_E, values_E)
+        return q_NxV.new_zeros(len(targets)).index_add_(0, position_E, values_E)
 
     low = summed(torch.minimum(mass_E, least_q_E))
     tail = targets.tail.double()

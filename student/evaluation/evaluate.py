@@ -1,9 +1,9 @@
 """`student evaluate`: how good the drafter is on held-out text, before and after training, with no teacher at hand.
 
-Two measurements, each from the shards alone. *One-hot*: the drafter of serving drafts along the stored text of each
-decoding rule (`offline_acceptance.py`), in teacher tokens; its tau is what greedy (or T = 1) speculative decoding with
-these drafts would show. *Ratio*: teacher-forced blocks at every anchor of text sampled at T = 1, for 1 + J and the
-bounds on α (`student/README.md`, Evaluation), in student tokens.
+Two measurements, each from the shards alone (README.md of this folder). *One-hot verification*: the drafter that
+serving uses drafts along the stored text of each decoding rule (`offline_acceptance.py`); its tau, in teacher tokens,
+is what speculative decoding with these drafts would show. *Rejection sampling*: blocks at every anchor of text sampled
+at T = 1, for 1 + J and the bounds on α, in student tokens.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def evaluate(config: PipelineConfig) -> dict[str, Any]:
     held_out = {rule: _held_out(dataset, rule, config.evaluate.max_samples) for rule in ("greedy", "sample")}
     if not held_out[config.evaluate.rule]:
         raise DatasetError(
-            f"{config.shards_dir} holds no held-out response decoded by the rule {config.evaluate.rule!r}: "
-            "add one to collect.decoding, or set evaluate.rule to the other"
+            f"{config.shards_dir} holds no held-out response with the decoding rule {config.evaluate.rule!r}: "
+            "add one to collect.decoding, or set evaluate.rule to the rule that it holds"
         )
     result: dict[str, Any] = {
         "rule": config.evaluate.rule,
@@ -103,15 +103,15 @@ def _measure(
                     drafter, records, config.evaluate.draft_tokens, config.evaluate.batch, partial(bar.advance, task)
                 )
         sampled = prepared.indices(split="held_out", rule="sample")[: config.evaluate.max_samples]
-        task = bar.add_task(f"{name}: ratio rule", total=len(sampled), note="")
-        ratio = _ratio(config, model, tokenizer, prepared, sampled, partial(bar.advance, task))
+        task = bar.add_task(f"{name}: rejection sampling", total=len(sampled), note="")
+        rejection = _rejection_sampling(config, model, tokenizer, prepared, sampled, partial(bar.advance, task))
     headline = measured[config.evaluate.rule]
     return {
         "tau": 1 + headline.mean_accepted,
         "accepted_one_hot": headline.mean_accepted,
         "by_depth": headline.by_depth(),
-        "alpha_low": ratio.get("alpha_low"),
-        "alpha_high": ratio.get("alpha_high"),
+        "alpha_low": rejection.get("alpha_low"),
+        "alpha_high": rejection.get("alpha_high"),
         "drafts": headline.drafts,
         "by_skill": headline.by_skill(),
         "rules": {
@@ -123,11 +123,11 @@ def _measure(
             }
             for rule, result in measured.items()
         },
-        "ratio": ratio,
+        "ratio": rejection,
     }
 
 
-def _ratio(
+def _rejection_sampling(
     config: PipelineConfig,
     model: Any,
     tokenizer: Any,
@@ -135,7 +135,7 @@ def _ratio(
     chosen: NDArray[np.int64],
     advance: Callable[[int], None],
 ) -> dict[str, Any]:
-    """1 + J and the α bounds at every anchor of the held-out samples `chosen`; student tokens, ratio rule, T = 1."""
+    """1 + J and the α bounds of rejection sampling at T = 1, at every anchor of the held-out samples `chosen`."""
     import torch
 
     from student.evaluation.bounds import acceptance_bounds

@@ -1,21 +1,22 @@
 """Acceptance as serving would see it, from stored responses alone.
 
-Nothing is decoded: a stored response is what the teacher said, so a drafted token is accepted exactly when it
-is the stored one. At T = 1 that is the one-hot rule's expectation (accept x with probability p(x)); on greedy text it
-is what greedy speculative decoding does, draft for draft. The contexts are the very ones that serving would have:
-after n accepted tokens the teacher adds one of its own, so the next draft starts n + 1 tokens on.
+Nothing is decoded: a stored response is what the teacher said, so a drafted token counts as accepted where it is the
+stored one. On greedy text this is what greedy speculative decoding does, draft for draft. On text sampled at T = 1 its
+expectation is that of one-hot verification, which accepts x with probability p(x). The contexts are those of serving:
+after n accepted tokens the teacher adds one of its own, so that the next draft starts n + 1 tokens later.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
 from shared.dataset.records import Record
+from student.drafting.tokens import leading_matches
 
 
 class Proposer(Protocol):
@@ -99,12 +100,3 @@ def draft_along(
         for _ in group:
             on_response()
     return OfflineAcceptance(accepted, proposed, {record.sample_id: record.skill for record in records}, draft_tokens)
-
-
-def leading_matches(draft: Sequence[int], observed: Sequence[int] | np.ndarray) -> int:
-    """How many tokens of `draft` stand at the start of `observed`."""
-    return next(_mismatches(draft, observed), min(len(draft), len(observed)))
-
-
-def _mismatches(draft: Sequence[int], observed: Sequence[int] | np.ndarray) -> Iterator[int]:
-    return (i for i, (a, b) in enumerate(zip(draft, observed, strict=False)) if a != b)

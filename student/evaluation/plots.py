@@ -55,7 +55,7 @@ def loss_curve(entries: Sequence[dict[str, Any]], path: Path) -> Path:
 
 
 def acceptance_curve(entries: Sequence[dict[str, Any]], path: Path) -> Path:
-    """One-hot hits over training: how often the first d drafted student tokens all match, on training text."""
+    """How often the first d drafted student tokens are all the observed ones, on training text, over the steps."""
     steps = [entry["step"] for entry in entries]
     figure, axes = plt.subplots(figsize=(6.4, 3.6))
     depths = len(entries[0]["match_by_depth"])

@@ -137,13 +137,14 @@ def _draw(config: PipelineConfig, report: dict[str, Any], entries: list[dict[str
         pictures.append(("loss.png", "The trained loss; its KL part would be zero at the teacher's own distribution."))
         plots.acceptance_curve(entries, directory / "acceptance.png")
         pictures.append(
-            ("acceptance.png", "Blocks whose first tokens are all the teacher's, in student tokens, while training.")
+            ("acceptance.png", "Share of blocks whose first d student tokens are all the teacher's, on training text.")
         )
     before, after = (report["details"]["evaluate"].get(when) for when in ("before", "after"))
     if before and after:
         served = report["speculate"]["accepted_per_position"]
         plots.depth_bars(before["by_depth"], after["by_depth"], served, directory / "depth.png")
-        pictures.append(("depth.png", f"Held-out prompts, {report['evaluate']['rule']} decoding, in teacher tokens."))
+        rule = report["evaluate"]["rule"]
+        pictures.append(("depth.png", f"Held-out prompts, {rule} decoding: drafts whose first d tokens are accepted."))
         plots.skill_bars(before["by_skill"], after["by_skill"], directory / "skills.png")
         pictures.append(("skills.png", "Mean tokens per forward of the teacher, by the prompt's skill."))
     return pictures
@@ -202,7 +203,7 @@ def _stages(config: PipelineConfig, report: dict[str, Any]) -> list[tuple[str, s
         ),
         (
             "prepare",
-            "stored rows became events over the student's vocabulary",
+            "stored rows were mapped to the student's vocabulary",
             [
                 ("positions", prepare["positions"]),
                 ("share with a soft target", prepare["supervised_fraction"]),
@@ -225,7 +226,7 @@ def _stages(config: PipelineConfig, report: dict[str, Any]) -> list[tuple[str, s
             [
                 ("acceptance length τ, before → after", _arrow(before["tau"], after["tau"])),
                 ("accepted to depth d", after["by_depth"]),
-                ("α at depth 1, bounds (T = 1, ratio rule)", _between(after["alpha_low"], after["alpha_high"])),
+                ("α at depth 1, bounds (T = 1, rejection sampling)", _between(after["alpha_low"], after["alpha_high"])),
             ],
         ),
         (

@@ -2,7 +2,7 @@
 
 Exact because clean tokens attend causally to clean tokens only (`attention.AnchoredLayout`): nothing that
 follows a prefix changes its keys and values. Memory: 2 x layers x slots x capacity x n_kv_heads x head_dim
-numbers. The lengths live on the host, as the scheduler that rejects drafts knows them: a step never waits for the
+numbers. The lengths are kept on the host, which decides what stays cached, so that a step never waits for the
 device. This file is copied beside exported weights and imports nothing of this project.
 
 Legend: B requests, C new clean tokens, G block length, L = C + G, T keys attended to, S slots, K key and value
@@ -47,6 +47,15 @@ class PrefixCache:
     @property
     def capacity(self) -> int:
         return self.keys[0].shape[2]
+
+    def grow(self, slots: int, capacity: int) -> None:
+        """Make room for at least `slots` requests of `capacity` tokens, layer by layer; what is cached stays."""
+        more = [0, 0, 0, max(0, capacity - self.capacity), 0, 0, 0, max(0, slots - self.slots)]
+        if any(more):
+            for stored in (self.keys, self.values):
+                for layer, old in enumerate(stored):
+                    stored[layer] = torch.nn.functional.pad(old, more)
+            self.lengths = torch.nn.functional.pad(self.lengths, more[-2:])
 
     def truncate(self, slots: Sequence[int] | Tensor, lengths: Sequence[int] | Tensor) -> None:
         """Forget what lies beyond `lengths` in each of `slots`; 0 frees a slot.

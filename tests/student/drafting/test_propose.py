@@ -71,7 +71,7 @@ def test_proposes_the_argmax_of_the_masked_block(
     for name, ids in conversations.items():
         context = small_bridge.translate(ids)
         clean = len(context.student_ids)
-        row = torch.tensor([context.student_ids + [model.config.mask_token_id] * BLOCK])
+        row = torch.tensor([context.student_ids.tolist() + [model.config.mask_token_id] * BLOCK])
         positions = torch.arange(clean + BLOCK)[None]
         blocks = (positions >= clean).long()
         layout = AnchoredLayout(torch.zeros_like(positions), blocks, positions)
@@ -111,29 +111,78 @@ def test_cached_and_uncached_proposals_are_the_same(
     assert proposed > 40
 
 
+@pytest.fixture
+def fed(model: LladaForMaskedDiffusion, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Clean tokens of each row of every forward."""
+    forwards: list[list[int]] = []
+    forward = model.draft_hidden_states
+
+    def spy(cache, slots, clean_ids, lengths, block):  # type: ignore[no-untyped-def]
+        forwards.append(list(lengths))
+        return forward(cache, slots, clean_ids, lengths, block)
+
+    monkeypatch.setattr(model, "draft_hidden_states", spy)
+    return forwards
+
+
 def test_steady_state_feeds_only_what_is_new(
     model: LladaForMaskedDiffusion,
     small_bridge: ByteBridge,
     conversations: dict[str, np.ndarray],
-    monkeypatch: pytest.MonkeyPatch,
+    fed: list[list[int]],
 ) -> None:
     """One forward a call, of a few columns, however long the contexts are."""
-    widths: list[int] = []
-    forward = model.draft_hidden_states
-
-    def spy(cache, slots, clean_ids, lengths, block):  # type: ignore[no-untyped-def]
-        widths.append(clean_ids.shape[1])
-        return forward(cache, slots, clean_ids, lengths, block)
-
-    monkeypatch.setattr(model, "draft_hidden_states", spy)
     drafter = Drafter(model, small_bridge, 4, BLOCK)
     names = list(conversations)[:2]
     drafter.propose(names, [conversations[name][:30] for name in names])
-    first = len(widths)
+    first = len(fed)
     for position in range(31, 60):
         drafter.propose(names, [conversations[name][:position] for name in names])
+    widths = [max(lengths) for lengths in fed]
     assert len(widths) - first == 29
-    assert max(widths[first:]) < 20 < max(widths[:first])
+    assert max(widths[first:]) < 20 - BLOCK < max(widths[:first])
+
+
+def test_requests_whose_ids_move_are_found_by_their_contexts(
+    model: LladaForMaskedDiffusion,
+    small_bridge: ByteBridge,
+    small_teacher: Side,
+    conversations: dict[str, np.ndarray],
+    fed: list[list[int]],
+) -> None:
+    """Ids are rows of a batch that is shuffled at every call, requests pause: no more is fed than with lasting ids."""
+    rng = np.random.default_rng(1)
+    by_row, by_name = (Drafter(model, small_bridge, 4, BLOCK) for _ in range(2))
+    at = {name: prompt_length(ids, small_teacher) for name, ids in conversations.items()}
+    tokens = {by_row: 0, by_name: 0}
+    for _ in range(12):
+        names = [name for name in conversations if rng.random() < 0.8]
+        rng.shuffle(names)
+        contexts = [conversations[name][: at[name]] for name in names]
+        drafts = []
+        for drafter, ids in ((by_row, range(len(names))), (by_name, names)):
+            fed.clear()
+            drafts.append(drafter.propose(ids, contexts))
+            tokens[drafter] += sum(map(sum, fed))
+        assert drafts[0] == drafts[1]
+        for name in names:
+            at[name] = min(at[name] + int(rng.integers(1, 6)), len(conversations[name]))
+    assert tokens[by_row] == tokens[by_name] > 0
+
+
+def test_equal_contexts_keep_their_ids(
+    model: LladaForMaskedDiffusion, small_bridge: ByteBridge, conversations: dict[str, np.ndarray], fed: list[list[int]]
+) -> None:
+    """Several samples of one prompt: each goes on from its own tokens, and where one leaves, the others are found."""
+    drafter = Drafter(model, small_bridge, 4, BLOCK)
+    prompt, texts = conversations["request-0"][:20], list(conversations.values())
+    first, second = (np.concatenate([prompt, text[-20:]]) for text in texts[1:3])
+    drafter.propose([0, 1], [prompt, prompt])
+    drafter.propose([0, 1], [first[:38], second[:38]])
+    fed.clear()
+    drafter.propose([0, 1], [first[:39], second[:39]])
+    drafter.propose([0], [second])
+    assert max(max(lengths) for lengths in fed) < 10
 
 
 def test_the_company_changes_nothing(
@@ -177,6 +226,23 @@ def test_memory_is_bounded_by_slots(
         assert drafter.propose(names, [ids] * 5) == [expected] * 5
     assert drafter._cache.slots == 3
     assert len(drafter._requests) == 3
+
+
+def test_the_request_not_seen_for_longest_is_forgotten(
+    model: LladaForMaskedDiffusion, small_bridge: ByteBridge, conversations: dict[str, np.ndarray], fed: list[list[int]]
+) -> None:
+    drafter = Drafter(model, small_bridge, 4, BLOCK, slots=2)
+    a, b, c = (ids[:40] for ids in list(conversations.values())[:3])
+    drafter.propose([0, 1], [a, b])
+    drafter.propose([1, 0], [b, c])
+    fed.clear()
+    drafter.propose([0], [b])
+    assert max(max(lengths) for lengths in fed) == 0, "b was seen after a"
+    drafter.propose([1], [a])
+    assert max(max(lengths) for lengths in fed) > 20, "a had to leave for c"
+    drafter.release([0, 1])
+    drafter.propose([0], [b])
+    assert max(fed[-1]) > 20, "b was released"
 
 
 def test_another_teachers_tokens_are_refused_and_change_nothing(

@@ -111,7 +111,7 @@ def any_order_joint(seed: int) -> list[tuple[tuple[int, int], np.ndarray, float]
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10**6))
-def test_ratio_rule_is_lossless_for_independent_draws(seed: int) -> None:
+def test_rejection_sampling_is_lossless_for_independent_draws(seed: int) -> None:
     target = random_target(seed)
 
     def drafter(context: tuple[int, ...]) -> list[tuple[Draft, float]]:
@@ -123,7 +123,7 @@ def test_ratio_rule_is_lossless_for_independent_draws(seed: int) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10**6))
-def test_one_hot_rule_is_lossless_for_any_order_unmasking(seed: int) -> None:
+def test_one_hot_verification_is_lossless_for_any_order_unmasking(seed: int) -> None:
     target = random_target(seed)
 
     def drafter(_context: tuple[int, ...]) -> list[tuple[Draft, float]]:
@@ -134,7 +134,7 @@ def test_one_hot_rule_is_lossless_for_any_order_unmasking(seed: int) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10**6), st.integers(0, 3))
-def test_one_hot_rule_is_lossless_for_the_best_of_several(seed: int, length: int) -> None:
+def test_one_hot_verification_is_lossless_for_the_best_of_several(seed: int, length: int) -> None:
     """The draft may even look at the target: of several draws, the one that the target likes best is proposed."""
     target = random_target(seed)
 
@@ -146,7 +146,7 @@ def test_one_hot_rule_is_lossless_for_the_best_of_several(seed: int, length: int
     assert distance(output_distribution(drafter, target, LENGTH), sequence_distribution(target, LENGTH)) < 1e-12
 
 
-def test_ratio_rule_on_any_order_unmasking_would_change_the_output() -> None:
+def test_rejection_sampling_on_any_order_unmasking_would_change_the_output() -> None:
     """The forbidden pair, put together behind the type's back: far from lossless, which is why there is a type."""
 
     def smuggled(tokens: tuple[int, int], rows: np.ndarray) -> Draft:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from shared.errors import ConfigError
-from student.drafting.vllm_proposer import OPTIONS_KEY, DrafterOptions, LladaProposer, RowTracker
+from student.drafting.vllm_proposer import OPTIONS_KEY, DrafterOptions, LladaProposer
 from tests.fixtures.oracle_drafter import OracleProposer
 
 MAX_LENGTH = 64
@@ -49,7 +49,7 @@ class Batch:
 
 @pytest.mark.parametrize("same_prompt", [False, True])
 def test_requests_are_followed_through_a_moving_batch(tmp_path: Path, same_prompt: bool) -> None:
-    """Requests start, end, are preempted and resumed, rows move: the oracle is asked with every request's own id."""
+    """Requests start, end, are preempted and resumed, rows move: every row is drafted for from its own tokens."""
     rng = np.random.default_rng(0)
     prompt = rng.integers(10, 100, 5)
     whole = {
@@ -107,25 +107,6 @@ def test_no_draft_beyond_the_model_length_or_after_the_end(tmp_path: Path) -> No
     assert proposer.propose([[1]], np.array([MAX_LENGTH]), tokens) == [[]]
     proposer.ends = frozenset({int(ids[20])})
     assert proposer.propose([[int(ids[20])]], np.array([21]), tokens) == [[]]
-
-
-def test_the_tracker_forgets_what_was_not_seen_for_longest() -> None:
-    tracker = RowTracker(capacity=2)
-    a, b, c = (np.full(3, value) for value in (1, 2, 3))
-    first, _ = tracker.identify([0, 1], [a, b])
-    assert first == [0, 1]
-    assert tracker.identify([1, 0], [np.append(b, 5), c]) == ([1, 2], [0])
-    assert tracker.identify([0], [a])[0] == [3]
-
-
-def test_the_tracker_tells_equal_contexts_apart() -> None:
-    """Several samples of one prompt: each keeps its row's id as long as rows stay."""
-    tracker = RowTracker(capacity=8)
-    prompt = np.arange(6)
-    first, _ = tracker.identify([0, 1], [prompt, prompt])
-    assert len(set(first)) == 2
-    assert tracker.identify([0, 1], [np.append(prompt, 7), np.append(prompt, 8)])[0] == first
-    assert tracker.identify([0], [np.append(prompt, [8, 9])])[0] == [first[1]]
 
 
 @pytest.mark.parametrize("options", [None, {}, {OPTIONS_KEY: {}}, {OPTIONS_KEY: {"student": "x", "slot": 3}}])

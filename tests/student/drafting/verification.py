@@ -1,17 +1,17 @@
-"""Which verification rule keeps speculative decoding lossless, picked by how the draft was made.
+"""Which verification keeps speculative decoding lossless, picked by how the draft was made.
 
-Two kinds of draft, two rules:
+Two kinds of draft, two verifications:
 
-- `OneHotDraft`: tokens from anywhere (an argmax, any-order unmasking, the best of several, another vocabulary).
-  The draft says nothing of its own probability, so token x is accepted with p(x), else p without x is sampled.
-- `FactorizedDraft`: token i was drawn from row q_i, which was fixed before any token of the draft was drawn.
-  Accepted with min(1, p/q), else the residual max(0, p - q) is sampled (Leviathan et al. 2023; Chen et al. 2023).
+- `OneHotDraft`, one-hot verification: tokens from anywhere (an argmax, any-order unmasking, the best of several,
+  another vocabulary). The draft has no probability of its own: x is accepted with p(x), else p without x is sampled.
+- `FactorizedDraft`, rejection sampling: token i was drawn from row q_i, which was fixed before any token of the draft
+  was drawn. Accepted with min(1, p/q), else the residual max(0, p - q) is sampled (README.md of `student/drafting`).
 
-The ratio rule on tokens that were not drawn from their rows changes the output distribution. So rows and
-tokens cannot be put together by hand: `FactorizedDraft.draw` draws, and `verify` takes the rule from the type.
+Rejection sampling of tokens that were not drawn from their rows changes the output distribution. So rows and tokens
+cannot be put together by hand: `FactorizedDraft.draw` draws, and `verify` goes by the type.
 
-An oracle in numpy, a row at a time; the serving engine has its own kernels for the same rules, and gives every draft of
-a `custom_class` proposer the one-hot rule. Legend: G drafted tokens, V vocabulary.
+An oracle in numpy, a row at a time; the serving engine has its own kernels for both, and verifies every draft of a
+`custom_class` proposer as one-hot. Legend: G drafted tokens, V vocabulary.
 """
 
 from __future__ import annotations

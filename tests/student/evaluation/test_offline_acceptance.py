@@ -3,10 +3,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import pytest
 
 from shared.dataset.records import Record, Sampling
-from student.evaluation.offline_acceptance import draft_along, leading_matches
+from student.evaluation.offline_acceptance import draft_along
 
 
 def record(name: str, response: list[int]) -> Record:
@@ -86,11 +85,3 @@ def test_empty_drafts_count_for_tau_but_not_for_what_vllm_counts() -> None:
 def test_a_drafter_that_is_off_by_one_is_worth_nothing() -> None:
     records = [record("a1", list(range(1, 30)))]
     assert draft_along(Oracle(records, shift=1), records, draft_tokens=3, batch=1).mean_accepted == 0
-
-
-@pytest.mark.parametrize(
-    ("draft", "observed", "matches"),
-    [([1, 2], [1, 2, 3], 2), ([1, 9, 3], [1, 2, 3], 1), ([], [1], 0), ([1, 2], [1], 1)],
-)
-def test_leading_matches(draft: list[int], observed: list[int], matches: int) -> None:
-    assert leading_matches(draft, observed) == matches
