@@ -10,7 +10,15 @@ import typer
 from shared.config import load_config
 from shared.console import ConfigArgument, LogLevelOption, SetOption, application, configure_logging, run, stdout
 
-app = application("Fine-tune LLaDA into a draft model from a teacher's shards, measure it and decode with it.")
+app = application("")
+
+
+@app.callback()
+def student(
+    local_rank: Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)] = None,
+) -> None:
+    """Fine-tune LLaDA into a draft model from a teacher's shards, measure it and decode with it."""
+    del local_rank  # `deepspeed --module` passes it to every rank, before the command; the environment has it too
 
 
 @app.command()

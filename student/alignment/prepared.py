@@ -90,6 +90,7 @@ class PreparedDataset:
 
     Attributes:
         lengths: int64 [n], student tokens of each sample, prompt and response.
+        prompt_lengths: int64 [n], student tokens of each sample's prompt.
         soft: int64 [n], positions of each sample that have a soft target.
         fingerprint: sha256 over what the samples were made from.
         identity: the dataset, the tokenizer and the settings that they were made from (`student.lineage`).
@@ -100,6 +101,7 @@ class PreparedDataset:
         self.directory, self.manifest = directory, manifest
         self._storage = unit_store(directory).storage
         self.lengths: NDArray[np.int64] = index["length"].to_numpy().astype(np.int64)
+        self.prompt_lengths: NDArray[np.int64] = index["prompt_length"].to_numpy().astype(np.int64)
         self.soft: NDArray[np.int64] = index["soft"].to_numpy().astype(np.int64)
         self.fingerprint: str = manifest["fingerprint"]
         self.identity: dict[str, Any] = manifest[IDENTITY]

@@ -60,26 +60,27 @@ def sample_generator(seed: int, epoch: int, sample_id: str) -> np.random.Generat
     return np.random.default_rng([seed, epoch, int.from_bytes(digest[:8], "little")])
 
 
-def choose_anchors(sample: AlignedSample, count: int, generator: np.random.Generator) -> NDArray[np.int64]:
-    """At most `count` of the response's anchor positions, without replacement, in rising order."""
-    candidates = np.flatnonzero(sample.is_anchor)
+def fitting_anchors(sample: AlignedSample, block_length: int, max_sequence_tokens: int) -> NDArray[np.int64]:
+    """The response's anchor positions whose block ends within `max_sequence_tokens`; the first token is always one."""
+    anchors = np.flatnonzero(sample.is_anchor)
+    return anchors[sample.prompt_length + anchors + block_length <= max_sequence_tokens]
+
+
+def choose_anchors(candidates: NDArray[np.int64], count: int, generator: np.random.Generator) -> NDArray[np.int64]:
+    """At most `count` of `candidates`, without replacement, in rising order."""
     if len(candidates) > count:
         candidates = generator.choice(candidates, size=count, replace=False)
     return np.sort(candidates)
 
 
-def lay_out(
-    sample: AlignedSample, anchors: NDArray[np.int64], block_length: int, mask_id: int, max_sequence_tokens: int
-) -> BlockRow:
+def lay_out(sample: AlignedSample, anchors: NDArray[np.int64], block_length: int, mask_id: int) -> BlockRow:
     """[clean copy | masked blocks] of one sample.
 
     Every block has `block_length` masked tokens, as it has when it drafts; those past the response's end have no
-    target. The clean copy ends at the last anchor, because nothing sees further. Blocks that would pass
-    `max_sequence_tokens` positions are left out.
+    target. The clean copy ends at the last anchor, because nothing sees further.
     """
     response_length = len(sample.byte_ends)
-    anchors = anchors[sample.prompt_length + anchors + block_length <= max_sequence_tokens]
-    clean_length = sample.prompt_length + (int(anchors[-1]) if len(anchors) else 0)
+    clean_length = sample.prompt_length + int(anchors[-1])
     depth_offsets = np.arange(block_length)
     response_BxG = anchors[:, None] + depth_offsets
     within = (response_BxG < response_length).ravel()

@@ -19,7 +19,7 @@ from student.alignment.prepared import PreparedDataset
 from student.alignment.targets import AlignedSample
 from student.data.batch import MicroBatch, collate
 from student.data.batch_sampler import BatchSampler
-from student.data.blocks import choose_anchors, lay_out, sample_generator
+from student.data.blocks import choose_anchors, fitting_anchors, lay_out, sample_generator
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,14 @@ class TrainingDataLoader:
 
     Attributes:
         chosen: int64 [n], numbers of the training samples within `prepared`.
+        left_out: training samples whose prompt leaves no room for a block.
         steps: of the whole run.
     """
 
     config: PipelineConfig
     prepared: PreparedDataset
     chosen: NDArray[np.int64]
+    left_out: int
     sampler: BatchSampler
     steps: int
 
@@ -47,10 +49,18 @@ class TrainingDataLoader:
             ConfigError: if the batch cannot be shared out.
         """
         prepared = PreparedDataset.of_run(config)
-        chosen = np.asarray(prepared.indices(split="train"), dtype=np.int64)
-        if not len(chosen):
+        of_split = np.asarray(prepared.indices(split="train"), dtype=np.int64)
+        if not len(of_split):
             raise TrainingError(
                 f"{config.prepared_dir} holds no sample of the split 'train': collect some and prepare again"
+            )
+        room = config.train.max_sequence_tokens - config.train.block_length
+        chosen = of_split[prepared.prompt_lengths[of_split] <= room]
+        if not len(chosen):
+            raise TrainingError(
+                f"the shortest prompt has {prepared.prompt_lengths[of_split].min()} student tokens, which leaves no "
+                f"room for a block of {config.train.block_length} in train.max_sequence_tokens "
+                f"{config.train.max_sequence_tokens}; raise it"
             )
         sampler = BatchSampler(
             lengths=np.asarray(prepared.lengths)[chosen],
@@ -60,7 +70,7 @@ class TrainingDataLoader:
             world_size=world_size,
         )
         steps = config.train.steps or max(round((config.train.epochs or 1) * sampler.steps_per_epoch), 1)
-        return cls(config, prepared, chosen, sampler, steps)
+        return cls(config, prepared, chosen, len(of_split) - len(chosen), sampler, steps)
 
     def sample(self, number: int) -> AlignedSample:
         """Training sample `number`, 0 ≤ number < n."""
@@ -81,6 +91,7 @@ class TrainingDataLoader:
             rows = []
             for sample in samples:
                 generator = sample_generator(self.config.seed, epoch, sample.sample_id)
-                anchors = choose_anchors(sample, train.anchors, generator)
-                rows.append(lay_out(sample, anchors, train.block_length, mask_id, train.max_sequence_tokens))
+                candidates = fitting_anchors(sample, train.block_length, train.max_sequence_tokens)
+                anchors = choose_anchors(candidates, train.anchors, generator)
+                rows.append(lay_out(sample, anchors, train.block_length, mask_id))
             yield collate(samples, rows, pad_id=pad_id, depth_decay=train.depth_decay)

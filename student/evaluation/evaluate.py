@@ -25,7 +25,7 @@ from shared.errors import CheckpointError, DatasetError
 from shared.files import write_json
 from student.alignment.prepared import PreparedDataset
 from student.data.batch import collate
-from student.data.blocks import lay_out
+from student.data.blocks import fitting_anchors, lay_out
 from student.evaluation.offline_acceptance import OfflineAcceptance, draft_along
 from student.lineage import IDENTITY, evaluation_identity, require_current_model
 
@@ -151,13 +151,12 @@ def _rejection_sampling(
     module = DistillationModule(model, settings)
     sums, lows, highs = [], [], []
     for start in range(0, len(chosen), config.evaluate.batch):
-        samples = [prepared[int(i)] for i in chosen[start : start + config.evaluate.batch]]
-        rows = [
-            lay_out(
-                s, np.flatnonzero(s.is_anchor), block_length, tokenizer.mask_token_id, config.train.max_sequence_tokens
-            )
-            for s in samples
-        ]
+        group = [prepared[int(i)] for i in chosen[start : start + config.evaluate.batch]]
+        anchors = {s.sample_id: fitting_anchors(s, block_length, config.train.max_sequence_tokens) for s in group}
+        samples = [s for s in group if len(anchors[s.sample_id])]
+        if not samples:
+            continue
+        rows = [lay_out(s, anchors[s.sample_id], block_length, tokenizer.mask_token_id) for s in samples]
         batch = collate(samples, rows, pad_id=tokenizer.pad_token_id)
         first = collate(samples, [row.at_depth(1) for row in rows], pad_id=tokenizer.pad_token_id)
         with torch.inference_mode():
@@ -167,7 +166,7 @@ def _rejection_sampling(
             low, high = acceptance_bounds(first_logits, first.targets)
         lows.append(low)
         highs.append(high)
-        advance(len(samples))
+        advance(len(group))
     total = torch.stack(sums).sum(0)
     summary, named = summarize(total), named_sums(total)
     return {

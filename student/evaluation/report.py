@@ -83,8 +83,9 @@ def _stale(config: PipelineConfig, stages: dict[str, dict[str, Any]]) -> dict[st
     prepared = read_json(config.prepared_dir / "manifest.json") or {}
     manifest = manifest_of(config)
     collected = {} if manifest is None else {"responses": manifest.rows, "tokens": manifest.tokens}
-    trained = run_identity(config, {name: value for name, value in found.items() if name in TRAINED_FROM}, 0)
-    del trained["ranks"]  # whoever reports need not have the machine that trained
+    trained = run_identity(config, {name: value for name, value in found.items() if name in TRAINED_FROM})
+    if config.train.dtype == "auto":
+        del trained["train.dtype"]  # whoever reports need not have the machine that trained
     now: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
         "collect": (stages["collect"], collected),
         "prepare": (prepared.get(IDENTITY), prepared_identity(config.prepare, inputs)),

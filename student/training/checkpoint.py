@@ -1,37 +1,72 @@
 """Saving and resuming a run.
 
-DeepSpeed writes a checkpoint's files first and the file `latest`, which names it, last: an interrupted save leaves the
-one before in force. A checkpoint carries the identity of its run, so that it is never resumed under other settings.
+    checkpoints/step-N/…             DeepSpeed's files, every rank's own
+    checkpoints/step-N/complete.json written last, when all ranks are done: names, sizes, and the identity of the run
+
+A folder without `complete.json` is of a save that was interrupted. DeepSpeed's own marker, `latest`, is not used: its
+rank 0 writes it before the other ranks are done.
+
+A checkpoint is resumed by any number of ranks and under ZeRO 1, 2 or 3. Where they differ from those that saved it, it
+is first converted to DeepSpeed's universal format (https://arxiv.org/abs/2406.18820), which holds whole parameters.
 """
 
 from __future__ import annotations
 
-import re
+import logging
 import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from shared.config import PipelineConfig
-from shared.errors import CheckpointError
+from shared.errors import USER_ERROR_EXIT_CODE, CheckpointError, TrainingError
 from shared.files import write_json
-from student.lineage import differences, read_json
+from student.lineage import IDENTITY, differences, read_json
 from student.training.engine import training_dtype
 
-# Settings that change what is logged or kept, not what is learnt.
-WITHOUT_EFFECT = {"checkpoint_steps", "keep_checkpoints"}
+logger = logging.getLogger(__name__)
+
+# Settings that change what is logged, kept or computed where, not what is learnt.
+WITHOUT_EFFECT = {
+    "activation_checkpointing", "checkpoint_steps", "deepspeed", "keep_checkpoints", "micro_batch", "world_size",
+}  # fmt: skip
+COMPLETE = "complete.json"
 
 
-IDENTITY_FILE = "identity.json"
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint whose save came to its end.
+
+    Attributes:
+        step: steps done.
+        ranks, zero_stage: of the run that saved it.
+        sizes: bytes of each of its files, by name.
+    """
+
+    directory: Path
+    step: int
+    ranks: int
+    zero_stage: int
+    identity: dict[str, Any]
+    sizes: dict[str, int]
+
+    def fits(self, ranks: int, zero_stage: int) -> bool:
+        """Whether it can be loaded as it is; without ZeRO every rank holds everything."""
+        return zero_stage == self.zero_stage and (ranks == self.ranks or zero_stage == 0)
 
 
-def run_identity(config: PipelineConfig, inputs: dict[str, str], world_size: int) -> dict[str, Any]:
-    """Everything that decides the result of a run, flat: settings, fingerprints of its inputs, ranks."""
+def run_identity(config: PipelineConfig, inputs: dict[str, str]) -> dict[str, Any]:
+    """Everything that decides the result of a run, flat: settings, and fingerprints of its inputs."""
     train = config.train.model_dump(mode="json", exclude=WITHOUT_EFFECT)
     train["dtype"] = training_dtype(config.train)
     student = config.student.model_dump(mode="json")
     settings = {f"train.{key}": value for key, value in train.items()}
     settings |= {f"student.{key}": value for key, value in student.items()}
-    return settings | inputs | {"seed": config.seed, "ranks": world_size}
+    return settings | inputs | {"seed": config.seed}
 
 
 def require_same_run(found: dict[str, Any], wanted: dict[str, Any], where: Path) -> None:
@@ -47,49 +82,189 @@ def require_same_run(found: dict[str, Any], wanted: dict[str, Any], where: Path)
         )
 
 
-def require_resumable(directory: Path, identity: dict[str, Any]) -> None:
-    """Refuse the checkpoints of another run before their weights are loaded, which may not even fit.
+def save(engine: Any, directory: Path, step: int, identity: dict[str, Any], keep: int, rank: int) -> None:
+    """Save a resumable checkpoint after `step` steps and delete all but the newest `keep`. A collective.
 
     Raises:
-        CheckpointError: as `require_same_run`.
+        TrainingError: if a file cannot be written; the checkpoints before stay as they are.
     """
-    if (directory / "latest").exists():
-        require_same_run(read_json(directory / IDENTITY_FILE) or {}, identity, directory)
-
-
-def save(engine: Any, directory: Path, step: int, identity: dict[str, Any], keep: int, rank: int) -> None:
-    """Save a resumable checkpoint after `step` steps and delete all but the newest `keep`. A collective."""
     import torch.distributed
 
+    folder = directory / f"step-{step}"
     if rank == 0:
-        write_json(directory / IDENTITY_FILE, identity)
-    engine.save_checkpoint(str(directory), tag=f"step-{step}", client_state={"step": step, "identity": identity})
+        shutil.rmtree(folder, ignore_errors=True)  # of a save that was interrupted, perhaps by other ranks
+    torch.distributed.barrier()
+    try:
+        engine.save_checkpoint(str(directory), tag=folder.name, save_latest=False)
+    except (OSError, RuntimeError) as error:  # PyTorch's writer has only RuntimeError
+        raise TrainingError(
+            f"cannot save {folder}: {error}; free some space and run the same command again: it goes on from the "
+            "newest checkpoint that is whole"
+        ) from error
     torch.distributed.barrier()
     if rank == 0:
-        steps = sorted(int(path.name.removeprefix("step-")) for path in directory.glob("step-*"))
-        for old in steps[:-keep]:
-            shutil.rmtree(directory / f"step-{old}")
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        record = {
+            "step": step,
+            "ranks": torch.distributed.get_world_size(),
+            "zero_stage": engine.zero_optimization_stage(),
+            IDENTITY: identity,
+            "sizes": {str(path.relative_to(folder)): path.stat().st_size for path in files},
+        }
+        write_json(folder / COMPLETE, record)
+        whole = [path for path in _folders(directory) if (path / COMPLETE).exists()]
+        for old in whole[keep:]:
+            shutil.rmtree(old)
+    torch.distributed.barrier()
 
 
-def resume(engine: Any, directory: Path, identity: dict[str, Any]) -> int:
-    """Load the newest checkpoint, if there is one; the number of steps done. A collective.
+def complete(directory: Path, identity: dict[str, Any]) -> list[Checkpoint]:
+    """Checkpoints whose save came to its end, the newest first; the log names the others.
 
     Raises:
-        CheckpointError: if it belongs to other settings, or `latest` names none of this directory.
+        CheckpointError: if one belongs to other settings or inputs, before anything of it is loaded.
     """
-    if not (directory / "latest").exists():
-        return 0
-    tag = (directory / "latest").read_text(errors="replace").strip()
-    if not re.fullmatch(r"step-[0-9]+", tag):
-        raise CheckpointError(
-            f"{directory}/latest names {tag!r}, expected step-NUMBER, a checkpoint in this directory; "
-            f"write the newest one's name into it, or delete {directory} to start over"
+    checkpoints = []
+    for folder in _folders(directory):
+        record = read_json(folder / COMPLETE)
+        if record is None:
+            logger.warning("%s has no %s: its save was interrupted, it is not used", folder, COMPLETE)
+            continue
+        found = Checkpoint(
+            folder, record["step"], record["ranks"], record["zero_stage"], record[IDENTITY], record["sizes"]
         )
-    require_resumable(directory, identity)
-    path, state = engine.load_checkpoint(str(directory))
+        require_same_run(found.identity, identity, folder)
+        checkpoints.append(found)
+    return checkpoints
+
+
+def undamaged(candidates: list[Checkpoint]) -> Checkpoint | None:
+    """The first of the candidates whose files read back; None where there are no candidates. A collective.
+
+    Raises:
+        CheckpointError: on rank 0, if all are damaged. SystemExit: on the others then.
+    """
+    import torch.distributed
+
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    damaged: list[str] = []
+    for candidate in candidates:
+        mine = list(damage(candidate, rank, ranks))
+        everyones: list[list[str]] = [[] for _ in range(ranks)]
+        torch.distributed.all_gather_object(everyones, mine)
+        found = [problem for of_rank in everyones for problem in of_rank]
+        if not found:
+            return candidate
+        damaged += found
+        if rank == 0:
+            logger.warning("%s is damaged (%s): it is not used", candidate.directory, "; ".join(found))
+    if damaged:
+        if rank > 0:
+            sys.exit(USER_ERROR_EXIT_CODE)
+        raise CheckpointError(
+            f"no checkpoint in {candidates[0].directory.parent} is undamaged ({'; '.join(damaged)}); restore one, or "
+            "pass --fresh to train anew"
+        )
+    return None
+
+
+def damage(checkpoint: Checkpoint, part: int, parts: int) -> Iterator[str]:
+    """What is wrong with every `parts`-th file, from file `part` on. Reads them: PyTorch's files carry checksums."""
+    for name, size in sorted(checkpoint.sizes.items())[part::parts]:
+        path = checkpoint.directory / name
+        if not path.exists():
+            yield f"{name} is missing"
+        elif path.stat().st_size != size:
+            yield f"{name} has {path.stat().st_size} bytes, expected {size}"
+        elif zipfile.is_zipfile(path):
+            try:
+                with zipfile.ZipFile(path) as archive:
+                    entry = archive.testzip()
+            except (zipfile.BadZipFile, OSError) as error:
+                entry = str(error)
+            if entry is not None:
+                yield f"{name} does not read back: {entry}"
+
+
+def reshard(checkpoint: Checkpoint, ranks: int, zero_stage: int) -> Path:
+    """Convert a checkpoint to DeepSpeed's universal format, beside it; where it lies. For one rank.
+
+    Raises:
+        CheckpointError: if it cannot be converted.
+    """
+    if 0 in (zero_stage, checkpoint.zero_stage):
+        raise CheckpointError(
+            f"{checkpoint.directory} was saved under ZeRO stage {checkpoint.zero_stage}, the DeepSpeed file now has "
+            f"stage {zero_stage}: only stages 1 to 3 can be converted into one another; restore the stage"
+        )
+    target = universal(checkpoint)
+    shutil.rmtree(target, ignore_errors=True)
+    logger.info(
+        "converting %s: saved by %d ranks under ZeRO-%d, resumed by %d under ZeRO-%d",
+        checkpoint.directory, checkpoint.ranks, checkpoint.zero_stage, ranks, zero_stage,
+    )  # fmt: skip
+    command = ["-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", str(checkpoint.directory)]
+    command += ["--output_folder", str(target), "--inject_missing_state"]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+    if done.returncode:
+        raise CheckpointError(f"{checkpoint.directory} cannot be converted: {done.stderr.strip()[-2000:]}")
+    if (checkpoint.zero_stage == 3) != (zero_stage == 3):
+        _bridge_stages(target, to_zero3=zero_stage == 3)
+    return target
+
+
+def _bridge_stages(folder: Path, to_zero3: bool) -> None:
+    """Store a universal checkpoint's global state where the other kind of stage looks for it.
+
+    Between ZeRO 1 or 2 and ZeRO 3 DeepSpeed 0.19 agrees on little but the tensors' folders. It differs in the name of
+    the file with the run's step and schedule, in where the optimizer's step and settings stand, and in whether a tensor
+    is stored under a name.
+    """
+    import deepspeed
+    import torch
+
+    files = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
+    found, wanted = files if to_zero3 else reversed(files)
+    (folder / found).rename(folder / wanted)
+    parameters = [path for path in (folder / "zero").iterdir() if (path / "exp_avg.pt").exists()]
+    path = folder / "zero/optimizer_state.pt"
+    state = torch.load(path, weights_only=False)
+    if to_zero3:
+        step = torch.load(parameters[0] / "step.pt", weights_only=False)
+        state["optimizer_state_dict"] = {"state": {0: {"step": step}}, "param_groups": state["param_groups"]}
+    else:
+        state["ds_version"] = deepspeed.__version__
+        for parameter in parameters:
+            torch.save(state["optimizer_state_dict"]["state"][0]["step"], parameter / "step.pt")
+            for tensor in ("fp32.pt", "exp_avg.pt", "exp_avg_sq.pt"):
+                torch.save({"param": torch.load(parameter / tensor)}, parameter / tensor)
+    torch.save(state, path)
+
+
+def universal(checkpoint: Checkpoint) -> Path:
+    """Where `reshard` puts it."""
+    return checkpoint.directory.with_name(f"{checkpoint.directory.name}-universal")
+
+
+def load(engine: Any, checkpoint: Checkpoint, is_universal: bool, rank: int) -> None:
+    """Load it into an engine that was built for it; its universal copy is deleted then. A collective.
+
+    Raises:
+        CheckpointError: if DeepSpeed finds nothing to load.
+    """
+    import torch.distributed
+
+    folder = universal(checkpoint) if is_universal else checkpoint.directory
+    path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
     if path is None:
-        raise CheckpointError(
-            f"{directory}/latest names a checkpoint that cannot be read; delete {directory} to start over"
-        )
-    require_same_run(state["identity"], identity, directory)
-    return int(state["step"])
+        raise CheckpointError(f"{folder} cannot be loaded; pass --fresh to train anew")
+    torch.distributed.barrier()
+    if is_universal and rank == 0:
+        shutil.rmtree(folder)
+        (folder.parent / "latest_universal").unlink(missing_ok=True)
+
+
+def _folders(directory: Path) -> list[Path]:
+    """Folders of checkpoints, the newest first."""
+    found = [path for path in directory.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
+    return sorted(found, key=lambda path: -int(path.name.removeprefix("step-")))

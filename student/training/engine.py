@@ -44,6 +44,8 @@ def initialize_process_group() -> tuple[int, int]:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # collectives of objects use the current device
     # DeepSpeed calls names that this torch already calls old.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo")
@@ -60,8 +62,11 @@ def training_dtype(train: TrainConfig) -> Literal["bfloat16", "float32"]:
     return "bfloat16" if fast else "float32"
 
 
-def deepspeed_config(train: TrainConfig, accumulation: int) -> dict[str, Any]:
+def deepspeed_config(train: TrainConfig, accumulation: int, is_universal: bool = False) -> dict[str, Any]:
     """The DeepSpeed settings of a run.
+
+    Args:
+        is_universal: a checkpoint in the universal format will be loaded.
 
     Raises:
         ConfigError: if the file is missing, is not a JSON object, or sets what the training config decides.
@@ -77,25 +82,36 @@ def deepspeed_config(train: TrainConfig, accumulation: int) -> dict[str, Any]:
         raise ConfigError(
             f"{train.deepspeed} sets {', '.join(doubled)}, which follow from the train section; remove them there"
         )
+    dtype = training_dtype(train)
+    if dtype == "bfloat16" and zero_stage(settings) > 0:
+        # By default gradients would be added up in the model's dtype, over micro-batches and over ranks.
+        settings["data_types"] = {"grad_accum_dtype": "fp32"} | settings.get("data_types", {})
+    if is_universal:
+        settings["checkpoint"] = settings.get("checkpoint", {}) | {"load_universal": True}
     return settings | {
         "train_micro_batch_size_per_gpu": train.micro_batch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": train.grad_clip,
-        "bf16": {"enabled": training_dtype(train) == "bfloat16"},
+        "bf16": {"enabled": dtype == "bfloat16"},
     }
+
+
+def zero_stage(settings: dict[str, Any]) -> int:
+    """The ZeRO stage of DeepSpeed's settings; 0 is none."""
+    return int(settings.get("zero_optimization", {}).get("stage", 0))
 
 
 def partitioned_loading(settings: dict[str, Any]) -> Any:
     """Under ZeRO-3, what makes `from_pretrained` load straight into shares; it works for as long as it is kept."""
-    if settings.get("zero_optimization", {}).get("stage") != 3:
+    if zero_stage(settings) != 3:
         return None
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     return HfDeepSpeedConfig(settings)
 
 
-def build_engine(module: nn.Module, train: TrainConfig, accumulation: int, steps: int) -> Any:
-    """The DeepSpeed engine with AdamW and a cosine schedule with warm-up."""
+def build_engine(module: nn.Module, train: TrainConfig, settings: dict[str, Any], steps: int) -> Any:
+    """The DeepSpeed engine, of `settings`, with AdamW and a cosine schedule with warm-up."""
     import deepspeed
     from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
@@ -111,7 +127,5 @@ def build_engine(module: nn.Module, train: TrainConfig, accumulation: int, steps
         num_training_steps=steps,
         min_lr_rate=train.min_learning_rate,
     )
-    engine, *_ = deepspeed.initialize(
-        model=module, optimizer=optimizer, lr_scheduler=schedule, config=deepspeed_config(train, accumulation)
-    )
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, lr_scheduler=schedule, config=settings)
     return engine

@@ -1,20 +1,58 @@
 """From one command to one process per rank.
 
-`student train` run by hand starts its own ranks with `torchrun` on this node. Run by `torchrun`, `deepspeed` or
-a cluster's launcher, which set RANK, it is a rank already and just trains.
+`student train` run by hand starts its own ranks with `torchrun` on this node. Started as one of several ranks, by
+`torchrun`, by `deepspeed` (which set RANK) or by `srun`, it joins them.
 """
 
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 
 from shared.config import TrainConfig
+from shared.errors import ConfigError
+
+CHECKED = "LLADA_DRAFTER_CHECKED"
+"""Set for ranks whose launcher, this program, has checked the run already."""
 
 
 def is_rank() -> bool:
-    """Whether a launcher has started this process."""
-    return "RANK" in os.environ
+    """Whether a launcher has started this process as one of several. Slurm's variables become PyTorch's then.
+
+    Slurm sets SLURM_PROCID in batch scripts too, where nobody has started ranks; a step of several tasks is `srun`'s.
+
+    Raises:
+        ConfigError: if Slurm's list of nodes cannot be read.
+    """
+    if "RANK" in os.environ:
+        return True
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if tasks == 1:
+        return False
+    import torch
+
+    # A task that was given a GPU of its own (--gpus-per-task) sees no other.
+    local_rank = int(os.environ["SLURM_LOCALID"]) % max(torch.cuda.device_count(), 1)
+    os.environ.update(RANK=os.environ["SLURM_PROCID"], WORLD_SIZE=str(tasks), LOCAL_RANK=str(local_rank))
+    os.environ.setdefault("MASTER_ADDR", first_host(os.environ["SLURM_STEP_NODELIST"]))
+    os.environ.setdefault("MASTER_PORT", str(20_000 + int(os.environ["SLURM_JOB_ID"]) % 10_000))
+    return True
+
+
+def first_host(nodes: str) -> str:
+    """The first host of Slurm's compressed list, such as `gpu[03-06,12]`.
+
+    Raises:
+        ConfigError: if `scontrol` cannot expand the list.
+    """
+    if "[" not in nodes:
+        return nodes.split(",")[0]
+    try:
+        command = ["scontrol", "show", "hostnames", nodes]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError) as error:
+        raise ConfigError(f"scontrol cannot name the first of the nodes {nodes} ({error}); set MASTER_ADDR") from error
 
 
 def ranks_here(train: TrainConfig) -> int:
@@ -31,5 +69,6 @@ def replace_with_ranks(count: int, arguments: list[str]) -> None:
     """
     threads = max((os.cpu_count() or count) // count, 1)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    os.environ[CHECKED] = "1"
     command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "-m", "student.cli"]
     os.execv(sys.executable, [sys.executable, *command, *arguments])

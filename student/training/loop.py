@@ -46,8 +46,7 @@ class TrainingRun:
     tokens: int = 0
 
     def run(self) -> None:
-        """Resume if there is something to resume, train to the end, publish the model."""
-        self.done = checkpoint.resume(self.engine, self.config.checkpoints_dir, self.identity)
+        """Train from step `done` to the end, publish the model."""
         if self.rank == 0:
             self.metrics = MetricsLogger(self.config.run_dir, self.done)
             if self.done:
@@ -117,10 +116,18 @@ class TrainingRun:
 
 
 def full_weights(engine: Any) -> dict[str, torch.Tensor]:
-    """The student's state dict without the wrapper's prefix; empty on ranks other than 0 under ZeRO-3."""
-    zero3 = engine.zero_optimization_stage() == 3
-    state = engine._zero3_consolidated_16bit_state_dict() if zero3 else engine.module.state_dict()
-    return {name.removeprefix("model."): value for name, value in (state or {}).items()}
+    """The student's state dict without the wrapper's prefix, on the CPU; under ZeRO-3 on rank 0 only. A collective."""
+    if engine.zero_optimization_stage() < 3:
+        state = engine.module.state_dict()
+    else:
+        import deepspeed
+
+        state = {}
+        for name, parameter in engine.module.named_parameters(remove_duplicate=False):
+            with deepspeed.zero.GatheredParameters(parameter):  # one at a time: no rank ever holds the whole on a GPU
+                if torch.distributed.get_rank() == 0:
+                    state[name] = parameter.detach().cpu().clone()
+    return {name.removeprefix("model."): value for name, value in state.items()}
 
 
 def training_summary(entries: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """`student train`: check everything that can be checked, then start the ranks and train.
 
+One process decides (rank 0, or the one that starts the ranks) and all ranks do as it says, whatever launched them.
+
 The order of the data is a function of (seed, step) and the loss is normalized by the targets of the whole step, so
 neither the number of ranks nor an interruption changes what is learnt (up to the order of floating-point sums).
 """
@@ -10,18 +12,25 @@ import logging
 import os
 import shutil
 import sys
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from shared.config import PipelineConfig
-from shared.errors import CheckpointError
+from shared.errors import USER_ERROR_EXIT_CODE, CheckpointError
 from student.alignment.sanity import check_alignment
 from student.data.data_loader import TrainingDataLoader
 from student.lineage import IDENTITY, present, read_json
-from student.losses.settings import LossChoice, LossSettings, check_temperature, resolve_loss
+from student.losses.settings import LossChoice, LossSettings, ResolvedLossName, check_temperature, resolve_loss
 from student.model.export import read_config
-from student.training import launch
-from student.training.checkpoint import require_resumable, require_same_run, run_identity
-from student.training.engine import deepspeed_config, training_dtype
+from student.training import checkpoint, launch
+from student.training.checkpoint import Checkpoint, require_same_run, run_identity
+from student.training.engine import deepspeed_config, training_dtype, zero_stage
+
+if TYPE_CHECKING:
+    from student.training.loop import TrainingRun
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -29,28 +38,61 @@ ALREADY_TRAINED = "already trained: %s (--fresh trains anew)"
 SANITY_SAMPLES = 64
 
 
+@dataclass(frozen=True)
+class Decision:
+    """What all ranks do, decided by one.
+
+    Attributes:
+        finished: this very run has published its model already.
+        checkpoints: to resume from, the newest first.
+    """
+
+    finished: bool
+    loss: ResolvedLossName
+    identity: dict[str, Any]
+    checkpoints: list[Checkpoint]
+
+
 def train(config: PipelineConfig, *, fresh: bool = False) -> None:
     """Train `config.student_init_dir` on `config.prepared_dir` into `config.student_final_dir`.
 
-    A run that is finished is left as it is; one that was interrupted goes on from its newest checkpoint; `fresh`
-    forgets both. Started by hand, this becomes one process per rank.
+    A run that is finished is left as it is; one that was interrupted goes on from its newest undamaged checkpoint;
+    `fresh` forgets both. Started by hand, this becomes one process per rank.
 
     Raises:
-        DatasetError, ConfigError, CheckpointError, AlignmentError, StaleError, TrainingError: before any rank starts.
+        DatasetError, ConfigError, CheckpointError, AlignmentError, StaleError, TrainingError: before anything is
+            trained or overwritten.
     """
     if launch.is_rank():
         train_rank(config, fresh=fresh)
         return
     world_size = launch.ranks_here(config.train)
-    loader = check(config, world_size)
+    if world_size == 1:
+        train_rank(config, fresh=fresh)
+    elif decide(config, world_size, fresh=fresh).finished:  # here, so that a mistake ends without starting ranks
+        logger.info(ALREADY_TRAINED, config.student_final_dir)
+    else:
+        launch.replace_with_ranks(world_size, [argument for argument in sys.argv[1:] if argument != "--fresh"])
+
+
+def decide(config: PipelineConfig, world_size: int, *, fresh: bool = False, checked: bool = False) -> Decision:
+    """Check everything that can be checked, forget an earlier run if asked to, and say what there is to do.
+
+    Args:
+        checked: `check` has passed already.
+
+    Raises: as `train`.
+    """
+    loader = TrainingDataLoader.open(config, world_size) if checked else check(config, world_size)
     if fresh:
         forget(config)
-    if is_finished(config, identity_of(config, loader)):
-        logger.info(ALREADY_TRAINED, config.student_final_dir)
-    elif world_size > 1:
-        launch.replace_with_ranks(world_size, [argument for argument in sys.argv[1:] if argument != "--fresh"])
-    else:
-        train_rank(config)
+    identity = identity_of(config, loader)
+    return Decision(
+        finished=is_finished(config, identity),
+        loss=settle_loss(config, loader).name,
+        identity=identity,
+        checkpoints=checkpoint.complete(config.checkpoints_dir, identity),
+    )
 
 
 def forget(config: PipelineConfig) -> None:
@@ -77,6 +119,12 @@ def check(config: PipelineConfig, world_size: int) -> TrainingDataLoader:
         vocabulary_size = read_config(config.student_init_dir).vocab_size
         targets = (sample.targets for sample in samples)
         check_temperature(targets, config.train.temperature, vocabulary_size, config.train.max_unknown_share)
+    if loader.left_out:
+        logger.warning(
+            "%d training samples are left out: their prompts leave no room for a block of %d in "
+            "train.max_sequence_tokens %d",
+            loader.left_out, config.train.block_length, config.train.max_sequence_tokens,
+        )  # fmt: skip
     logger.info("loss: %s; in %s", reason, training_dtype(config.train))
     logger.info("sanity: the stored rows give the observed tokens a mean probability of %.3f", probability)
     return loader
@@ -91,16 +139,15 @@ def settle_loss(config: PipelineConfig, loader: TrainingDataLoader) -> LossChoic
 def identity_of(config: PipelineConfig, loader: TrainingDataLoader) -> dict[str, Any]:
     """The identity of the run that is to be: of its settings, its prepared data with their sources, and its start."""
     inputs = loader.prepared.identity | {"prepared data": loader.prepared.fingerprint} | present(config, "start")
-    return run_identity(config, inputs, loader.sampler.world_size)
+    return run_identity(config, inputs)
 
 
 def is_finished(config: PipelineConfig, identity: dict[str, Any]) -> bool:
     """Whether this very run has published its model.
 
     Raises:
-        CheckpointError: if a model or a checkpoint is there that other settings or inputs trained.
+        CheckpointError: if a model is there that other settings or inputs trained.
     """
-    require_resumable(config.checkpoints_dir, identity)
     record = read_json(config.student_final_dir / "training.json")
     if record is None:
         return False
@@ -109,28 +156,70 @@ def is_finished(config: PipelineConfig, identity: dict[str, Any]) -> bool:
 
 
 def train_rank(config: PipelineConfig, *, fresh: bool = False) -> None:
-    """This process's part of the run. Each rank checks what the run is made from, whatever launched it."""
+    """This process's part of the run.
+
+    Raises:
+        SystemExit: with the exit code of a user's mistake, on the ranks that leave the message to rank 0.
+        DatasetError, …: on rank 0, as `train`.
+    """
+    import torch
+
+    from student.training.engine import initialize_process_group
+
+    rank, world_size = initialize_process_group()
+    decision = agreed(lambda: decide(config, world_size, fresh=fresh, checked=launch.CHECKED in os.environ))
+    if not decision.finished:
+        resumed = checkpoint.undamaged(decision.checkpoints)
+        build(config, decision, resumed, rank, world_size).run()
+    elif rank == 0:
+        logger.info(ALREADY_TRAINED, config.student_final_dir)
+    torch.distributed.destroy_process_group()
+
+
+def agreed(decide: Callable[[], T]) -> T:
+    """What `decide` says on rank 0, on every rank; where it fails there, all end. A collective."""
+    import torch
+
+    if torch.distributed.get_rank() > 0:
+        received: list[Any] = [None]
+        torch.distributed.broadcast_object_list(received)
+        if isinstance(received[0], _Failed):
+            sys.exit(USER_ERROR_EXIT_CODE)  # rank 0 says why
+        return received[0]
+    try:
+        verdict: T = decide()
+    except BaseException:
+        torch.distributed.broadcast_object_list([_Failed()])
+        raise
+    torch.distributed.broadcast_object_list([verdict])
+    return verdict
+
+
+class _Failed:
+    """Sent in place of a verdict."""
+
+
+def build(
+    config: PipelineConfig, decision: Decision, resumed: Checkpoint | None, rank: int, world_size: int
+) -> TrainingRun:
+    """The model, the engine around it, and what is resumed of it. A collective."""
     import torch
 
     from student.model.export import load_student
     from student.model.lora import add_lora
-    from student.training.engine import build_engine, initialize_process_group, partitioned_loading
+    from student.training.engine import build_engine, partitioned_loading
     from student.training.loop import TrainingRun
     from student.training.module import DistillationModule
 
-    if fresh and int(os.environ["RANK"]) == 0:
-        check(config, int(os.environ["WORLD_SIZE"]))
-        forget(config)  # the other ranks go on when this one has joined
-    rank, world_size = initialize_process_group()
     loader = TrainingDataLoader.open(config, world_size)
-    identity = identity_of(config, loader)
-    if not fresh and is_finished(config, identity):
-        if rank == 0:
-            logger.info(ALREADY_TRAINED, config.student_final_dir)
-        torch.distributed.destroy_process_group()
-        return
+    accumulation = loader.sampler.accumulation
+    settings = deepspeed_config(config.train, accumulation)
+    is_universal = resumed is not None and not resumed.fits(world_size, zero_stage(settings))
+    if resumed is not None and is_universal:
+        agreed(lambda: checkpoint.reshard(resumed, world_size, zero_stage(settings)))
+        settings = deepspeed_config(config.train, accumulation, is_universal=True)
     torch.manual_seed(config.seed)
-    partitioned = partitioned_loading(deepspeed_config(config.train, loader.sampler.accumulation))
+    partitioned = partitioned_loading(settings)
     model, tokenizer = load_student(config.student_init_dir, dtype=getattr(torch, training_dtype(config.train)))
     del partitioned
     if config.student.lora:
@@ -138,8 +227,10 @@ def train_rank(config: PipelineConfig, *, fresh: bool = False) -> None:
     if config.train.activation_checkpointing:
         model.gradient_checkpointing_enable()
     model.train()
-    loss, _ = settle_loss(config, loader)
-    module = DistillationModule(model, LossSettings.from_config(config.train, config.train.block_length, loss))
-    engine = build_engine(module, config.train, loader.sampler.accumulation, loader.steps)
-    TrainingRun(config, loader, engine, tokenizer, identity, rank).run()
-    torch.distributed.destroy_process_group()
+    loss = LossSettings.from_config(config.train, config.train.block_length, decision.loss)
+    engine = build_engine(DistillationModule(model, loss), config.train, settings, loader.steps)
+    if resumed is not None:
+        checkpoint.load(engine, resumed, is_universal, rank)
+    return TrainingRun(
+        config, loader, engine, tokenizer, decision.identity, rank, done=resumed.step if resumed is not None else 0
+    )

@@ -30,7 +30,7 @@ from student.lineage import (
 )
 from student.model.export import export_student, load_student, save_student, weights_fingerprint
 from student.model.initialize import initialize_student
-from student.training.train import check, identity_of, is_finished
+from student.training.train import check, decide, identity_of, is_finished
 from tests.fixtures.toy_run import load_toy, write_toy_shards
 
 STEPS = ["train.steps=2"]
@@ -253,12 +253,12 @@ def test_a_model_of_another_block_length(config: PipelineConfig) -> None:
 def test_checkpoints_of_another_start_are_refused_before_they_are_loaded(config: PipelineConfig) -> None:
     shutil.rmtree(config.student_final_dir)
     identity = identity_of(config, check(config, 1))
-    write_json(config.checkpoints_dir / "identity.json", identity)
-    (config.checkpoints_dir / "latest").write_text("step-1")
-    assert not is_finished(config, identity)
+    record = {"step": 1, "ranks": 1, "zero_stage": 2, "identity": identity, "sizes": {}}
+    write_json(config.checkpoints_dir / "step-1/complete.json", record)
+    assert [found.step for found in decide(config, 1).checkpoints] == [1]
     other = another_start(config)
-    with pytest.raises(CheckpointError, match=r"checkpoints was trained with other .*start: .* there, .* now"):
-        is_finished(other, identity_of(other, check(other, 1)))
+    with pytest.raises(CheckpointError, match=r"step-1 was trained with other .*start: .* there, .* now"):
+        decide(other, 1)
 
 
 def test_an_export_says_what_it_was_trained_from(config: PipelineConfig, caplog: pytest.LogCaptureFixture) -> None:

@@ -30,7 +30,7 @@ def test_taking_positions_keeps_each_position_its_own_events() -> None:
 
 def test_rows_are_padded_apart_and_targets_follow_their_positions() -> None:
     samples = [make_sample("a", 3, 6), make_sample("b", 1, 4)]
-    rows = [lay_out(s, np.array([0, 2]), block_length=3, mask_id=99, max_sequence_tokens=100) for s in samples]
+    rows = [lay_out(s, np.array([0, 2]), block_length=3, mask_id=99) for s in samples]
     batch = collate(samples, rows, pad_id=7)
     assert batch.input_ids.shape == (2, len(rows[0]))
     padding = batch.document_ids[1] == -1
@@ -51,7 +51,7 @@ def test_rows_are_padded_apart_and_targets_follow_their_positions() -> None:
 
 def test_event_masses_and_tail_sum_to_one_after_collation() -> None:
     samples = [make_sample("a", 3, 6), make_sample("b", 1, 5)]
-    rows = [lay_out(s, np.array([0, 2, 4]), block_length=4, mask_id=99, max_sequence_tokens=100) for s in samples]
+    rows = [lay_out(s, np.array([0, 2, 4]), block_length=4, mask_id=99) for s in samples]
     targets = collate(samples, rows, pad_id=0).targets
     for n in range(len(targets.observed_ids)):
         mass = targets.event_mass[targets.event_offsets[n] : targets.event_offsets[n + 1]].sum() + targets.tail[n]
@@ -61,14 +61,14 @@ def test_event_masses_and_tail_sum_to_one_after_collation() -> None:
 
 def test_a_block_knows_at_its_anchor_that_the_token_before_has_ended() -> None:
     sample = make_sample("a", 3, 6)
-    row = lay_out(sample, np.array([1, 3]), block_length=3, mask_id=99, max_sequence_tokens=100)
+    row = lay_out(sample, np.array([1, 3]), block_length=3, mask_id=99)
     targets = collate([sample], [row], pad_id=0).targets
     assert targets.observed_logprob.tolist() == [-0.5, -1, -1, -0.5, -1, -1]
 
 
 def test_depth_weights() -> None:
     sample = make_sample("a", 3, 6)
-    row = lay_out(sample, np.array([1]), block_length=3, mask_id=99, max_sequence_tokens=100)
+    row = lay_out(sample, np.array([1]), block_length=3, mask_id=99)
     assert collate([sample], [row], pad_id=0, depth_decay=0.5).targets.weight.tolist() == [1, 0.5, 0.25]
 
 

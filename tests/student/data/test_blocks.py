@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from student.data.blocks import choose_anchors, lay_out, sample_generator
+from student.data.blocks import choose_anchors, fitting_anchors, lay_out, sample_generator
 from tests.fixtures.aligned_samples import make_sample
 
 MASK = 99
@@ -12,7 +12,7 @@ MASK = 99
 
 def test_a_row_by_hand() -> None:
     sample = make_sample("a", prompt_length=2, response_length=5, anchors=[0, 3])
-    row = lay_out(sample, np.array([0, 3]), block_length=3, mask_id=MASK, max_sequence_tokens=100)
+    row = lay_out(sample, np.array([0, 3]), block_length=3, mask_id=MASK)
     x = sample.input_ids
     assert row.input_ids.tolist() == [x[0], x[1], x[2], x[3], x[4], *[MASK] * 6]
     assert row.position_ids.tolist() == [0, 1, 2, 3, 4, 2, 3, 4, 5, 6, 7]
@@ -34,8 +34,8 @@ def test_a_row_by_hand() -> None:
 def test_every_target_stands_at_its_own_position(prompt: int, response: int, block: int, count: int, seed: int) -> None:
     """LLaDA is not shifted: the masked token with position P + i has response token i as its target."""
     sample = make_sample("a", prompt, response)
-    anchors = choose_anchors(sample, count, np.random.default_rng(seed))
-    row = lay_out(sample, anchors, block, MASK, max_sequence_tokens=1000)
+    anchors = choose_anchors(np.flatnonzero(sample.is_anchor), count, np.random.default_rng(seed))
+    row = lay_out(sample, anchors, block, MASK)
     assert np.array_equal(row.position_ids[row.supervised], prompt + row.response_positions)
     assert (row.input_ids[row.supervised] == MASK).all()
     assert np.array_equal(row.response_positions - (row.depth - 1), anchors[row.block])
@@ -44,24 +44,28 @@ def test_every_target_stands_at_its_own_position(prompt: int, response: int, blo
     assert clean.sum() == prompt + anchors.max(), "nothing sees clean tokens past the last anchor"
 
 
-def test_blocks_past_the_longest_position_are_left_out() -> None:
+def test_only_anchors_whose_block_fits_are_chosen_from() -> None:
     sample = make_sample("a", prompt_length=4, response_length=10)
-    row = lay_out(sample, np.arange(10), block_length=3, mask_id=MASK, max_sequence_tokens=9)
-    assert row.position_ids.max() == 8
-    assert set(row.block.tolist()) == {0, 1, 2}
+    anchors = fitting_anchors(sample, block_length=3, max_sequence_tokens=9)
+    assert anchors.tolist() == [0, 1, 2]
+    assert lay_out(sample, anchors, 3, MASK).position_ids.max() == 8
+    assert fitting_anchors(sample, block_length=3, max_sequence_tokens=6).tolist() == []
+    # One that fits is found among many that do not: the choice comes after.
+    long = make_sample("b", prompt_length=4, response_length=2000)
+    assert choose_anchors(fitting_anchors(long, 3, 8), 4, np.random.default_rng(0)).tolist() == [0, 1]
 
 
 def test_anchors_depend_on_seed_epoch_and_sample_alone() -> None:
     sample = make_sample("a", 3, 40)
 
     def chosen(seed: int, epoch: int, name: str) -> list[int]:
-        return choose_anchors(sample, 5, sample_generator(seed, epoch, name)).tolist()
+        return choose_anchors(np.flatnonzero(sample.is_anchor), 5, sample_generator(seed, epoch, name)).tolist()
 
     assert chosen(0, 0, "a") == chosen(0, 0, "a")
     assert len({tuple(chosen(*key)) for key in [(0, 0, "a"), (1, 0, "a"), (0, 1, "a"), (0, 0, "b")]}) == 4
 
 
 def test_only_anchor_positions_start_blocks() -> None:
-    sample = make_sample("a", 3, 10, anchors=[0, 4, 7])
-    assert choose_anchors(sample, 2, np.random.default_rng(0)).tolist() in ([0, 4], [0, 7], [4, 7])
-    assert choose_anchors(sample, 9, np.random.default_rng(0)).tolist() == [0, 4, 7]
+    candidates = fitting_anchors(make_sample("a", 3, 10, anchors=[0, 4, 7]), 3, 100)
+    assert choose_anchors(candidates, 2, np.random.default_rng(0)).tolist() in ([0, 4], [0, 7], [4, 7])
+    assert choose_anchors(candidates, 9, np.random.default_rng(0)).tolist() == [0, 4, 7]

@@ -25,7 +25,21 @@ def test_the_train_section_fills_in_what_follows_from_it(tmp_path: Path) -> None
         "gradient_accumulation_steps": 5,
         "gradient_clipping": 0.7,
         "bf16": {"enabled": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
     }
+
+
+def test_gradients_add_up_in_float32_unless_the_file_says_otherwise(tmp_path: Path) -> None:
+    path = tmp_path / "zero.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2}, "data_types": {"grad_accum_dtype": "bf16"}}))
+    assert deepspeed_config(config(path), 1)["data_types"] == {"grad_accum_dtype": "bf16"}
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2}, "checkpoint": {"tag_validation": "Fail"}}))
+    assert deepspeed_config(config(path), 1, is_universal=True)["checkpoint"] == {
+        "tag_validation": "Fail",
+        "load_universal": True,
+    }
+    path.write_text("{}")  # without ZeRO DeepSpeed has no such mix
+    assert "data_types" not in deepspeed_config(config(path), 1)
 
 
 @pytest.mark.parametrize("name", ["zero2.json", "zero3.json"])
@@ -59,4 +73,4 @@ def test_auto_is_the_dtype_that_the_machine_is_fast_in(
     assert training_dtype(TrainConfig(steps=1)) == dtype
     assert training_dtype(TrainConfig(steps=1, dtype="bfloat16")) == "bfloat16"
     config = PipelineConfig.model_construct(train=TrainConfig(steps=1), student=StudentConfig(checkpoint="c"), seed=0)
-    assert run_identity(config, {}, 1)["train.dtype"] == dtype
+    assert run_identity(config, {})["train.dtype"] == dtype

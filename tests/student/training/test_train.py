@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,27 @@ def test_ranks_micro_batches_and_zero_stage_change_nothing(run: Path, tmp_path: 
         torch.testing.assert_close(of_layout, losses["one rank"], rtol=1e-4, atol=0, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_killed_and_resumed_equals_never_killed(run: Path) -> None:
+def interrupt(path: Path, overrides: Sequence[str], step: int) -> None:
+    """Start training and kill every process of it once the checkpoint of `step` is complete."""
+    complete = load_config(path).checkpoints_dir / f"step-{step}/complete.json"
+    with subprocess.Popen(
+        command(path, overrides),
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    ) as process:
+        deadline = time.monotonic() + 300
+        while not complete.exists():
+            assert process.poll() is None, "training ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        # A launcher's ranks are not in its process group: each is killed by name, as a node's failure would.
+        for started in (*psutil.Process(process.pid).children(recursive=True), process):
+            started.kill()
+
+
+@pytest.mark.parametrize("newest", ["whole", "damaged"])
+def test_killed_and_resumed_equals_never_killed(run: Path, newest: str) -> None:
     overrides = ("train.world_size=2", "train.steps=60", "train.checkpoint_steps=10")
     train(run, *overrides)
     config = load_config(run)
@@ -106,30 +127,113 @@ def test_killed_and_resumed_equals_never_killed(run: Path) -> None:
     shutil.rmtree(config.student_final_dir)
     (config.run_dir / "metrics.jsonl").unlink()
 
-    with subprocess.Popen(
-        command(run, overrides),
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    ) as process:
-        latest = config.checkpoints_dir / "latest"
-        deadline = time.monotonic() + 300
-        while not (latest.exists() and latest.read_text().strip() == "step-20"):
-            assert process.poll() is None, "training ended before it could be killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        # A launcher's ranks are not in its process group: each is killed by name, as a node's failure would.
-        for started in (*psutil.Process(process.pid).children(recursive=True), process):
-            started.kill()
+    interrupt(run, overrides, step=20)
     assert not config.student_final_dir.exists()
+    if newest == "damaged":
+        for folder in config.checkpoints_dir.glob("step-[23456]0"):
+            part = next(folder.glob("zero_pp_rank_1_*optim_states.pt"))
+            part.write_bytes(part.read_bytes()[:-1000])
 
-    log = train(run, *overrides).stderr
+    log = " ".join(train(run, *overrides).stderr.split())
     assert "resuming after step" in log
+    if newest == "damaged":
+        assert "step-20 is damaged (zero_pp_rank_1_mp_rank_00_optim_states.pt has " in log
+        assert "resuming after step 10 of 60" in log
     assert metrics(run) == whole
     resumed = weights(config)
     assert resumed.keys() == whole_weights.keys()
     for name, value in whole_weights.items():
         assert torch.equal(resumed[name], value), name
+
+
+def test_a_run_goes_on_with_other_ranks_and_another_stage(run: Path, tmp_path: Path) -> None:
+    """One run under ZeRO-2 by two ranks, and one that is moved three times before it ends."""
+    stages = {stage: tmp_path / f"zero{stage}.json" for stage in (1, 3)}
+    for stage, path in stages.items():
+        settings = {"stage": stage, "stage3_param_persistence_threshold": 0} if stage == 3 else {"stage": stage}
+        path.write_text(json.dumps({"zero_optimization": settings}))
+    steps = ("train.steps=16", "train.checkpoint_steps=4", "train.global_batch=12")
+    train(run, "train.world_size=2", *steps)
+    config = load_config(run)
+    whole = torch.tensor([entry["loss"] for entry in metrics(run)])
+    shutil.rmtree(config.student_final_dir)
+
+    interrupt(run, ("train.world_size=2", *steps), step=4)
+    interrupt(run, ("train.world_size=3", *steps), step=8)
+    interrupt(run, ("train.world_size=2", f"train.deepspeed={stages[3]}", *steps), step=12)
+    log = " ".join(train(run, "train.world_size=1", f"train.deepspeed={stages[1]}", *steps).stderr.split())
+    assert "saved by 2 ranks under ZeRO-3, resumed by 1 under ZeRO-1" in log
+    assert "resuming after step 12 of 16" in log
+    assert [entry["step"] for entry in metrics(run)] == list(range(1, 17))
+    losses = torch.tensor([entry["loss"] for entry in metrics(run)])
+    torch.testing.assert_close(losses, whole, rtol=1e-3, atol=0)
+    assert not list(config.checkpoints_dir.glob("*universal*"))
+
+
+def launched(path: Path, *launcher: str, options: Sequence[str] = (), **environment: str) -> subprocess.Popen[str]:
+    """`student train`, started by `launcher`, or as it is."""
+    program = [*launcher, "student.cli", "train", str(path), *options]
+    return subprocess.Popen(
+        program,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_every_launcher_starts_the_same_run(run: Path) -> None:
+    config = load_config(run)
+    options = ["--set", "train.steps=3"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    agent = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=1"]
+    nodes = ["--nnodes=2", "--master-addr=127.0.0.1", f"--master-port={port}"]
+    bin_dir = Path(sys.executable).parent
+    deepspeed = [str(bin_dir / "deepspeed"), "--num_accelerators=2", f"--master_port={port}"]
+    path = {"PATH": f"{bin_dir}{os.pathsep}{os.environ['PATH']}"}
+    slurm = {
+        "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_JOB_ID": "1", "MASTER_PORT": port,
+    }  # fmt: skip
+    by_hand = [sys.executable, "-m"]
+    launchers: dict[str, Callable[[], list[subprocess.Popen[str]]]] = {
+        "two torchrun agents": lambda: [
+            launched(run, *agent, *nodes, f"--node-rank={node}", "-m", options=options) for node in range(2)
+        ],
+        "deepspeed": lambda: [launched(run, *deepspeed, "--module", options=options, **path)],
+        "deepspeed, no local rank": lambda: [
+            launched(run, *deepspeed, "--no_local_rank", "--module", options=options, **path)
+        ],
+        "srun": lambda: [
+            launched(run, *by_hand, options=options, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank), **slurm)
+            for rank in range(2)
+        ],
+    }
+    losses = {}
+    for name, start in launchers.items():
+        shutil.rmtree(config.student_final_dir, ignore_errors=True)
+        started = start()
+        outputs = [process.communicate(timeout=300)[0] for process in started]
+        assert [process.returncode for process in started] == [0] * len(started), f"{name}: {outputs}"
+        losses[name] = [entry["loss"] for entry in metrics(run)]
+        assert json.loads((config.student_final_dir / "training.json").read_text())["steps"] == 3
+    assert all(of_launcher == losses["srun"] for of_launcher in losses.values()), losses
+
+
+def test_a_rank_that_a_launcher_started_refuses_shifted_rows(tmp_path: Path) -> None:
+    config = load_config(toy_config(tmp_path))
+    write_toy_shards(config, shift=1)
+    initialize_student(config)
+    prepare(config)
+    ranks = launched(
+        tmp_path / "toy.yaml",
+        *[sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"],
+    )
+    output = " ".join(ranks.communicate(timeout=300)[0].split())
+    assert ranks.returncode != 0
+    assert output.count("error: the stored rows give the observed tokens a mean probability of") == 1, output
+    assert not config.student_final_dir.exists()
 
 
 def test_a_finished_run_is_left_alone_and_other_settings_are_refused(run: Path) -> None:
