@@ -16,7 +16,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -203,14 +203,22 @@ def _done_units(store: UnitStore[PreparedUnit], keys: dict[str, str]) -> dict[st
     def again(error: DatasetError) -> None:
         _logger.warning("%s; doing this unit again", error)
 
+    def is_whole(entry: PreparedUnit) -> bool:
+        try:
+            store.storage.open_verified(entry.file, entry.sha256)
+        except DatasetError as error:
+            again(error)
+            return False
+        return True
+
+    current = {unit: entry for unit, entry in store.committed(again).items() if entry.key == keys.get(unit)}
     done = {}
-    for unit, entry in store.committed(again).items():
-        if entry.key == keys.get(unit):
-            try:
-                store.storage.open_verified(entry.file, entry.sha256)
-                done[unit] = entry
-            except DatasetError as error:
-                again(error)
+    with ThreadPoolExecutor() as pool, progress() as bar:  # hashing leaves the interpreter to the other threads
+        task = bar.add_task("Checking targets", total=len(current), note="")
+        for entry, whole in zip(current.values(), pool.map(is_whole, current.values()), strict=True):
+            if whole:
+                done[entry.unit] = entry
+            bar.update(task, advance=1)
     return done
 
 

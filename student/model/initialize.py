@@ -18,7 +18,7 @@ import yaml
 from shared.config import PipelineConfig, dump_config
 from shared.errors import ConfigError
 from shared.files import new_directory, write_json
-from student.lineage import IDENTITY, present, start_identity
+from student.lineage import IDENTITY, present, read_json, start_identity
 from student.model.source import EMBEDDING, HEAD, Source, changed
 from student.model.transplant import TransplantReport, plan_transplant
 
@@ -32,6 +32,8 @@ _logger = logging.getLogger(__name__)
 def initialize_student(config: PipelineConfig) -> Path:
     """Write the student's starting point to `config.student_init_dir`, whole or not at all; an older one goes.
 
+    One that the same settings and inputs made is left as it is.
+
     Raises:
         ConfigError: if the settings contradict one another or name layers that do not exist.
         CheckpointError: if the checkpoint is missing or not of a supported architecture.
@@ -44,6 +46,12 @@ def initialize_student(config: PipelineConfig) -> Path:
     from student.model.modeling_llada import LladaForMaskedDiffusion
 
     settings = config.student
+    made_from = present(config, "dataset") if settings.tokenizer.kind == "trained" else {}
+    identity = {IDENTITY: start_identity(config)} | made_from
+    record = read_json(config.student_init_dir / "initialization.json") or {}
+    if {key: record.get(key) for key in identity} == identity:
+        _logger.info("already initialized: %s", config.student_init_dir)
+        return config.student_init_dir
     source = None if settings.checkpoint is None else Source.open(settings.checkpoint, settings.revision)
     if source is not None and settings.layers is not None:
         source = source.keep_layers(settings.layers)
@@ -82,11 +90,10 @@ def initialize_student(config: PipelineConfig) -> Path:
         with torch.device("meta"):
             model = LladaForMaskedDiffusion(shape)
     summary = _summary(config, source, shape, new, report, sum(tensor.numel() for tensor in weights.values()))
-    made_from = present(config, "dataset") if settings.tokenizer.kind == "trained" else {}
     with new_directory(config.student_init_dir) as partial:
         save_student(model, tokenizer, partial, state_dict=weights)
         (partial / "resolved_config.yaml").write_text(dump_config(config), encoding="utf-8")
-        write_json(partial / "initialization.json", summary | {IDENTITY: start_identity(config)} | made_from)
+        write_json(partial / "initialization.json", summary | identity)
     _logger.info("%s: %s", config.student_init_dir, summary["text"])
     return config.student_init_dir
 

@@ -196,9 +196,22 @@ def test_a_vocabulary_of_an_older_dataset_is_named_and_used(
 def test_a_start_made_twice_is_the_same(config: PipelineConfig) -> None:
     before = weights_fingerprint(config.student_init_dir)
     tokenizer = tokenizer_fingerprint(*load_tokenizer(config.student_init_dir))
+    shutil.rmtree(config.student_init_dir)
     initialize_student(config)
     assert weights_fingerprint(config.student_init_dir) == before
     assert tokenizer_fingerprint(*load_tokenizer(config.student_init_dir)) == tokenizer
+
+
+def test_a_start_that_is_up_to_date_is_left_as_it_is(config: PipelineConfig, caplog: pytest.LogCaptureFixture) -> None:
+    weights = config.student_init_dir / "model.safetensors"
+    made = weights.stat().st_ino
+    with caplog.at_level(logging.INFO):
+        initialize_student(config)
+    assert f"already initialized: {config.student_init_dir}" in caplog.text
+    assert weights.stat().st_ino == made
+    replace_shards(config)  # its vocabulary was trained on the others
+    initialize_student(config)
+    assert weights.stat().st_ino != made
 
 
 def test_weights_have_one_fingerprint_however_they_are_stored(config: PipelineConfig, tmp_path: Path) -> None:

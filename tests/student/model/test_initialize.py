@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,7 @@ def test_random_weights_depend_on_the_seed_alone(configured: Any) -> None:
     shape = {"d_model": 32, "n_layers": 2, "n_heads": 4, "mlp_hidden_size": 48}
     config = configured(checkpoint=None, shape=shape, tokenizer={"kind": "trained", "vocab_size": 300})
     first = load_student(initialize_student(config))[0].state_dict()
+    shutil.rmtree(config.student_init_dir)
     second = load_student(initialize_student(config))[0].state_dict()
     other = load_student(initialize_student(config.model_copy(update={"seed": 1})))[0].state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
