@@ -128,7 +128,9 @@ def complete(directory: Path, identity: dict[str, Any]) -> list[Checkpoint]:
     for folder in _folders(directory):
         record = read_json(folder / COMPLETE)
         if record is None:
-            logger.warning("%s has no %s: its save was interrupted, it is not used", folder, COMPLETE)
+            logger.warning(
+                "%s has no %s: its save was interrupted or is an earlier release's; it is not used", folder, COMPLETE
+            )
             continue
         found = Checkpoint(
             folder, record["step"], record["ranks"], record["zero_stage"], record[IDENTITY], record["sizes"]
