@@ -120,7 +120,7 @@ def interrupt(path: Path, overrides: Sequence[str], step: int) -> None:
 
 def test_killed_damaged_and_resumed_equals_never_killed(run: Path) -> None:
     """The newest checkpoints are cut off, so the one before them is what is resumed."""
-    overrides = ("train.world_size=2", "train.steps=60", "train.checkpoint_steps=10")
+    overrides = ("train.world_size=2", "train.steps=60", "train.checkpoint_steps=10", "train.keep_checkpoints=9")
     train(run, *overrides)
     config = load_config(run)
     whole, whole_weights = metrics(run), weights(config)
