@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import signal
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -367,8 +366,12 @@ def test_an_import_that_was_interrupted_says_what_to_do_with_another_file(
 ) -> None:
     path = tmp_path / "in.json"
     path.write_text(json.dumps([entry_of(reader, "plain")]))
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
-        patch.setattr(DatasetWriter, "write_unit", lambda *_: signal.raise_signal(signal.SIGINT))
+        patch.setattr(DatasetWriter, "write_unit", interrupt)
         with pytest.raises(KeyboardInterrupt):
             import_json(path, tmp_path / "d", tokenizer, ALL)
     path.write_text(json.dumps([entry_of(reader, "plain"), entry_of(reader, "ids")]))
