@@ -64,10 +64,10 @@ def render_record(record: Record, vocabulary: Vocabulary, candidates: int = 5, t
         row = Text()
         for index, logprob in zip(ids[:candidates], logprobs[:candidates], strict=True):
             style = "bold green" if index == own else ""
-            row.append(f"{_spelled(vocabulary, int(index))} {math.exp(logprob):.3f}", style).append("  ")
+            row.append(f"{_shown(vocabulary, int(index))} {math.exp(logprob):.3f}", style).append("  ")
         body.add_row(
             str(position),
-            Text(_spelled(vocabulary, own)),
+            Text(_shown(vocabulary, own)),
             _probability(math.exp(d.sampled[position])),
             _probability(float(d.tail[position])),
             row,
@@ -76,7 +76,7 @@ def render_record(record: Record, vocabulary: Vocabulary, candidates: int = 5, t
     return Group(head, body, Text(f"… {left} more tokens (--tokens)")) if left else Group(head, body)
 
 
-def _spelled(vocabulary: Vocabulary, index: int) -> str:
+def _shown(vocabulary: Vocabulary, index: int) -> str:
     if vocabulary.is_special[index]:
         return vocabulary.texts[index] or f"[{index}]"
     return repr(vocabulary.tokens[index].decode("utf-8", "backslashreplace"))

@@ -164,15 +164,15 @@ def table_problems(table: pa.Table, vocabulary: Vocabulary | None) -> Iterator[s
     if vocabulary is not None and in_vocabulary:
         for row, stored in enumerate(table["response_bytes"].to_pylist()):
             try:
-                spelled = vocabulary.decode(response[response_at[row] : response_at[row + 1]])
+                decoded = vocabulary.decode(response[response_at[row] : response_at[row + 1]])
             except VocabularyError as error:
                 yield f"record {names[row]!r}: {error}"
                 continue
-            if spelled != stored:
-                byte = _first_difference(spelled, stored)
+            if decoded != stored:
+                byte = _first_difference(decoded, stored)
                 yield (
                     f"record {names[row]!r}: response_bytes differ from the tokens' bytes at byte {byte}: "
-                    f"{stored[byte : byte + 12]!r} against {spelled[byte : byte + 12]!r}"
+                    f"{stored[byte : byte + 12]!r} against {decoded[byte : byte + 12]!r}"
                 )
     has = {name: is_present(table[name]) for name in DISTRIBUTION_COLUMNS}
     present = has["width"]

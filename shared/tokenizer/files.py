@@ -1,7 +1,7 @@
 """Read the tokenizer formats in use and recover the exact bytes of every token.
 
 One reader per format, one result: a `tokenizer.json` tree (the format of the `tokenizers` library) with the
-bytes, the spelling and the special flag of every id. Formats: a directory or file with `tokenizer.json`
+bytes, the string and the special flag of every id. Formats: a directory or file with `tokenizer.json`
 (byte-level BPE, SentencePiece-like with byte fallback), `tekken.json`, and tiktoken rank files.
 
 Bytes come from the vocabulary alone, never from decoding a single id: decoding is lossy for a token that
@@ -21,7 +21,7 @@ from typing import Any
 
 from shared.errors import VocabularyError
 
-SPACE_SYMBOL = "▁"  # SentencePiece's spelling of a space
+SPACE_SYMBOL = "▁"  # how SentencePiece writes a space
 
 
 @dataclass(slots=True)
@@ -31,7 +31,7 @@ class TokenizerFile:
     Attributes:
         source: the path that it was read from, for messages.
         tokens: bytes of every id, b"" for specials and for ids that no token has.
-        texts: the spelling of every id in its own file, "" for ids that no token has.
+        texts: the string of every id in its own file, "" for ids that no token has.
         is_special: True for special tokens and for ids that no token has.
         tree: the `tokenizer.json` tree; its `pre_tokenizer` is None for a rank file without its pattern.
         settings: `tokenizer_config.json`, empty where there is none.
@@ -54,7 +54,7 @@ def read_tokenizer_file(
     """Read the tokenizer at `path`, a file or a directory that holds one.
 
     Args:
-        specials: spelling → id of the special tokens, for tiktoken rank files, which do not hold them.
+        specials: string → id of the special tokens, for tiktoken rank files, which do not hold them.
         pattern: the regular expression that splits text before merging, for the same files.
 
     Raises:
@@ -134,7 +134,7 @@ def _model_vocabulary(model: dict[str, Any]) -> dict[str, int]:
 
 
 class _ByteLevel:
-    """Bytes of a token that GPT-2's byte-level alphabet spells."""
+    """Bytes of a token that GPT-2's byte-level alphabet writes."""
 
     def __init__(self, file: Path) -> None:
         self.file, self.byte_of = file, {character: byte for byte, character in byte_alphabet().items()}
@@ -150,7 +150,7 @@ class _ByteLevel:
 
 
 class _SentencePiece:
-    """Bytes of a token spelled as text with ▁ for the space, and `<0xNN>` for a byte if the model has byte fallback."""
+    """Bytes of a token written as text with ▁ for the space, and `<0xNN>` for a byte if the model has byte fallback."""
 
     def __init__(self, byte_fallback: bool) -> None:
         self.byte_fallback = byte_fallback
@@ -326,7 +326,7 @@ def with_merges(tree: dict[str, Any]) -> dict[str, Any]:
 
 @lru_cache(maxsize=1)
 def byte_alphabet() -> dict[int, str]:
-    """GPT-2's spelling of the 256 bytes: printable Latin-1 stands for itself, the rest follow from U+0100."""
+    """GPT-2's alphabet of the 256 bytes: printable Latin-1 stands for itself, the rest follow from U+0100."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + index) for index, byte in enumerate(others)}

@@ -1,6 +1,6 @@
 """Find what a tokenizer's special tokens are for, from its settings and its chat template.
 
-Spellings differ between families (`<|eot_id|>`, `<|im_end|>`, `</s>`) and are never looked at. Two made-up
+Their strings differ between families (`<|eot_id|>`, `<|im_end|>`, `</s>`) and are never looked at. Two made-up
 turns are rendered by the chat template and cut at the special tokens: the special before the role's name
 starts a header, the one between the name and the content ends it, and the one after the assistant's content
 ends its turn. The rest comes from the tokenizer's settings.
@@ -29,7 +29,7 @@ def find_roles(file: TokenizerFile, override: Mapping[str, int | str] | None = N
     """Role → token id, for the roles that the tokenizer has.
 
     Args:
-        override: role → id or spelling; wins over what is found.
+        override: role → id or string; wins over what is found.
 
     Raises:
         VocabularyError: if an override names an unknown role, or a token that is not one of the tokenizer's specials.

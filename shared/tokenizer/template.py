@@ -52,8 +52,8 @@ class Specials:
         self.ids = {text: index for index, text in enumerate(file.texts) if file.is_special[index] and text}
         longest_first = sorted(self.ids, key=len, reverse=True)
         # The lookahead is for specials of one character, which a break cannot part.
-        spelled = "|".join(map(re.escape, longest_first))
-        self.pattern = re.compile(f"(?:{spelled})(?!{BREAK})") if longest_first else None
+        names = "|".join(map(re.escape, longest_first))
+        self.pattern = re.compile(f"(?:{names})(?!{BREAK})") if longest_first else None
 
     def split(self, text: str) -> list[int | str]:
         """`text` as special ids and the text between them."""

@@ -40,7 +40,7 @@ class Vocabulary:
     Attributes:
         tokens: bytes of every id, b"" for specials.
         is_special: bool [V].
-        texts: the spelling of every id in the tokenizer's own file.
+        texts: the string of every id in the tokenizer's own file.
         roles: role → id; `shared.tokenizer.roles.ROLES` are the roles that there are.
     """
 
@@ -59,7 +59,7 @@ class Vocabulary:
         """Read the tokenizer at `path`: a directory or file of Hugging Face, tekken or tiktoken.
 
         Args:
-            roles: role → id or spelling; wins over what the settings and the chat template say.
+            roles: role → id or string; wins over what the settings and the chat template say.
             reading: `specials` and `pattern` of a tiktoken file (`read_tokenizer_file`).
 
         Raises:
@@ -166,8 +166,8 @@ class Encoder:
             tree = with_merges(tree)
         self.vocabulary = vocabulary
         normalizer = list(components(tree.get("normalizer")))
-        structural = [part for part in normalizer if _spells_space(part)]
-        lossy = [part for part in normalizer if not _spells_space(part) and part["type"] != "Prepend"]
+        structural = [part for part in normalizer if _writes_space(part)]
+        lossy = [part for part in normalizer if not _writes_space(part) and part["type"] != "Prepend"]
         tree = {
             **tree,
             "truncation": None,
@@ -213,8 +213,8 @@ class Encoder:
         """`encode` of each, the whole characters of all in one call of the tokenizer."""
         data = [text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text for text in texts]
         runs = [list(_runs(text)) for text in data]
-        spelled = iter(self._spell([run for parts in runs for run in parts]))
-        ids = [[index for _ in parts for index in next(spelled)] for parts in runs]
+        tokenized = iter(self._tokenize([run for parts in runs for run in parts]))
+        ids = [[index for _ in parts for index in next(tokenized)] for parts in runs]
         return [np.array(row, dtype=np.int32) for row in self._verified(ids, data, partial=False)]
 
     def encode_fragments(self, texts: Sequence[bytes], *, partial: bool = False) -> list[list[int]]:
@@ -230,28 +230,28 @@ class Encoder:
         Raises:
             VocabularyError: if the vocabulary has no tokens for some of the bytes.
         """
-        return self._verified(self._spell(list(map(_whole, texts))), texts, partial)
+        return self._verified(self._tokenize(list(map(_whole, texts))), texts, partial)
 
-    def _spell(self, pieces: Sequence[str | bytes]) -> list[list[int]]:
+    def _tokenize(self, pieces: Sequence[str | bytes]) -> list[list[int]]:
         """Ids of every piece: of text by the tokenizer, all in one call, of other bytes by its merges alone."""
         texts = [piece for piece in pieces if isinstance(piece, str)]
         encodings = iter(self._backend.encode_batch_fast(texts, add_special_tokens=False) if texts else ())
         return [next(encodings).ids if isinstance(piece, str) else self._encode_raw(piece) for piece in pieces]
 
-    def _verified(self, spelled: list[list[int]], texts: Sequence[bytes], partial: bool) -> list[list[int]]:
-        """`spelled`, which must have exactly the bytes of `texts`; where one has not, no ids or an error."""
+    def _verified(self, tokenized: list[list[int]], texts: Sequence[bytes], partial: bool) -> list[list[int]]:
+        """`tokenized`, which must have exactly the bytes of `texts`; where one has not, no ids or an error."""
         token = self.vocabulary.tokens.__getitem__
         try:
-            if [b"".join(map(token, ids)) for ids in spelled] == list(texts):
-                return spelled
+            if [b"".join(map(token, ids)) for ids in tokenized] == list(texts):
+                return tokenized
         except IndexError:
             pass  # an id that the vocabulary does not have: found again below, with its text
-        for at, (ids, text) in enumerate(zip(spelled, texts, strict=True)):
+        for at, (ids, text) in enumerate(zip(tokenized, texts, strict=True)):
             if self._bytes_of(ids) != text:
                 if not partial:
                     raise VocabularyError(self._missing(ids, text))
-                spelled[at] = []
-        return spelled
+                tokenized[at] = []
+        return tokenized
 
     def changed_by_normalizer(self, text: str | bytes) -> bool:
         """Whether the tokenizer's own normalizer (NFC, lower-casing, …) would change the text."""
@@ -307,7 +307,7 @@ def load_tokenizer(
     return vocabulary, Encoder(file, vocabulary)
 
 
-def _spells_space(part: dict[str, Any]) -> bool:
+def _writes_space(part: dict[str, Any]) -> bool:
     return part["type"] == "Replace" and part["pattern"].get("String") == " " and part["content"] == SPACE_SYMBOL
 
 

@@ -125,7 +125,7 @@ class Aligner:
             return "outside_vocabulary"
         if teacher.decode(record.response_ids) != record.response_bytes:
             return "bytes_mismatch"
-        if self.tables.identity:
+        if self.tables.same_tokenizer:
             return None
         if self.tables.student_encoder.changed_by_normalizer(record.response_bytes):
             counts["changed_text"] += 1

@@ -71,7 +71,7 @@ def lay_spans(tables: PairTables, teacher_ids: NDArray[np.int32]) -> Spans:
             ids.append(counterpart)
             special_rows.append(np.full(len(counterpart), first, np.int32))
             continue
-        if tables.identity:
+        if tables.same_tokenizer:
             encoded = np.asarray(teacher_ids[first:stop], dtype=np.int32)
         else:
             encoded = tables.student_encoder.encode(text[starts[first] : ends[stop - 1]].tobytes())
@@ -118,7 +118,7 @@ def retokenize(tables: PairTables, teacher_ids: ArrayLike, counts: Counter[str] 
         VocabularyError: if an id is outside the teacher's vocabulary.
     """
     ids = np.asarray(teacher_ids, dtype=np.int32)
-    if not len(ids) or tables.identity:
+    if not len(ids) or tables.same_tokenizer:
         return ids
     spans = lay_spans(tables, ids)
     if counts is not None:

@@ -67,7 +67,7 @@ class PairTables:
     """Tables of one (teacher, student) pair; rows are CSR.
 
     Attributes:
-        identity: both tokenizers are the same.
+        same_tokenizer: both tokenizers are the same.
         tokenization_offsets, tokenization_ids: int64 [V_T + 1] and int32, S(bytes of v); of a special its counterpart.
         first_teacher: int32 [V_S], g(s); -1 for specials without a counterpart.
         extension_offsets, extension_ids: int64 [V_T + 1] and int32, {s : g(s) = v}, rising.
@@ -77,7 +77,7 @@ class PairTables:
     student: Vocabulary
     student_encoder: Encoder
     teacher_encoder: Encoder | GreedyEncoder
-    identity: bool
+    same_tokenizer: bool
     tokenization_offsets: NDArray[np.int64]
     tokenization_ids: NDArray[np.int32]
     first_teacher: NDArray[np.int32]
@@ -150,14 +150,14 @@ def pair_tables(
     parts = [teacher.fingerprint, encoder.fingerprint, repr(teacher.roles)]
     parts += [student.fingerprint, student_encoder.fingerprint, repr(student.roles), str(_VERSION)]
     file = (cache or _cache_directory()) / f"{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:32]}.npz"
-    identity = teacher.fingerprint == student.fingerprint and (
+    same_tokenizer = teacher.fingerprint == student.fingerprint and (
         teacher_encoder is None or teacher_encoder.fingerprint == student_encoder.fingerprint
     )
     arrays: dict[str, Any] | None = _load(file)
     if arrays is None:
-        arrays = _identity(teacher) if identity else _build(teacher, student, student_encoder, encoder)
+        arrays = _identity(teacher) if same_tokenizer else _build(teacher, student, student_encoder, encoder)
         _save(file, arrays)
-    return PairTables(teacher, student, student_encoder, encoder, identity, **arrays)
+    return PairTables(teacher, student, student_encoder, encoder, same_tokenizer, **arrays)
 
 
 def special_counterparts(teacher: Vocabulary, student: Vocabulary) -> NDArray[np.int32]:

@@ -76,7 +76,7 @@ class ByteBridge:
         self, teacher: Vocabulary, teacher_encoder: Encoder, student: Vocabulary, student_encoder: Encoder
     ) -> None:
         self.teacher, self.student = teacher, student
-        self.identity = (
+        self.same_tokenizer = (
             teacher.fingerprint == student.fingerprint and teacher_encoder.fingerprint == student_encoder.fingerprint
         )
         self._encode_teacher, self._encode_student = teacher_encoder.encode, student_encoder.encode
@@ -127,7 +127,7 @@ class ByteBridge:
 
     def _student_tokens(self, context: BridgedContext, new: NDArray[np.int64]) -> tuple[NDArray[np.int32], int, bytes]:
         """Student tokens from the stable boundary on; then the new boundary, and the text after it."""
-        if self.identity:
+        if self.same_tokenizer:
             return new.astype(np.int32), context.stable + len(new), b""
         parts: list[NDArray[np.int32]] = []
         text, done = context.open_bytes, 0
@@ -171,7 +171,7 @@ class ByteBridge:
         end = self._teacher_end.get(int(ids[specials[0]])) if specials.size else None
         if specials.size:
             ids = ids[: specials[0]]
-        if self.identity:
+        if self.same_tokenizer:
             return [*ids.tolist(), *([] if end is None else [end])]
         text = context.open_bytes + self.student.decode(ids)
         whole = _whole_characters(text)

@@ -1,7 +1,7 @@
 """Who attends to whom: the attention layouts of draft training, packing and block diffusion, and one way to run them.
 
-A layout is a rule over per-token features ("same document and key position before the query's limit"). The one
-rule makes the dense mask of scaled_dot_product_attention (B x L x L booleans, right for CPUs and for short
+A layout is a function of per-token features ("same document and key position before the query's limit"). The one
+function makes the dense mask of scaled_dot_product_attention (B x L x L booleans, right for CPUs and for short
 sequences) and the sparse block mask of flex attention (GPUs: empty 128 x 128 tiles cost nothing). This file is
 copied beside exported weights and imports nothing of this project.
 
@@ -24,7 +24,7 @@ Features = tuple[Tensor, ...]
 
 
 class Layout:
-    """Base of the layouts: `features` are BxL tensors, `rule` says whether a query sees a key by their features."""
+    """Base of the layouts: `features` are BxL tensors, `sees` says whether a query sees a key by their features."""
 
     position_ids_BxL: Tensor
 
@@ -32,13 +32,13 @@ class Layout:
         raise NotImplementedError
 
     @staticmethod
-    def rule(query: Features, key: Features) -> Tensor:
+    def sees(query: Features, key: Features) -> Tensor:
         raise NotImplementedError
 
     def mask(self) -> Tensor:
         """bool [B, L, L], True where the query (dim 1) sees the key (dim 2). Every token sees itself."""
         features = self.features()
-        return self.rule(tuple(f[:, :, None] for f in features), tuple(f[:, None, :] for f in features))
+        return self.sees(tuple(f[:, :, None] for f in features), tuple(f[:, None, :] for f in features))
 
 
 def _run_starts(*ids_BxL: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ class PackedLayout(Layout):
         return (self.document_ids_BxL,)
 
     @staticmethod
-    def rule(query: Features, key: Features) -> Tensor:
+    def sees(query: Features, key: Features) -> Tensor:
         return query[0] == key[0]
 
 
@@ -108,7 +108,7 @@ class BlockCausalLayout(Layout):
         return self.document_ids_BxL, self.block_index_BxL
 
     @staticmethod
-    def rule(query: Features, key: Features) -> Tensor:
+    def sees(query: Features, key: Features) -> Tensor:
         return (query[0] == key[0]) & (key[1] <= query[1])
 
 
@@ -157,7 +157,7 @@ class AnchoredLayout(Layout):
         return self.document_ids_BxL, self.block_ids_BxL, positions, limit
 
     @staticmethod
-    def rule(query: Features, key: Features) -> Tensor:
+    def sees(query: Features, key: Features) -> Tensor:
         q_document, q_block, _, q_limit = query
         k_document, k_block, k_position, _ = key
         visible = torch.where(k_block == 0, k_position < q_limit, k_block == q_block)
@@ -215,10 +215,10 @@ def _eager_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Te
 def _flex_block_mask(layout: Layout) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
-    features, rule = layout.features(), layout.rule
+    features, sees = layout.features(), layout.sees
 
     def visible(batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return rule(tuple(f[batch, query] for f in features), tuple(f[batch, key] for f in features))
+        return sees(tuple(f[batch, query] for f in features), tuple(f[batch, key] for f in features))
 
     batch, length = features[0].shape
     return create_block_mask(visible, batch, None, length, length, device=features[0].device)

@@ -177,13 +177,13 @@ class EntryReader:
         """Raise where ids that are stated are of another text than the one that is stated."""
         if entry.prompt_ids is not None:
             bos = self.vocabulary.roles.get("bos")
-            spelled = self._spelled(prompt_ids)
-            short = self._spelled(prompt_ids[1:]) if len(prompt_ids) and prompt_ids[0] == bos else spelled
-            if not _is_same(spelled, prompt) and not _is_same(short, prompt):
-                _differ(where, "prompt_ids", spelled, "prompt_text" if entry.prompt_text else "prompt", prompt)
+            text = self._text_of(prompt_ids)
+            short = self._text_of(prompt_ids[1:]) if len(prompt_ids) and prompt_ids[0] == bos else text
+            if not _is_same(text, prompt) and not _is_same(short, prompt):
+                _differ(where, "prompt_ids", text, "prompt_text" if entry.prompt_text else "prompt", prompt)
         if entry.response_ids is not None and entry.response is not None:
             plain = self.vocabulary.decode(response_ids).decode("utf-8", "replace")
-            if not _is_same(plain, entry.response) and not _is_same(self._spelled(response_ids), entry.response):
+            if not _is_same(plain, entry.response) and not _is_same(self._text_of(response_ids), entry.response):
                 _differ(where, "response_ids", plain, "response", entry.response)
         ends = [self.vocabulary.roles.get(role) for role in ("end_of_turn", "end_of_text")]
         if entry.finish_reason == "length" and len(response_ids) and response_ids[-1] in ends:
@@ -192,8 +192,8 @@ class EntryReader:
                 f"{self.vocabulary.texts[response_ids[-1]]!r}; say stop, or take the token and its row out"
             )
 
-    def _spelled(self, ids: NDArray[np.int32]) -> str:
-        """The text of `ids`, special tokens spelled out."""
+    def _text_of(self, ids: NDArray[np.int32]) -> str:
+        """The text of `ids`, special tokens included."""
         special, vocabulary = self.vocabulary.is_special, self.vocabulary
         pieces = (vocabulary.texts[i].encode() if special[i] else vocabulary.tokens[i] for i in ids.tolist())
         return b"".join(pieces).decode("utf-8", "replace")

@@ -170,19 +170,19 @@ class RowReader:
         return ids
 
     def _id_of(self, name: Any) -> int | None:
-        """The tokenizer's own spelling first (`Ġthe`), else the text that the token stands for (` the`)."""
+        """The tokenizer's own string first (`Ġthe`), else the text that the token stands for (` the`)."""
         if not isinstance(name, str):
             return None
         index = self._ids_of_text.get(name)
         return self._vocabulary.ids.get(name.encode("utf-8", "surrogatepass")) if index is None else index
 
     def _is_name(self, name: Any, index: int) -> bool:
-        """Whether `name` is the token's spelling, or its text as tokenizers decode it alone."""
-        spelling = self._vocabulary.texts[index]
-        if name == spelling:
+        """Whether `name` is the token's string, or its text as tokenizers decode it alone."""
+        string = self._vocabulary.texts[index]
+        if name == string:
             return True
         text = self._vocabulary.tokens[index].decode("utf-8", "replace")
-        return bool(name == text or (spelling.startswith("▁") and name == text.removeprefix(" ")))
+        return bool(name == text or (string.startswith("▁") and name == text.removeprefix(" ")))
 
 
 def token_ids(values: list[Any], size: int, at: str) -> NDArray[np.int64]:

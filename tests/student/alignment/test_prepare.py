@@ -336,7 +336,7 @@ def test_the_audit_tells_what_a_person_wants_to_know(
     assert report.full + report.partial + report.without == pytest.approx(1)
     assert report.digits[1] == 1
     assert 1 <= len(report.unmatched) <= 20
-    assert all(b"".join(spelling) == token for token, _, spelling in report.unmatched)
+    assert all(b"".join(pieces) == token for token, _, pieces in report.unmatched)
     # Events may tell less than tokens, never more than a rounding.
     assert report.target_information == pytest.approx(report.teacher_information, abs=0.05)
     same = audit(config.shards_dir, tokenizers[0], console)

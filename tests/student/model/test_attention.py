@@ -198,7 +198,7 @@ def test_a_forward_never_waits_for_the_device(name: str) -> None:
 def test_the_whole_forward_is_one_graph(name: str | None) -> None:
     model = tiny_model()
     ids, layout = (random_ids(2, 24), None) if name is None else LAYOUTS[name]()[:2]
-    compiled = torch.compile(lambda tokens, rule: model(tokens, layout=rule).logits, fullgraph=True, backend="eager")
+    compiled = torch.compile(lambda tokens, plan: model(tokens, layout=plan).logits, fullgraph=True, backend="eager")
     assert torch.equal(compiled(ids, layout), model(ids, layout=layout).logits)
     torch.compiler.reset()
 

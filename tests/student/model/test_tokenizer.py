@@ -27,8 +27,8 @@ def test_it_is_of_llada_s_construction(tmp_path: Path) -> None:
     vocabulary = Vocabulary.from_tokenizer(tmp_path)
     assert {bytes([byte]) for byte in range(256)} <= set(vocabulary.tokens)
     assert vocabulary.is_special.sum() == len(SPECIAL_TOKENS)
-    spelled = {role: vocabulary.texts[index] for role, index in vocabulary.roles.items()}
-    assert spelled == {
+    strings = {role: vocabulary.texts[index] for role, index in vocabulary.roles.items()}
+    assert strings == {
         "bos": "<|startoftext|>",
         "end_of_text": "<|endoftext|>",
         "end_of_turn": "<|eot_id|>",
