@@ -2,21 +2,15 @@
 
 `application` builds a Typer app; `run` is the one boundary where a `UserError` becomes a single message on
 stderr and exit code 2. `ConfigArgument`, `SetOption` and `LogLevelOption` are the parameters that all
-commands share; `progress` is the one progress bar, silent where stderr is not a terminal and CI reads it;
-`lasting_interrupts` is for loops that must not miss a ctrl-C.
+commands share; `progress` is the one progress bar, silent where stderr is not a terminal and CI reads it.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Annotated
 
 import typer
@@ -80,10 +74,8 @@ def configure_logging(level: str) -> None:
     logging.basicConfig(level=number, format="%(message)s", handlers=[handler], force=True)
     # One progress bar a step is ours; libraries draw theirs through tqdm.
     os.environ.setdefault("TQDM_DISABLE", "1")
-    # DeepSpeed warns on every start that it found no GPU.
-    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
     # Libraries that narrate at INFO what their users do not act on.
-    for chatty in ("httpx", "urllib3", "matplotlib", "fsspec", "numba"):
+    for chatty in ("httpx", "urllib3", "matplotlib", "fsspec"):
         logging.getLogger(chatty).setLevel(max(number, logging.WARNING))
 
 
@@ -99,32 +91,3 @@ def progress() -> Progress:
         TextColumn("{task.fields[note]}", markup=False),
         console=stderr,
     )
-
-
-@contextmanager
-def lasting_interrupts() -> Iterator[Callable[[], None]]:
-    """A ctrl-C that is not lost; the function that it gives raises `KeyboardInterrupt` again if there was one.
-
-    Python raises it wherever the main thread is, and not all native code hands an exception on: vLLM's step swallows
-    one in 400. The program would then go on to its end as if nobody had asked it to stop. In other threads, which are
-    sent no signals, nothing changes.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: None
-        return
-    was_interrupted = False
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        nonlocal was_interrupted
-        was_interrupted = True
-        signal.default_int_handler(number, frame)
-
-    def check() -> None:
-        if was_interrupted:
-            raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield check
-    finally:
-        signal.signal(signal.SIGINT, previous)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +20,9 @@ def student(
 ) -> None:
     """Fine-tune LLaDA into a draft model from a teacher's shards, measure it and decode with it."""
     del local_rank  # `deepspeed --module` passes it to every rank, before the command; the environment has it too
+    # transformers imports DeepSpeed, which warns on every start that it found no GPU; numba narrates at DEBUG.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
+    logging.getLogger("numba").setLevel(logging.WARNING)
 
 
 @app.command()

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Protocol
 
 from shared.config import PipelineConfig
-from shared.console import lasting_interrupts, progress
+from shared.console import progress
 from shared.dataset.manifest import UnitEntry
 from shared.dataset.reader import Dataset, DatasetWriter, Manifest, Provenance
 from shared.dataset.records import Record
@@ -28,6 +28,7 @@ from shared.tokenizer.vocabulary import Vocabulary
 from teacher.capture import response_columns, to_distributions
 from teacher.checkpoints import check_checkpoint, ensure_checkpoint, fingerprint, load_tokenizer, vocabulary_size
 from teacher.engine import Answer, Engine, Request, engine_version, prepare_environment
+from teacher.interrupts import lasting_interrupts
 from teacher.prompts import Prompt, Renderer, load_prompts, prompts_fingerprint, split_prompts
 from teacher.summary import Summary, measure_capture, read_summary, summarize
 from teacher.units import Task, Unit, cut_units
