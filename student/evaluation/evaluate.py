@@ -81,10 +81,14 @@ def _measure(
     held_out: dict[str, list[Record]],
     prepared: PreparedDataset,
 ) -> dict[str, Any]:
+    import torch
+
     from student.drafting.propose import Drafter
     from student.model.export import load_student
+    from student.training.engine import training_dtype
 
-    model, tokenizer = load_student(directory)
+    # The start has its checkpoint's dtype, in which this machine may be slow.
+    model, tokenizer = load_student(directory, getattr(torch, training_dtype(config.train)))
     model.eval()
     drafter = Drafter.from_student(
         model,
