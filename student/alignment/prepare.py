@@ -212,7 +212,9 @@ def _done_units(store: UnitStore[PreparedUnit], keys: dict[str, str]) -> dict[st
         return True
 
     current = {unit: entry for unit, entry in store.committed(again).items() if entry.key == keys.get(unit)}
-    done = {}
+    done: dict[str, PreparedUnit] = {}
+    if not current:
+        return done
     with ThreadPoolExecutor() as pool, progress() as bar:  # hashing leaves the interpreter to the other threads
         task = bar.add_task("Checking targets", total=len(current), note="")
         for entry, whole in zip(current.values(), pool.map(is_whole, current.values()), strict=True):
