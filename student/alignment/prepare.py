@@ -16,7 +16,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from student.alignment.prepared import (
     VERSION,
     PreparedDataset,
     PreparedUnit,
+    damaged_units,
     data_file,
     unit_bytes,
     unit_store,
@@ -155,7 +156,7 @@ def prepare(config: PipelineConfig) -> PrepareSummary:
     keys = {unit.unit: _unit_key(source.key, unit.sha256) for unit in units}
     store = unit_store(target)
     store.storage.clear_partial()
-    done = _done_units(store, keys)
+    done = _done_units(target, store, keys)
     pending = [unit for unit in keys if unit not in done]
     if not pending and (finished := _finished(config, source, keys)):
         _logger.info("already prepared: %s", target)
@@ -197,31 +198,17 @@ def _unit_key(source_key: str, shard_sha256: str) -> str:
     return hashlib.sha256(f"{source_key}|{shard_sha256}".encode()).hexdigest()
 
 
-def _done_units(store: UnitStore[PreparedUnit], keys: dict[str, str]) -> dict[str, PreparedUnit]:
+def _done_units(directory: Path, store: UnitStore[PreparedUnit], keys: dict[str, str]) -> dict[str, PreparedUnit]:
     """Units that are aligned already, by what `keys` say now, and whole."""
 
     def again(error: DatasetError) -> None:
         _logger.warning("%s; doing this unit again", error)
 
-    def is_whole(entry: PreparedUnit) -> bool:
-        try:
-            store.storage.open_verified(entry.file, entry.sha256)
-        except DatasetError as error:
-            again(error)
-            return False
-        return True
-
     current = {unit: entry for unit, entry in store.committed(again).items() if entry.key == keys.get(unit)}
-    done: dict[str, PreparedUnit] = {}
-    if not current:
-        return done
-    with ThreadPoolExecutor() as pool, progress() as bar:  # hashing leaves the interpreter to the other threads
-        task = bar.add_task("Checking targets", total=len(current), note="")
-        for entry, whole in zip(current.values(), pool.map(is_whole, current.values()), strict=True):
-            if whole:
-                done[entry.unit] = entry
-            bar.update(task, advance=1)
-    return done
+    damaged = damaged_units(directory, {unit: entry.sha256 for unit, entry in current.items()}) if current else {}
+    for error in damaged.values():
+        again(error)
+    return {unit: entry for unit, entry in current.items() if unit not in damaged}
 
 
 # --- workers --------------------------------------------------------------------------------------------
@@ -287,6 +274,8 @@ def _index_entry(sample: AlignedSample, unit: str, batch: int) -> dict[str, Any]
         "batch": batch,
         "length": len(sample.input_ids),
         "soft": int((~np.isnan(sample.targets.tail)).sum()),
+        "anchors": int(sample.is_anchor.sum()),
+        "with_distributions": not bool(np.isnan(sample.targets.known).all()),
     }
     return {name: derived[name] if name in derived else getattr(sample, name) for name in INDEX_SCHEMA.names}
 

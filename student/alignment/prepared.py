@@ -4,6 +4,7 @@ DIR/data/UNIT.arrow      Arrow IPC, one record batch per sample, zstd; a sample 
 DIR/commits/UNIT.json    written after the data: the unit is done, with its checksum, counts and part of the index
 DIR/index.parquet        one row per sample: ids, split, rule, skill, lengths, where it lies
 DIR/manifest.json        written last; readers trust nothing else
+DIR/verified.json        units whose checksum was compared, with the size and time of change that they had then
 
 Units are kept in `shared.dataset.units.UnitStore`.
 """
@@ -13,7 +14,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +25,19 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from shared.config import PipelineConfig
+from shared.console import progress
 from shared.dataset.manifest import COMMITS, DATA, MANIFEST, Commit, check_unit_name
 from shared.dataset.records import offsets_of
 from shared.dataset.storage import LocalStorage
 from shared.dataset.units import UnitStore
-from shared.errors import DatasetError
+from shared.errors import CheckpointError, DatasetError
+from shared.files import write_json
 from student.alignment.targets import AlignedSample, SparseTargets
-from student.lineage import IDENTITY, prepared_identity, present, require_current_start, require_same
+from student.lineage import IDENTITY, prepared_identity, present, read_json, require_current_start, require_same
 
-VERSION = 2
+VERSION = 3
 INDEX = "index.parquet"
+VERIFIED = "verified.json"
 _AGAIN = "run `student prepare` again"
 _OPEN_UNITS = 16
 
@@ -68,6 +73,8 @@ INDEX_SCHEMA = pa.schema(
         pa.field("prompt_length", pa.int32()),
         pa.field("length", pa.int32()),
         pa.field("soft", pa.int32()),
+        pa.field("anchors", pa.int32()),
+        pa.field("with_distributions", pa.bool_()),
     ]
 )
 
@@ -92,6 +99,8 @@ class PreparedDataset:
         lengths: int64 [n], student tokens of each sample, prompt and response.
         prompt_lengths: int64 [n], student tokens of each sample's prompt.
         soft: int64 [n], positions of each sample that have a soft target.
+        anchors: int64 [n], positions of each sample's response where a block can start.
+        with_distributions: bool [n], whether the sample's record holds distributions.
         fingerprint: sha256 over what the samples were made from.
         identity: the dataset, the tokenizer and the settings that they were made from (`student.lineage`).
         has_distributions: some position has a soft target.
@@ -103,11 +112,14 @@ class PreparedDataset:
         self.lengths: NDArray[np.int64] = index["length"].to_numpy().astype(np.int64)
         self.prompt_lengths: NDArray[np.int64] = index["prompt_length"].to_numpy().astype(np.int64)
         self.soft: NDArray[np.int64] = index["soft"].to_numpy().astype(np.int64)
+        self.anchors: NDArray[np.int64] = index["anchors"].to_numpy().astype(np.int64)
+        self.with_distributions: NDArray[np.bool_] = np.asarray(index["with_distributions"].to_pylist(), dtype=bool)
         self.fingerprint: str = manifest["fingerprint"]
         self.identity: dict[str, Any] = manifest[IDENTITY]
         self.has_distributions = bool(manifest["summary"]["supervised_fraction"])
         self._index = {name: index[name].to_pylist() for name in ("split", "rule", "unit", "batch")}
         self._files: OrderedDict[str, pa.ipc.RecordBatchFileReader] = OrderedDict()
+        self._is_verified = False
 
     @classmethod
     def open(cls, directory: str | Path) -> PreparedDataset:
@@ -153,8 +165,22 @@ class PreparedDataset:
         require_current_start(config)
         return prepared
 
+    def verify(self) -> None:
+        """Compare every unit with its checksum before any is read, instead of each when it is first read.
+
+        Raises:
+            DatasetError: naming the first unit that is missing or damaged.
+        """
+        for error in damaged_units(self.directory, self._checksums()).values():
+            raise error
+        self._is_verified = True
+
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a data loader's process, which opens files of its own."""
+        return self.__dict__ | {"_files": OrderedDict()}
 
     def __getitem__(self, number: int) -> AlignedSample:
         """Sample `number`, 0 ≤ number < len.
@@ -176,13 +202,52 @@ class PreparedDataset:
         found = self._files.get(unit)
         if found is None:
             check_unit_name(unit)  # the index names it: no path out of the directory
-            file = self._storage.open_verified(data_file(unit), self.manifest["units"][unit]["sha256"])
-            found = pa.ipc.open_file(pa.memory_map(str(file)))
+            if not self._is_verified:
+                self._storage.open_verified(data_file(unit), self._checksums()[unit])
+            found = pa.ipc.open_file(pa.memory_map(str(self.directory / data_file(unit))))
             self._files[unit] = found
             if len(self._files) > _OPEN_UNITS:
                 self._files.popitem(last=False)
         self._files.move_to_end(unit)
         return found
+
+    def _checksums(self) -> dict[str, str]:
+        return {unit: entry["sha256"] for unit, entry in self.manifest["units"].items()}
+
+
+def damaged_units(directory: Path, checksums: Mapping[str, str]) -> dict[str, DatasetError]:
+    """What is wrong with each unit that is missing or differs from its checksum.
+
+    Reads in parallel what it has not compared before: `verified.json` keeps the size and time of change of the files
+    that were right, for later runs and for the other ranks of the node.
+    """
+    storage = unit_store(directory).storage
+    try:
+        stamps = read_json(directory / VERIFIED) or {}
+    except CheckpointError:  # a damaged one says nothing
+        stamps = {}
+    right: dict[str, list[Any]] = {}
+    damaged: dict[str, DatasetError] = {}
+
+    def compare(unit: str) -> None:
+        try:
+            status = (directory / data_file(unit)).stat()
+            stamp = [checksums[unit], status.st_size, status.st_mtime_ns]
+            if stamps.get(unit) != stamp:
+                storage.open_verified(data_file(unit), checksums[unit])
+            right[unit] = stamp
+        except FileNotFoundError:
+            damaged[unit] = DatasetError(f"{directory / data_file(unit)} is missing; {_AGAIN}, it mends this")
+        except DatasetError as error:
+            damaged[unit] = error
+
+    with ThreadPoolExecutor() as pool, progress() as bar:  # hashing leaves the interpreter to the other threads
+        task = bar.add_task("Checking targets", total=len(checksums), note="", visible=len(stamps) < len(checksums))
+        for _ in pool.map(compare, checksums):
+            bar.update(task, advance=1)
+    if right != stamps and directory.is_dir():
+        write_json(directory / VERIFIED, right)
+    return damaged
 
 
 def data_file(unit: str) -> str:

@@ -1,12 +1,12 @@
-"""Rows of several samples as the tensors of one forward, with the sparse targets of their supervised positions.
+"""Packed rows as the tensors of one forward, with the sparse targets of their supervised positions.
 
-Legend: B rows, L padded length, N supervised positions over the whole micro-batch.
+Legend: B rows, L tokens of a row, N supervised positions over the whole micro-batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,7 @@ class MicroBatch:
         supervised: int64 [N], indices into the flattened [B * L].
         targets: of the N supervised positions.
         tokens: tokens that are not padding.
+        sample_ids: of the samples in it, row after row.
     """
 
     input_ids: Tensor
@@ -40,6 +41,7 @@ class MicroBatch:
     supervised: Tensor
     targets: TargetBatch
     tokens: int
+    sample_ids: list[str]
 
     @property
     def target_count(self) -> int:
@@ -47,26 +49,33 @@ class MicroBatch:
         return len(self.targets.observed_ids)
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same micro-batch on `device`."""
-        return MicroBatch(
-            input_ids=self.input_ids.to(device, non_blocking=True),
-            position_ids=self.position_ids.to(device, non_blocking=True),
-            block_ids=self.block_ids.to(device, non_blocking=True),
-            document_ids=self.document_ids.to(device, non_blocking=True),
-            supervised=self.supervised.to(device, non_blocking=True),
-            targets=self.targets.to(device, non_blocking=True),
-            tokens=self.tokens,
-        )
+        """The same micro-batch on `device`; the copies do not wait where the memory is pinned."""
+        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> MicroBatch:
+        """The same micro-batch in page-locked memory; PyTorch's data loader calls this."""
+        return self._with(torch.Tensor.pin_memory)
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> MicroBatch:
+        own: dict[str, Any] = {
+            f.name: change(value) for f in fields(self) if torch.is_tensor(value := getattr(self, f.name))
+        }
+        return replace(self, **own, targets=self.targets.changed(change))
+
+
+LaidOut = tuple[AlignedSample, BlockRow]
 
 
 def collate(
-    samples: Sequence[AlignedSample], rows: Sequence[BlockRow], *, pad_id: int, depth_decay: float = 1.0
+    rows: Sequence[Sequence[LaidOut]], *, pad_id: int, row_tokens: int | None = None, depth_decay: float = 1.0
 ) -> MicroBatch:
-    """Pad `rows` to one length and gather the targets of their supervised positions.
+    """Put the samples of each row side by side, pad all rows to one length, and gather the targets.
 
-    An empty micro-batch becomes one row of one padding token, so that a rank without work stays in step.
+    Args:
+        row_tokens: L; null is the longest row.
     """
-    length = max((len(row) for row in rows), default=1)
+    used = [sum(len(block_row) for _, block_row in row) for row in rows]
+    length = row_tokens or max(used, default=1)
     shape = (max(len(rows), 1), length)
     input_ids = np.full(shape, pad_id, np.int64)
     position_ids = np.zeros(shape, np.int64)
@@ -74,38 +83,38 @@ def collate(
     document_ids = np.full(shape, PADDING_DOCUMENT, np.int64)
     supervised, blocks, next_block = [], [], 0
     for number, row in enumerate(rows):
-        input_ids[number, : len(row)] = row.input_ids
-        position_ids[number, : len(row)] = row.position_ids
-        block_ids[number, : len(row)] = row.block_ids
-        document_ids[number, : len(row)] = 0
-        supervised.append(number * length + row.supervised)
-        blocks.append(next_block + row.block)
-        next_block += int(row.block_ids.max(initial=0))
-    depth = _joined([row.depth for row in rows], np.int64)
+        start = 0
+        for document, (_, block_row) in enumerate(row):
+            own = number, slice(start, start + len(block_row))
+            input_ids[own], position_ids[own] = block_row.input_ids, block_row.position_ids
+            block_ids[own], document_ids[own] = block_row.block_ids, document
+            supervised.append(number * length + start + block_row.supervised)
+            blocks.append(next_block + block_row.block)
+            next_block += int(block_row.block_ids.max(initial=0))
+            start += len(block_row)
+    laid_out = [pair for row in rows for pair in row]
+    depth = _joined([block_row.depth for _, block_row in laid_out], np.int64)
     return MicroBatch(
         input_ids=torch.from_numpy(input_ids),
         position_ids=torch.from_numpy(position_ids),
         block_ids=torch.from_numpy(block_ids),
         document_ids=torch.from_numpy(document_ids),
         supervised=torch.from_numpy(_joined(supervised, np.int64)),
-        targets=_target_batch(samples, rows, depth, _joined(blocks, np.int64), depth_decay),
-        tokens=sum(len(row) for row in rows),
+        targets=_target_batch(laid_out, depth, _joined(blocks, np.int64), depth_decay),
+        tokens=sum(used),
+        sample_ids=[sample.sample_id for sample, _ in laid_out],
     )
 
 
 def _target_batch(
-    samples: Sequence[AlignedSample],
-    rows: Sequence[BlockRow],
-    depth: NDArray[np.int64],
-    block: NDArray[np.int64],
-    depth_decay: float,
+    laid_out: Sequence[LaidOut], depth: NDArray[np.int64], block: NDArray[np.int64], depth_decay: float
 ) -> TargetBatch:
-    chosen = [take_positions(s.targets, r.response_positions) for s, r in zip(samples, rows, strict=True)]
-    observed_ids = [s.input_ids[s.prompt_length + r.response_positions] for s, r in zip(samples, rows, strict=True)]
+    chosen = [take_positions(s.targets, r.response_positions) for s, r in laid_out]
+    observed_ids = [s.input_ids[s.prompt_length + r.response_positions] for s, r in laid_out]
     # At its anchor a block knows that the teacher's token before it has ended; deeper it does not.
     observed_logprob = [
         np.where(r.depth == 1, s.anchor_logprob[r.response_positions], s.observed_logprob[r.response_positions])
-        for s, r in zip(samples, rows, strict=True)
+        for s, r in laid_out
     ]
     tail = _joined([t.tail for t in chosen], np.float32)
     return TargetBatch(

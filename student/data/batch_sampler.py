@@ -1,25 +1,29 @@
-"""Which samples make up which step, as a pure function of (seed, epoch).
+"""Which samples make up which step, as a pure function of (seed, step).
 
-A step is `global_batch` samples. The order never depends on the number of ranks: a step's samples are fixed
-first and dealt to ranks and micro-batches afterwards, longest with longest, so that little is padded and every
-rank runs the same number of micro-batches. The state of an interrupted run is therefore one number, the step.
+An epoch is a permutation of the samples, packed into rows of one length; the rows of all epochs are one endless
+sequence, of which a step takes the next `global_batch`. So an epoch visits every sample once, the order never depends
+on the number of ranks, every rank runs the same number of forwards of the same shape, and the state of an interrupted
+run is one number, the step.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
+from bisect import bisect_right
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shared.errors import ConfigError
+from student.data.packing import pack
 
 
-@lru_cache(maxsize=2)
-def _permutation(seed: int, epoch: int, samples: int) -> NDArray[np.int64]:
-    """An epoch's order; kept, because every step of the epoch asks for its part."""
-    return np.random.default_rng([seed, epoch]).permutation(samples)
+class PackedRow(NamedTuple):
+    """The samples of one row, and the epoch that they are visited in."""
+
+    epoch: int
+    samples: NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,18 +31,23 @@ class BatchSampler:
     """The order of one training run.
 
     Attributes:
-        lengths: int64 [n], length of every training sample in tokens; only steers who shares a micro-batch.
+        lengths: int64 [n], the most tokens that each training sample takes in a row.
+        row_tokens: tokens of a row.
         seed: of the run.
-        global_batch: samples per step over all ranks and accumulation steps.
-        micro_batch: most samples per forward.
+        global_batch: rows per step over all ranks and accumulation steps.
+        micro_batch: most rows per forward.
         world_size: ranks.
     """
 
     lengths: NDArray[np.int64]
+    row_tokens: int
     seed: int
     global_batch: int
     micro_batch: int
     world_size: int
+    _first_rows: list[int] = field(default_factory=lambda: [0], repr=False)
+    """Of each epoch that is known, in the endless sequence."""
+    _packed: dict[int, list[NDArray[np.int64]]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if self.global_batch % self.world_size:
@@ -46,31 +55,59 @@ class BatchSampler:
                 f"train.global_batch is {self.global_batch}, which {self.world_size} ranks cannot share evenly; "
                 f"use a multiple of {self.world_size}"
             )
-        if len(self.lengths) < self.global_batch:
+        if (rows := len(self.epoch_rows(0))) < self.global_batch:
             raise ConfigError(
-                f"train.global_batch is {self.global_batch}, but only {len(self.lengths)} training samples are "
-                "prepared; lower it or collect more responses"
+                f"train.global_batch is {self.global_batch} rows of {self.row_tokens} tokens, but {len(self.lengths)} "
+                f"training samples fill only {rows}; lower it, or train.row_tokens, or collect more responses"
             )
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Whole steps in an epoch; the samples left over are others in every epoch."""
-        return len(self.lengths) // self.global_batch
 
     @property
     def accumulation(self) -> int:
         """Micro-batches per rank and step."""
         return -(-self.global_batch // (self.world_size * self.micro_batch))
 
-    def step_samples(self, step: int) -> tuple[int, NDArray[np.int64]]:
-        """Epoch and sample numbers of step `step` (0-based), before they are dealt out."""
-        epoch, within = divmod(step, self.steps_per_epoch)
-        permutation = _permutation(self.seed, epoch, len(self.lengths))
-        return epoch, permutation[within * self.global_batch : (within + 1) * self.global_batch]
+    def epoch_rows(self, epoch: int) -> list[NDArray[np.int64]]:
+        """The rows of an epoch, in order; two epochs are kept, because a step may reach into the next."""
+        if epoch not in self._packed:
+            generator = np.random.default_rng([self.seed, epoch])
+            order = generator.permutation(len(self.lengths))
+            rows = [order[row] for row in pack(self.lengths[order], self.row_tokens)]
+            shuffled = [rows[number] for number in generator.permutation(len(rows))]
+            for old in sorted(self._packed)[:-1]:
+                del self._packed[old]
+            self._packed[epoch] = shuffled
+        return self._packed[epoch]
 
-    def micro_batches(self, step: int, rank: int) -> tuple[int, list[NDArray[np.int64]]]:
-        """Epoch, and this rank's sample numbers of each micro-batch of the step."""
-        epoch, samples = self.step_samples(step)
-        by_length = samples[np.argsort(-self.lengths[samples], kind="stable")]
-        mine = by_length[rank :: self.world_size]
-        return epoch, np.array_split(mine, self.accumulation)
+    def steps_of(self, epochs: float) -> int:
+        """Steps until `epochs` passes over the samples are complete; the last may begin the next pass."""
+        whole, part = divmod(epochs, 1)
+        rows = self._first_row(int(whole)) + part * len(self.epoch_rows(int(whole)) if part else ())
+        return max(int(np.ceil(rows / self.global_batch)), 1)
+
+    def epochs_after(self, steps: int) -> float:
+        """Passes over the samples that are done after so many steps."""
+        epoch, row = self._find(steps * self.global_batch)
+        return epoch + row / len(self.epoch_rows(epoch))
+
+    def step_rows(self, step: int) -> list[PackedRow]:
+        """The rows of step `step` (0-based), before they are dealt out."""
+        found = [self._find(row) for row in range(step * self.global_batch, (step + 1) * self.global_batch)]
+        return [PackedRow(epoch, self.epoch_rows(epoch)[row]) for epoch, row in found]
+
+    def micro_batches(self, step: int, rank: int) -> list[list[PackedRow]]:
+        """This rank's rows of each micro-batch of the step."""
+        mine = self.step_rows(step)[rank :: self.world_size]
+        return [mine[start : start + self.micro_batch] for start in range(0, len(mine), self.micro_batch)]
+
+    def _first_row(self, epoch: int) -> int:
+        while len(self._first_rows) <= epoch:
+            last = len(self._first_rows) - 1
+            self._first_rows.append(self._first_rows[last] + len(self.epoch_rows(last)))
+        return self._first_rows[epoch]
+
+    def _find(self, row: int) -> tuple[int, int]:
+        """Epoch, and number within the epoch, of a row of the endless sequence."""
+        while self._first_rows[-1] <= row:
+            self._first_row(len(self._first_rows))
+        epoch = bisect_right(self._first_rows, row) - 1
+        return epoch, row - self._first_rows[epoch]

@@ -67,10 +67,26 @@ def fitting_anchors(sample: AlignedSample, block_length: int, max_sequence_token
 
 
 def choose_anchors(candidates: NDArray[np.int64], count: int, generator: np.random.Generator) -> NDArray[np.int64]:
-    """At most `count` of `candidates`, without replacement, in rising order."""
+    """At most `count` of `candidates`, spread evenly over them from a random start, in rising order.
+
+    Each is chosen with the same probability (systematic sampling). The last one is never far from the end, so that the
+    length of the row is known within the distance of two anchors before the sample is read.
+    """
     if len(candidates) > count:
-        candidates = generator.choice(candidates, size=count, replace=False)
-    return np.sort(candidates)
+        spacing = len(candidates) / count
+        candidates = candidates[((generator.random() + np.arange(count)) * spacing).astype(np.int64)]
+    return candidates
+
+
+def most_row_tokens(
+    lengths: NDArray[np.int64],
+    anchor_counts: NDArray[np.int64],
+    anchors: int,
+    block_length: int,
+    max_sequence_tokens: int,
+) -> NDArray[np.int64]:
+    """int64 [n], the most tokens that `lay_out` makes of samples of so many tokens and so many anchor positions."""
+    return np.minimum(lengths, max_sequence_tokens) + np.minimum(anchor_counts, anchors) * block_length
 
 
 def lay_out(sample: AlignedSample, anchors: NDArray[np.int64], block_length: int, mask_id: int) -> BlockRow:

@@ -1,25 +1,25 @@
 """The training samples of a run as micro-batches: order, anchors and collation put together.
 
-A forward's content depends on (seed, step) alone. Reading and collating happen in the caller's process; both are
-array copies.
+A forward's content depends on (seed, step) alone. PyTorch's data loader makes them ahead, in processes of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset
 
 from shared.config import PipelineConfig
 from shared.errors import TrainingError
 from student.alignment.prepared import PreparedDataset
 from student.alignment.targets import AlignedSample
-from student.data.batch import MicroBatch, collate
-from student.data.batch_sampler import BatchSampler
-from student.data.blocks import choose_anchors, fitting_anchors, lay_out, sample_generator
+from student.data.batch import LaidOut, MicroBatch, collate
+from student.data.batch_sampler import BatchSampler, PackedRow
+from student.data.blocks import choose_anchors, fitting_anchors, lay_out, most_row_tokens, sample_generator
 
 
 @dataclass(frozen=True)
@@ -44,54 +44,102 @@ class TrainingDataLoader:
         """The loader of `config` for `world_size` ranks.
 
         Raises:
-            DatasetError: if there is no prepared dataset. StaleError: if it is to be made again.
+            DatasetError: if there is no prepared dataset, or it is damaged. StaleError: if it is to be made again.
             TrainingError: if it holds no training sample.
             ConfigError: if the batch cannot be shared out.
         """
         prepared = PreparedDataset.of_run(config)
+        prepared.verify()
         of_split = np.asarray(prepared.indices(split="train"), dtype=np.int64)
         if not len(of_split):
             raise TrainingError(
                 f"{config.prepared_dir} holds no sample of the split 'train': collect some and prepare again"
             )
-        room = config.train.max_sequence_tokens - config.train.block_length
+        train = config.train
+        room = train.max_sequence_tokens - train.block_length
         chosen = of_split[prepared.prompt_lengths[of_split] <= room]
         if not len(chosen):
             raise TrainingError(
                 f"the shortest prompt has {prepared.prompt_lengths[of_split].min()} student tokens, which leaves no "
-                f"room for a block of {config.train.block_length} in train.max_sequence_tokens "
-                f"{config.train.max_sequence_tokens}; raise it"
+                f"room for a block of {train.block_length} in train.max_sequence_tokens {train.max_sequence_tokens}; "
+                "raise it"
             )
         sampler = BatchSampler(
-            lengths=np.asarray(prepared.lengths)[chosen],
-            seed=config.seed,
-            global_batch=config.train.global_batch,
-            micro_batch=config.train.micro_batch,
-            world_size=world_size,
+            most_row_tokens(
+                prepared.lengths[chosen],
+                prepared.anchors[chosen],
+                train.anchors,
+                train.block_length,
+                train.max_sequence_tokens,
+            ),
+            train.packed_row_tokens,
+            config.seed,
+            train.global_batch,
+            train.micro_batch,
+            world_size,
         )
-        steps = config.train.steps or max(round((config.train.epochs or 1) * sampler.steps_per_epoch), 1)
+        steps = train.steps or sampler.steps_of(train.epochs or 1)
         return cls(config, prepared, chosen, len(of_split) - len(chosen), sampler, steps)
 
     def sample(self, number: int) -> AlignedSample:
         """Training sample `number`, 0 ≤ number < n."""
         return self.prepared[int(self.chosen[number])]
 
-    @cached_property
+    @property
     def without_distributions(self) -> int:
         """Training samples of records that hold no distributions (rows that were too thin to use do not count)."""
-        suspects = np.flatnonzero(self.prepared.soft[self.chosen] == 0)
-        return sum(bool(np.isnan(self.sample(number).targets.known).all()) for number in suspects)
+        return int((~self.prepared.with_distributions[self.chosen]).sum())
 
-    def micro_batches(self, step: int, rank: int, mask_id: int, pad_id: int) -> Iterator[MicroBatch]:
-        """This rank's forwards of `step`."""
-        epoch, parts = self.sampler.micro_batches(step, rank)
-        train = self.config.train
-        for part in parts:
-            samples = [self.sample(number) for number in part]
-            rows = []
-            for sample in samples:
-                generator = sample_generator(self.config.seed, epoch, sample.sample_id)
-                candidates = fitting_anchors(sample, train.block_length, train.max_sequence_tokens)
-                anchors = choose_anchors(candidates, train.anchors, generator)
-                rows.append(lay_out(sample, anchors, train.block_length, mask_id))
-            yield collate(samples, rows, pad_id=pad_id, depth_decay=train.depth_decay)
+    def micro_batches(
+        self, rank: int, mask_id: int, pad_id: int, first_step: int = 0, workers: int | None = None
+    ) -> Iterator[MicroBatch]:
+        """This rank's forwards from `first_step` to the last step, `sampler.accumulation` a step.
+
+        Args:
+            workers: processes that make them ahead; 0 makes each when it is asked for, null is the config's number.
+        """
+        forwards = _Forwards(self, rank, mask_id, pad_id)
+        count = self.config.train.data_workers if workers is None else workers
+        return iter(
+            DataLoader(
+                forwards,
+                batch_size=None,
+                sampler=range(first_step * self.sampler.accumulation, len(forwards)),
+                num_workers=count,
+                pin_memory=torch.cuda.is_available(),
+                # A fork would copy the threads of Arrow, and of the rank's process group, in the middle of their work.
+                multiprocessing_context="spawn" if count else None,
+            )
+        )
+
+    def lay_out(self, row: PackedRow, mask_id: int) -> list[LaidOut]:
+        """The samples of a row, each with its blocks."""
+        train, laid_out = self.config.train, []
+        for number in row.samples:
+            sample = self.sample(number)
+            generator = sample_generator(self.config.seed, row.epoch, sample.sample_id)
+            candidates = fitting_anchors(sample, train.block_length, train.max_sequence_tokens)
+            anchors = choose_anchors(candidates, train.anchors, generator)
+            laid_out.append((sample, lay_out(sample, anchors, train.block_length, mask_id)))
+        return laid_out
+
+
+@dataclass(frozen=True)
+class _Forwards(Dataset[MicroBatch]):
+    """A rank's forwards by number, all steps in a row."""
+
+    loader: TrainingDataLoader
+    rank: int
+    mask_id: int
+    pad_id: int
+
+    def __len__(self) -> int:
+        return self.loader.steps * self.loader.sampler.accumulation
+
+    def __getitem__(self, number: int) -> MicroBatch:
+        step, part = divmod(number, self.loader.sampler.accumulation)
+        train = self.loader.config.train
+        rows = [
+            self.loader.lay_out(row, self.mask_id) for row in self.loader.sampler.micro_batches(step, self.rank)[part]
+        ]
+        return collate(rows, pad_id=self.pad_id, row_tokens=train.packed_row_tokens, depth_decay=train.depth_decay)

@@ -9,7 +9,7 @@ at T = 1, for 1 + J and the bounds on α, in student tokens.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.config import PipelineConfig
+from shared.config import PipelineConfig, TrainConfig
 from shared.console import progress
 from shared.dataset.reader import Dataset
 from shared.dataset.records import Record
 from shared.errors import CheckpointError, DatasetError
 from shared.files import write_json
 from student.alignment.prepared import PreparedDataset
-from student.data.batch import collate
+from student.alignment.targets import AlignedSample
+from student.data.batch import LaidOut, collate
 from student.data.blocks import fitting_anchors, lay_out
+from student.data.packing import pack
 from student.evaluation.offline_acceptance import OfflineAcceptance, draft_along
 from student.lineage import IDENTITY, evaluation_identity, require_current_model
 
@@ -85,11 +87,11 @@ def _measure(
 
     from student.drafting.propose import Drafter
     from student.model.export import load_student
-    from student.training.engine import training_dtype
+    from student.training.engine import training_device, training_dtype
 
     # The start has its checkpoint's dtype, in which this machine may be slow.
     model, tokenizer = load_student(directory, getattr(torch, training_dtype(config.train)))
-    model.eval()
+    model.eval().to(training_device())
     drafter = Drafter.from_student(
         model,
         directory,
@@ -153,24 +155,25 @@ def _rejection_sampling(
     block_length = config.train.block_length
     settings = LossSettings(loss="kl", block_length=block_length)
     module = DistillationModule(model, settings)
+    device = model.head_weight.device
     sums, lows, highs = [], [], []
     for start in range(0, len(chosen), config.evaluate.batch):
         group = [prepared[int(i)] for i in chosen[start : start + config.evaluate.batch]]
-        anchors = {s.sample_id: fitting_anchors(s, block_length, config.train.max_sequence_tokens) for s in group}
-        samples = [s for s in group if len(anchors[s.sample_id])]
-        if not samples:
-            continue
-        rows = [lay_out(s, anchors[s.sample_id], block_length, tokenizer.mask_token_id) for s in samples]
-        batch = collate(samples, rows, pad_id=tokenizer.pad_token_id)
-        first = collate(samples, [row.at_depth(1) for row in rows], pad_id=tokenizer.pad_token_id)
-        with torch.inference_mode():
-            hidden_NxD = module.hidden_states(batch)
-            sums.append(distillation_loss(hidden_NxD, model.head_weight, batch.targets, settings).sums)
-            first_logits = hidden_NxD[batch.targets.depth == 1] @ model.head_weight.T
-            low, high = acceptance_bounds(first_logits, first.targets)
-        lows.append(low)
-        highs.append(high)
+        for rows in _packed(group, config.train, tokenizer.mask_token_id):
+            batch, first = (
+                collate(of_depths, pad_id=tokenizer.pad_token_id, row_tokens=config.train.packed_row_tokens).to(device)
+                for of_depths in (rows, [[(sample, row.at_depth(1)) for sample, row in packed] for packed in rows])
+            )
+            with torch.inference_mode():
+                hidden_NxD = module.hidden_states(batch)
+                sums.append(distillation_loss(hidden_NxD, model.head_weight, batch.targets, settings).sums)
+                first_logits = hidden_NxD[batch.targets.depth == 1] @ model.head_weight.T
+                low, high = acceptance_bounds(first_logits, first.targets)
+            lows.append(low.cpu())
+            highs.append(high.cpu())
         advance(len(group))
+    if not sums:
+        return {}
     total = torch.stack(sums).sum(0)
     summary, named = summarize(total), named_sums(total)
     return {
@@ -182,3 +185,21 @@ def _rejection_sampling(
         "kl": summary["kl"],
         "blocks": summary["blocks"],
     }
+
+
+def _packed(samples: Sequence[AlignedSample], train: TrainConfig, mask_id: int) -> Iterator[list[list[LaidOut]]]:
+    """Every block of every sample in rows of the training's length, `micro_batch` rows at a time.
+
+    A sample with more blocks than a row has room for is laid out several times, with a part of its blocks each.
+    """
+    laid_out: list[LaidOut] = []
+    for sample in samples:
+        anchors = fitting_anchors(sample, train.block_length, train.max_sequence_tokens)
+        clean = min(len(sample.input_ids), train.max_sequence_tokens)
+        most = (train.packed_row_tokens - clean) // train.block_length
+        parts = (anchors[start : start + most] for start in range(0, len(anchors), most))
+        laid_out += ((sample, lay_out(sample, part, train.block_length, mask_id)) for part in parts)
+    lengths = np.array([len(row) for _, row in laid_out], dtype=np.int64)
+    rows = [[laid_out[number] for number in row] for row in pack(lengths, train.packed_row_tokens)]
+    for start in range(0, len(rows), train.micro_batch):
+        yield rows[start : start + train.micro_batch]

@@ -17,6 +17,7 @@ Legend: N positions, C positions of a chunk, V vocabulary, D hidden size, E even
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,8 +34,8 @@ from student.losses.settings import LossSettings
 from student.losses.targets import TargetBatch
 
 # Every slice reads the head twice and its gradient once: slices so large that this costs little beside the products.
-# The GPU's is the number of positions that Liger picks for a LLaMA-sized head.
-DEFAULT_CHUNK_BYTES = {"cpu": 88 << 20, "cuda": 256 << 20}
+# On an H100, at 4,096 positions of LLaDA-8B: 45 TFLOP/s with 64 MiB, 151 with 256 MiB, 265 with 1 GiB.
+DEFAULT_CHUNK_BYTES = {"cpu": 88 << 20, "cuda": 1 << 30}
 # Scratch of the softmax over a slice: within a CPU's cache; enough rows to fill a GPU.
 _SCRATCH_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
 # Rows of the head that are converted at a time where its gradient changes precision.
@@ -218,6 +219,13 @@ def _add_product(head_grad_VxD: Tensor, slope_CxV: Tensor, hidden_CxD: Tensor, *
     """`head_grad_VxD += slope_CxV.T @ hidden_CxD`, or `=` for the first; half precision is added up in float32."""
     if head_grad_VxD.dtype == slope_CxV.dtype:
         head_grad_VxD.addmm_(slope_CxV.T, hidden_CxD, beta=0 if first else 1)
+        return
+    if head_grad_VxD.is_cuda:
+        wide: dict[str, Any] = {"out_dtype": head_grad_VxD.dtype, "out": head_grad_VxD}
+        if first:
+            torch.mm(slope_CxV.T, hidden_CxD, **wide)
+        else:
+            torch.addmm(head_grad_VxD, slope_CxV.T, hidden_CxD, **wide)
         return
     for part_RxD, slope_CxR in zip(head_grad_VxD.split(_HEAD_ROWS), slope_CxV.split(_HEAD_ROWS, dim=1), strict=True):
         product_RxD = slope_CxR.T @ hidden_CxD

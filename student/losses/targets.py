@@ -6,6 +6,7 @@ Legend: N supervised positions, E events, M members, K = N + E outcomes. Rows ar
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -44,11 +45,13 @@ class TargetBatch:
     def __len__(self) -> int:
         return self.observed_ids.shape[0]
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> TargetBatch:
+    def to(self, device: torch.device | str) -> TargetBatch:
         """The same targets on `device`."""
-        return TargetBatch(
-            **{f.name: getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)}
-        )
+        return self.changed(lambda tensor: tensor.to(device))
+
+    def changed(self, change: Callable[[Tensor], Tensor]) -> TargetBatch:
+        """Every tensor put through `change`: another device, or another kind of memory."""
+        return TargetBatch(**{f.name: change(getattr(self, f.name)) for f in fields(self)})
 
     def event_rows(self) -> Tensor:
         """int64 [E], the position of every event."""

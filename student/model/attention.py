@@ -175,6 +175,7 @@ class AttentionPlan:
     implementation: str
     mask_Bx1xLxL: Tensor | None = None
     block_mask: Any = None
+    flex_attention: Callable[..., Tensor] | None = None
     extend: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
 
     @classmethod
@@ -184,7 +185,8 @@ class AttentionPlan:
             # Without a mask SDPA has its fastest kernels; flex has nothing to skip.
             return cls("eager" if implementation == "eager" else "sdpa")
         if implementation == "flex_attention":
-            return cls(implementation, block_mask=_flex_block_mask(layout))
+            make_mask, kernel = _flex(layout.position_ids_BxL.device.type)
+            return cls(implementation, block_mask=_block_mask(layout, make_mask), flex_attention=kernel)
         return cls(implementation, mask_Bx1xLxL=layout.mask()[:, None])
 
 
@@ -195,10 +197,8 @@ def attend(q_BxHxLxE: Tensor, k_BxKxTxE: Tensor, v_BxKxTxE: Tensor, plan: Attent
         return F.scaled_dot_product_attention(
             q_BxHxLxE, k_BxKxTxE, v_BxKxTxE, attn_mask=plan.mask_Bx1xLxL, enable_gqa=grouped
         )
-    if plan.implementation == "flex_attention":
-        return _flex_attention(q_BxHxLxE.device.type)(
-            q_BxHxLxE, k_BxKxTxE, v_BxKxTxE, block_mask=plan.block_mask, enable_gqa=grouped
-        )
+    if plan.flex_attention is not None:
+        return plan.flex_attention(q_BxHxLxE, k_BxKxTxE, v_BxKxTxE, block_mask=plan.block_mask, enable_gqa=grouped)
     return _eager_attention(q_BxHxLxE, k_BxKxTxE, v_BxKxTxE, plan.mask_Bx1xLxL)
 
 
@@ -212,22 +212,29 @@ def _eager_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Te
     return scores.softmax(dim=-1).to(v.dtype) @ v
 
 
-def _flex_block_mask(layout: Layout) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
-
+def _block_mask(layout: Layout, make_mask: Callable[..., Any]) -> Any:
     features, sees = layout.features(), layout.sees
 
     def visible(batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return sees(tuple(f[batch, query] for f in features), tuple(f[batch, key] for f in features))
 
     batch, length = features[0].shape
-    return create_block_mask(visible, batch, None, length, length, device=features[0].device)
+    return make_mask(visible, batch, None, length, length, device=features[0].device)
 
 
 @functools.cache
-def _flex_attention(device_type: str) -> Callable[..., Tensor]:
-    """Flex attention: compiled where it makes a kernel of its own, as plain PyTorch on a CPU."""
-    from torch.nn.attention.flex_attention import flex_attention
+def _flex(device_type: str) -> tuple[Callable[..., Any], Callable[..., Tensor]]:
+    """What makes a block mask, and flex attention: compiled on a GPU, as plain PyTorch on a CPU.
 
-    kernel: Any = flex_attention if device_type == "cpu" else torch.compile(flex_attention)
-    return kernel
+    One kernel per shape: rows have one length. Where too many shapes come nevertheless, `fullgraph` makes PyTorch raise
+    instead of falling back to dense scores, which for long rows fill the memory. The mask compiled takes 0.4 ms for a
+    row of 4,352 tokens on an H100, plain 16 ms; plain it would also hold the dense mask, 2.9 GiB at 17,408 tokens.
+    """
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    if device_type == "cpu":
+        return create_block_mask, flex_attention
+    make_mask, kernel = (
+        torch.compile(function, fullgraph=True, dynamic=False) for function in (create_block_mask, flex_attention)
+    )
+    return make_mask, kernel

@@ -225,6 +225,14 @@ class LladaForMaskedDiffusion(PreTrainedModel):
             return F.linear(hidden, self.head_weight)
         return self.model.transformer["ff_out"](hidden)
 
+    def compile_blocks(self) -> None:
+        """Compile every block, in place, for rows of one shape: their elementwise parts become few kernels.
+
+        Not under ZeRO-3, which gathers each block's weights in Python.
+        """
+        for block in self.model.transformer["blocks"]:
+            block.compile(dynamic=False)
+
     @torch.no_grad()
     def draft_hidden_states(
         self,

@@ -32,7 +32,8 @@ logger = logging.getLogger(__name__)
 
 # Settings that change what is logged, kept or computed where, not what is learnt.
 WITHOUT_EFFECT = {
-    "activation_checkpointing", "checkpoint_steps", "deepspeed", "keep_checkpoints", "micro_batch", "world_size",
+    "activation_checkpointing", "checkpoint_steps", "compile", "data_workers", "deepspeed", "keep_checkpoints",
+    "micro_batch", "world_size",
 }  # fmt: skip
 COMPLETE = "complete.json"
 

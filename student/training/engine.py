@@ -52,6 +52,11 @@ def initialize_process_group() -> tuple[int, int]:
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
+def training_device() -> torch.device:
+    """The GPU of this rank, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def training_dtype(train: TrainConfig) -> Literal["bfloat16", "float32"]:
     """What `train.dtype` means on this machine."""
     if train.dtype != "auto":

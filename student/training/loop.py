@@ -7,9 +7,11 @@ micro-batches, with or without work in them.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +22,7 @@ import torch.distributed
 from shared.config import PipelineConfig, dump_config
 from shared.console import progress
 from shared.files import new_directory, write_json, write_text
+from student.data.batch import MicroBatch
 from student.data.data_loader import TrainingDataLoader
 from student.lineage import IDENTITY
 from student.losses.objective import loss_scale, sum_over_ranks, summarize
@@ -44,6 +47,8 @@ class TrainingRun:
     done: int = 0
     started: float = field(default_factory=time.monotonic)
     tokens: int = 0
+    waited: float = 0.0
+    batches: Iterator[MicroBatch] = field(default_factory=lambda: iter(()))
 
     def run(self) -> None:
         """Train from step `done` to the end, publish the model."""
@@ -52,6 +57,9 @@ class TrainingRun:
             if self.done:
                 logger.info("resuming after step %d of %d", self.done, self.loader.steps)
         self.started = time.monotonic()
+        self.batches = self.loader.micro_batches(
+            self.rank, self.tokenizer.mask_token_id, self.tokenizer.pad_token_id, first_step=self.done
+        )
         every = self.config.train.checkpoint_steps
         with progress() as bar:
             task = bar.add_task(
@@ -71,10 +79,10 @@ class TrainingRun:
 
     def step(self, step: int) -> dict[str, Any]:
         """Train step `step` (0-based); its entry of the metrics, the same on every rank."""
-        batches = list(
-            self.loader.micro_batches(step, self.rank, self.tokenizer.mask_token_id, self.tokenizer.pad_token_id)
-        )
         order = self.loader.sampler
+        asked = time.monotonic()
+        batches = list(itertools.islice(self.batches, order.accumulation))
+        self.waited += time.monotonic() - asked
         targets = sum_over_ranks(torch.tensor(sum(batch.target_count for batch in batches), device=self.engine.device))
         scale = loss_scale(int(targets), world_size=order.world_size, accumulation_steps=order.accumulation)
         sums = []
@@ -90,11 +98,13 @@ class TrainingRun:
         return summarize(reduced[:-1]) | {
             "step": step + 1,
             "steps": self.loader.steps,
-            "epoch": (step + 1) / order.steps_per_epoch,
+            "epoch": order.epochs_after(step + 1),
             "learning_rate": self.engine.get_lr()[0],
             "grad_norm": float(self.engine.get_global_grad_norm()),
             "tokens": int(reduced[-1]),
+            "padding": 1 - int(reduced[-1]) / (order.global_batch * order.row_tokens),
             "tokens_per_s": self.tokens / elapsed,
+            "data_wait": self.waited / elapsed,
             "eta_s": elapsed / (step + 1 - self.done) * (self.loader.steps - step - 1),
             "time": time.strftime("%H:%M:%S"),
         }

@@ -211,7 +211,12 @@ def build(
     from student.training.loop import TrainingRun
     from student.training.module import DistillationModule
 
+    # One rank of a node compares the checksums of what lies there; the others rely on its stamp.
+    if os.environ["LOCAL_RANK"] != "0":
+        torch.distributed.barrier()
     loader = TrainingDataLoader.open(config, world_size)
+    if os.environ["LOCAL_RANK"] == "0":
+        torch.distributed.barrier()
     accumulation = loader.sampler.accumulation
     settings = deepspeed_config(config.train, accumulation)
     is_universal = resumed is not None and not resumed.fits(world_size, zero_stage(settings))
@@ -226,6 +231,8 @@ def build(
         add_lora(model, config.student.lora)
     if config.train.activation_checkpointing:
         model.gradient_checkpointing_enable()
+    if config.train.compile and torch.cuda.is_available() and zero_stage(settings) < 3:
+        model.compile_blocks()
     model.train()
     loss = LossSettings.from_config(config.train, config.train.block_length, decision.loss)
     engine = build_engine(DistillationModule(model, loss), config.train, settings, loader.steps)

@@ -31,7 +31,7 @@ def test_taking_positions_keeps_each_position_its_own_events() -> None:
 def test_rows_are_padded_apart_and_targets_follow_their_positions() -> None:
     samples = [make_sample("a", 3, 6), make_sample("b", 1, 4)]
     rows = [lay_out(s, np.array([0, 2]), block_length=3, mask_id=99) for s in samples]
-    batch = collate(samples, rows, pad_id=7)
+    batch = collate([[pair] for pair in zip(samples, rows, strict=True)], pad_id=7)
     assert batch.input_ids.shape == (2, len(rows[0]))
     padding = batch.document_ids[1] == -1
     assert padding.sum() == len(rows[0]) - len(rows[1])
@@ -52,7 +52,7 @@ def test_rows_are_padded_apart_and_targets_follow_their_positions() -> None:
 def test_event_masses_and_tail_sum_to_one_after_collation() -> None:
     samples = [make_sample("a", 3, 6), make_sample("b", 1, 5)]
     rows = [lay_out(s, np.array([0, 2, 4]), block_length=4, mask_id=99) for s in samples]
-    targets = collate(samples, rows, pad_id=0).targets
+    targets = collate([[*zip(samples, rows, strict=True)]], pad_id=0).targets
     for n in range(len(targets.observed_ids)):
         mass = targets.event_mass[targets.event_offsets[n] : targets.event_offsets[n + 1]].sum() + targets.tail[n]
         assert abs(float(mass) - 1) < 1e-6
@@ -62,19 +62,39 @@ def test_event_masses_and_tail_sum_to_one_after_collation() -> None:
 def test_a_block_knows_at_its_anchor_that_the_token_before_has_ended() -> None:
     sample = make_sample("a", 3, 6)
     row = lay_out(sample, np.array([1, 3]), block_length=3, mask_id=99)
-    targets = collate([sample], [row], pad_id=0).targets
+    targets = collate([[(sample, row)]], pad_id=0).targets
     assert targets.observed_logprob.tolist() == [-0.5, -1, -1, -0.5, -1, -1]
 
 
 def test_depth_weights() -> None:
     sample = make_sample("a", 3, 6)
     row = lay_out(sample, np.array([1]), block_length=3, mask_id=99)
-    assert collate([sample], [row], pad_id=0, depth_decay=0.5).targets.weight.tolist() == [1, 0.5, 0.25]
+    assert collate([[(sample, row)]], pad_id=0, depth_decay=0.5).targets.weight.tolist() == [1, 0.5, 0.25]
 
 
-def test_an_empty_micro_batch_is_one_padding_token() -> None:
-    batch = collate([], [], pad_id=5)
-    assert batch.input_ids.tolist() == [[5]]
-    assert batch.document_ids.tolist() == [[-1]]
-    assert batch.target_count == 0
-    assert batch.tokens == 0
+def test_a_packed_row_is_its_samples_side_by_side() -> None:
+    samples = [
+        make_sample(name, prompt, response) for name, prompt, response in [("a", 3, 6), ("b", 1, 5), ("c", 2, 4)]
+    ]
+    laid_out = [(s, lay_out(s, np.array([0, 2]), block_length=3, mask_id=99)) for s in samples]
+    together = collate([laid_out[:2], laid_out[2:]], pad_id=7, row_tokens=32)
+    alone = [collate([[pair]], pad_id=7) for pair in laid_out]
+    assert together.input_ids.shape == (2, 32)
+    assert together.sample_ids == ["a", "b", "c"]
+    a, b = (alone[i].input_ids.shape[1] for i in (0, 1))
+    for name in ("input_ids", "position_ids", "block_ids"):
+        of_rows = getattr(together, name)
+        found = of_rows[0, :a], of_rows[0, a : a + b], of_rows[1, : alone[2].input_ids.shape[1]]
+        for part, batch in zip(found, alone, strict=True):
+            assert torch.equal(part, getattr(batch, name)[0]), name
+    documents = together.document_ids[0]
+    assert documents.tolist() == [0] * a + [1] * b + [-1] * (32 - a - b)
+    assert together.tokens == sum(batch.tokens for batch in alone)
+    # Targets come in the order of the rows, and say which token stands where.
+    joined = torch.cat([batch.targets.observed_ids for batch in alone])
+    assert torch.equal(together.targets.observed_ids, joined)
+    assert torch.equal(
+        together.position_ids.flatten()[together.supervised],
+        torch.cat([batch.position_ids.flatten()[batch.supervised] for batch in alone]),
+    )
+    assert together.targets.block[together.targets.depth == 1].tolist() == [0, 1, 2, 3, 4, 5]

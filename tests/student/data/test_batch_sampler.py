@@ -6,35 +6,59 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.errors import ConfigError
-from student.data.batch_sampler import BatchSampler
+from student.data.batch_sampler import BatchSampler, PackedRow
+
+LENGTHS = np.random.default_rng(1).integers(5, 90, 97)
 
 
-def order(samples: int = 37, world_size: int = 1, micro_batch: int = 3, seed: int = 0) -> BatchSampler:
-    lengths = np.random.default_rng(1).integers(5, 90, samples)
-    return BatchSampler(lengths, seed, global_batch=12, micro_batch=micro_batch, world_size=world_size)
+def order(world_size: int = 1, micro_batch: int = 3, seed: int = 0, global_batch: int = 12) -> BatchSampler:
+    return BatchSampler(LENGTHS, 128, seed, global_batch, micro_batch, world_size)
+
+
+def numbers(rows: list[PackedRow]) -> list[list[int]]:
+    return [row.samples.tolist() for row in rows]
 
 
 @given(step=st.integers(0, 50), world_size=st.sampled_from([1, 2, 3, 4, 6, 12]), micro_batch=st.integers(1, 12))
 def test_ranks_share_a_step_without_loss_or_overlap(step: int, world_size: int, micro_batch: int) -> None:
-    _, expected = order().step_samples(step)
-    dealt = order(world_size=world_size, micro_batch=micro_batch)
-    parts = [dealt.micro_batches(step, rank)[1] for rank in range(world_size)]
-    assert len({len(of_rank) for of_rank in parts}) == 1, "ranks with unequal step counts hang"
-    assert max(len(part) for of_rank in parts for part in of_rank) <= micro_batch
-    assert sorted(np.concatenate([np.concatenate(of_rank) for of_rank in parts])) == sorted(expected)
+    expected = order().step_rows(step)
+    dealt = order(world_size, micro_batch)
+    parts = [dealt.micro_batches(step, rank) for rank in range(world_size)]
+    assert {len(of_rank) for of_rank in parts} == {dealt.accumulation}, "ranks with unequal step counts hang"
+    assert all(0 < len(part) <= micro_batch for of_rank in parts for part in of_rank)
+    rows = [row for of_rank in parts for part in of_rank for row in part]
+    assert sorted(numbers(rows)) == sorted(numbers(expected))
 
 
-def test_an_epoch_visits_no_sample_twice_and_the_next_epoch_is_another_order() -> None:
-    steps = [order().step_samples(step) for step in range(6)]
-    first = np.concatenate([samples for epoch, samples in steps if epoch == 0])
-    assert len(first) == len(set(first)) == 36
-    assert [epoch for epoch, _ in steps] == [0, 0, 0, 1, 1, 1]
-    assert not np.array_equal(steps[0][1], steps[3][1])
+def test_every_epoch_visits_every_sample_once_across_its_border_with_the_next() -> None:
+    sampler = order()
+    rows = [row for step in range(3 * len(sampler.epoch_rows(0)) // 12 + 1) for row in sampler.step_rows(step)]
+    for epoch in (0, 1, 2):
+        visited = np.concatenate([row.samples for row in rows if row.epoch == epoch])
+        assert sorted(visited) == list(range(97))
+    assert len(sampler.epoch_rows(0)) % 12, "a step should reach over the border for this test to say anything"
+    assert numbers([r for r in rows if r.epoch == 0]) != numbers([r for r in rows if r.epoch == 1])
+
+
+def test_steps_and_epochs_are_counted_in_rows() -> None:
+    sampler = order()
+    rows = [len(sampler.epoch_rows(epoch)) for epoch in range(3)]
+    assert sampler.steps_of(1) == -(-rows[0] // 12)
+    assert sampler.steps_of(2.5) == int(np.ceil((rows[0] + rows[1] + rows[2] / 2) / 12))
+    assert sampler.epochs_after(1) == 12 / rows[0]
+    assert sampler.epochs_after(sampler.steps_of(2)) == pytest.approx(2, abs=12 / rows[0])
+
+
+def test_a_run_that_goes_on_at_a_late_step_finds_the_same_rows() -> None:
+    early = order()
+    for step in range(20):
+        early.step_rows(step)
+    assert numbers(early.step_rows(20)) == numbers(order().step_rows(20))
 
 
 def test_the_seed_decides_the_order() -> None:
-    assert np.array_equal(order(seed=1).step_samples(5)[1], order(seed=1).step_samples(5)[1])
-    assert not np.array_equal(order(seed=1).step_samples(5)[1], order(seed=2).step_samples(5)[1])
+    assert numbers(order(seed=1).step_rows(5)) == numbers(order(seed=1).step_rows(5))
+    assert numbers(order(seed=1).step_rows(5)) != numbers(order(seed=2).step_rows(5))
 
 
 def test_a_batch_that_ranks_cannot_share_is_refused() -> None:
@@ -43,5 +67,5 @@ def test_a_batch_that_ranks_cannot_share_is_refused() -> None:
 
 
 def test_a_batch_larger_than_the_dataset_is_refused() -> None:
-    with pytest.raises(ConfigError, match="only 7 training samples"):
-        order(samples=7)
+    with pytest.raises(ConfigError, match=r"global_batch is 96 rows of 128 tokens, but 97 training samples fill only"):
+        order(global_batch=96)

@@ -18,7 +18,7 @@ def test_bounds_enclose_every_split_and_are_attained() -> None:
     vocabulary = 6
     sample = make_sample("a", 2, 6, vocabulary=vocabulary)
     row = lay_out(sample, np.arange(6), block_length=1, mask_id=5)
-    targets = collate([sample], [row], pad_id=0).targets
+    targets = collate([[(sample, row)]], pad_id=0).targets
     logits = torch.randn(6, vocabulary, generator=torch.Generator().manual_seed(0))
     low, high = acceptance_bounds(logits, targets)
     q = torch.softmax(logits.double(), -1).numpy()
@@ -60,7 +60,7 @@ def test_a_perfect_drafter_has_alpha_one_at_the_top() -> None:
     """q equal to p, where each event is one token and nothing is in the tail."""
     sample = make_sample("a", 1, 1, vocabulary=4)
     row = lay_out(sample, np.array([0]), block_length=1, mask_id=3)
-    targets = collate([sample], [row], pad_id=0).targets
+    targets = collate([[(sample, row)]], pad_id=0).targets
     targets.event_offsets = torch.tensor([0, 2])
     targets.event_mass = torch.tensor([0.75, 0.25])
     targets.member_offsets = torch.tensor([0, 1, 2])
