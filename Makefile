@@ -96,6 +96,9 @@ lint: setup ## style and types
 bench: setup ## the benchmarks, as tables and JSON
 	@python -m tests.benchmarks
 
+gpu-check: setup ## on a machine with a GPU: what no CPU can run, each as a row with its figures
+	@mkdir -p runs/bench && python -m tests.gpu_check --json runs/bench/gpu_check.json $(ARGS)
+
 # Every extra but the other platform's; what is locked stays as it is (ARGS=--upgrade takes the newest).
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-annotate --no-header pyproject.toml
 COMMON_EXTRAS := $(addprefix --extra ,student demo s3 gcs hf dev)

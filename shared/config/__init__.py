@@ -14,7 +14,7 @@ from shared.config.section import Section
 from shared.config.speculate import SpeculateConfig
 from shared.config.student import LoraConfig, StudentConfig, StudentTokenizerConfig
 from shared.config.teacher import TeacherConfig
-from shared.config.train import LossName, TrainConfig
+from shared.config.train import LossName, ObjectivesConfig, RandomMaskingConfig, TrainConfig
 
 __all__ = [
     "CHANGED_KEYS",
@@ -23,8 +23,10 @@ __all__ = [
     "EvaluateConfig",
     "LoraConfig",
     "LossName",
+    "ObjectivesConfig",
     "PipelineConfig",
     "PrepareConfig",
+    "RandomMaskingConfig",
     "Section",
     "SpeculateConfig",
     "Split",

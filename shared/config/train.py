@@ -12,6 +12,32 @@ from shared.config.section import Section
 LossName = Literal["auto", "ce", "kl", "hybrid"]
 
 
+class ObjectivesConfig(Section):
+    """What is masked: every visit of a sample draws one of these, with a probability in proportion to its weight."""
+
+    blocks: NonNegativeFloat = Field(1.0, description="Masked blocks after a clean prefix: how a draft is made.")
+    random_masking: NonNegativeFloat = Field(0.0, description="A random part of the answer: LLaDA's own objective.")
+
+    @model_validator(mode="after")
+    def _has_one(self) -> ObjectivesConfig:
+        if self.blocks == self.random_masking == 0:
+            raise ValueError("train.objectives: every weight is 0, expected one above 0: nothing would be trained")
+        return self
+
+
+class RandomMaskingConfig(Section):
+    """Of `objectives.random_masking`."""
+
+    end_tokens: NonNegativeInt = Field(8, description="End-of-text tokens after each answer, trained like the others.")
+    antithetic: bool = Field(False, description="Mask ratio t in even epochs, 1 - t in the odd ones after them.")
+    complementary: bool = Field(False, description="Lay each sample out twice, the second time with the rest masked.")
+
+    @property
+    def copies(self) -> int:
+        """How often a sample is laid out."""
+        return 2 if self.complementary else 1
+
+
 class TrainConfig(Section):
     """The student's training. Rates are per step; a step is `global_batch` packed rows over all ranks."""
 
@@ -28,6 +54,8 @@ class TrainConfig(Section):
     )
     tv_weight: NonNegativeFloat = Field(0.0, description="Weight of total variation at depth 1.")
     path_weight: NonNegativeFloat = Field(0.0, description="Weight of the path term -log J.")
+    objectives: ObjectivesConfig = Field(ObjectivesConfig(), description="What is masked.")
+    random_masking: RandomMaskingConfig = Field(RandomMaskingConfig(), description="Of that objective.")
     depth_decay: float = Field(1.0, gt=0, le=1, description="Weight of depth d is depth_decay^(d-1).")
     block_length: PositiveInt = Field(8, description="Masked tokens per block: the longest draft, in student tokens.")
     anchors: PositiveInt = Field(8, description="Masked blocks per sequence and forward.")
@@ -38,7 +66,7 @@ class TrainConfig(Section):
     row_tokens: PositiveInt | None = Field(
         None,
         description="Tokens of a row: as many samples as fit, each a clean copy and its masked blocks; null is "
-        "max_sequence_tokens + anchors * block_length, rounded up to a multiple of 128.",
+        "what the longest sample takes, max_sequence_tokens + anchors * block_length, rounded up to a multiple of 128.",
     )
     max_sequence_tokens: PositiveInt = Field(
         4096, description="Blocks that would end beyond so many student tokens are left out."
@@ -80,15 +108,17 @@ class TrainConfig(Section):
 
     @property
     def _longest_sample(self) -> int:
-        return self.max_sequence_tokens + self.anchors * self.block_length
+        blocks = self.max_sequence_tokens + self.anchors * self.block_length
+        masked = self.random_masking.copies * self.max_sequence_tokens
+        return max(blocks if self.objectives.blocks else 0, masked if self.objectives.random_masking else 0)
 
     @model_validator(mode="after")
     def _holds_the_longest_sample(self) -> TrainConfig:
         if self.packed_row_tokens < self._longest_sample:
             raise ValueError(
                 f"train.row_tokens is {self.row_tokens}, but a sample takes up to {self._longest_sample} "
-                f"(max_sequence_tokens {self.max_sequence_tokens} + {self.anchors} anchors x block_length "
-                f"{self.block_length}); raise it, or lower max_sequence_tokens"
+                f"(max_sequence_tokens {self.max_sequence_tokens}, {self.anchors} anchors of block_length "
+                f"{self.block_length}, complementary masks); raise it, or lower max_sequence_tokens"
             )
         return self
 

@@ -31,6 +31,7 @@ class MicroBatch:
         supervised: int64 [N], indices into the flattened [B * L].
         targets: of the N supervised positions.
         tokens: tokens that are not padding.
+        target_count: this micro-batch's part of what the step's loss is divided by.
         sample_ids: of the samples in it, row after row.
     """
 
@@ -41,12 +42,8 @@ class MicroBatch:
     supervised: Tensor
     targets: TargetBatch
     tokens: int
+    target_count: int
     sample_ids: list[str]
-
-    @property
-    def target_count(self) -> int:
-        """N, this micro-batch's part of the number that the step's loss is divided by."""
-        return len(self.targets.observed_ids)
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same micro-batch on `device`; the copies do not wait where the memory is pinned."""
@@ -89,7 +86,7 @@ def collate(
             input_ids[own], position_ids[own] = block_row.input_ids, block_row.position_ids
             block_ids[own], document_ids[own] = block_row.block_ids, document
             supervised.append(number * length + start + block_row.supervised)
-            blocks.append(next_block + block_row.block)
+            blocks.append(np.where(block_row.block < 0, -1, next_block + block_row.block))
             next_block += int(block_row.block_ids.max(initial=0))
             start += len(block_row)
     laid_out = [pair for row in rows for pair in row]
@@ -102,6 +99,7 @@ def collate(
         supervised=torch.from_numpy(_joined(supervised, np.int64)),
         targets=_target_batch(laid_out, depth, _joined(blocks, np.int64), depth_decay),
         tokens=sum(used),
+        target_count=sum(block_row.count for _, block_row in laid_out),
         sample_ids=[sample.sample_id for sample, _ in laid_out],
     )
 
@@ -109,20 +107,19 @@ def collate(
 def _target_batch(
     laid_out: Sequence[LaidOut], depth: NDArray[np.int64], block: NDArray[np.int64], depth_decay: float
 ) -> TargetBatch:
-    chosen = [take_positions(s.targets, r.response_positions) for s, r in laid_out]
-    observed_ids = [s.input_ids[s.prompt_length + r.response_positions] for s, r in laid_out]
-    # At its anchor a block knows that the teacher's token before it has ended; deeper it does not.
-    observed_logprob = [
-        np.where(r.depth == 1, s.anchor_logprob[r.response_positions], s.observed_logprob[r.response_positions])
+    chosen = [
+        take_positions(s.targets, r.response_positions) if r.sees_left_only else SparseTargets.none(len(r.depth))
         for s, r in laid_out
     ]
+    observed_logprob = [_observed_logprob(s, r) for s, r in laid_out]
+    weight = _joined([np.full(len(r.depth), r.weight) for _, r in laid_out], np.float32)
     tail = _joined([t.tail for t in chosen], np.float32)
     return TargetBatch(
-        observed_ids=torch.from_numpy(_joined(observed_ids, np.int64)),
+        observed_ids=torch.from_numpy(_joined([r.observed_ids for _, r in laid_out], np.int64)),
         observed_logprob=torch.from_numpy(_joined(observed_logprob, np.float32)),
         depth=torch.from_numpy(depth),
         block=torch.from_numpy(block),
-        weight=depth_weights(torch.from_numpy(depth), depth_decay),
+        weight=torch.from_numpy(weight) * depth_weights(torch.from_numpy(depth), depth_decay),
         has_soft=torch.from_numpy(~np.isnan(tail)),
         event_offsets=torch.from_numpy(_joined_offsets([t.event_offsets for t in chosen])),
         event_mass=torch.from_numpy(_joined([t.event_mass for t in chosen], np.float32)),
@@ -131,6 +128,14 @@ def _target_batch(
         tail=torch.from_numpy(tail),
         known=torch.from_numpy(_joined([t.known for t in chosen], np.float32)),
     )
+
+
+def _observed_logprob(sample: AlignedSample, row: BlockRow) -> NDArray[np.float32]:
+    if not row.sees_left_only:
+        return np.full(len(row.depth), np.nan, np.float32)
+    # At its anchor a block knows that the teacher's token before it has ended; deeper it does not.
+    anchor, deeper = (a[row.response_positions] for a in (sample.anchor_logprob, sample.observed_logprob))
+    return np.where(row.depth == 1, anchor, deeper)
 
 
 def take_positions(targets: SparseTargets, positions: NDArray[np.int64]) -> SparseTargets:

@@ -27,8 +27,12 @@ class BlockRow:
         block_ids: int64 [L], 0 for the clean copy, b ≥ 1 for block b.
         supervised: int64 [N], indices into L that have a target.
         response_positions: int64 [N], the response token that stands there.
-        depth: int64 [N], 1 at the anchor.
-        block: int64 [N], 0-based block number.
+        observed_ids: int64 [N], that token.
+        depth: int64 [N], 1 at the anchor; 0 in no block.
+        block: int64 [N], 0-based block number; -1 in no block.
+        weight: of every target in the sum of the loss.
+        count: what the sum is divided by, to be a mean over tokens.
+        sees_left_only: nothing right of a target's block is visible to it, so that the teacher's row is its target.
     """
 
     input_ids: NDArray[np.int64]
@@ -36,8 +40,12 @@ class BlockRow:
     block_ids: NDArray[np.int64]
     supervised: NDArray[np.int64]
     response_positions: NDArray[np.int64]
+    observed_ids: NDArray[np.int64]
     depth: NDArray[np.int64]
     block: NDArray[np.int64]
+    weight: float
+    count: int
+    sees_left_only: bool
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -49,6 +57,7 @@ class BlockRow:
             self,
             supervised=self.supervised[kept],
             response_positions=self.response_positions[kept],
+            observed_ids=self.observed_ids[kept],
             depth=self.depth[kept],
             block=self.block[kept],
         )
@@ -78,17 +87,6 @@ def choose_anchors(candidates: NDArray[np.int64], count: int, generator: np.rand
     return candidates
 
 
-def most_row_tokens(
-    lengths: NDArray[np.int64],
-    anchor_counts: NDArray[np.int64],
-    anchors: int,
-    block_length: int,
-    max_sequence_tokens: int,
-) -> NDArray[np.int64]:
-    """int64 [n], the most tokens that `lay_out` makes of samples of so many tokens and so many anchor positions."""
-    return np.minimum(lengths, max_sequence_tokens) + np.minimum(anchor_counts, anchors) * block_length
-
-
 def lay_out(sample: AlignedSample, anchors: NDArray[np.int64], block_length: int, mask_id: int) -> BlockRow:
     """[clean copy | masked blocks] of one sample.
 
@@ -101,13 +99,17 @@ def lay_out(sample: AlignedSample, anchors: NDArray[np.int64], block_length: int
     response_BxG = anchors[:, None] + depth_offsets
     within = (response_BxG < response_length).ravel()
     blocks = np.repeat(np.arange(len(anchors)), block_length)
-    masked = len(blocks)
+    masked, positions = len(blocks), response_BxG.ravel()[within]
     return BlockRow(
         input_ids=np.concatenate([sample.input_ids[:clean_length], np.full(masked, mask_id)]).astype(np.int64),
         position_ids=np.concatenate([np.arange(clean_length), sample.prompt_length + response_BxG.ravel()]),
         block_ids=np.concatenate([np.zeros(clean_length, np.int64), blocks + 1]),
         supervised=clean_length + np.flatnonzero(within),
-        response_positions=response_BxG.ravel()[within],
+        response_positions=positions,
+        observed_ids=sample.input_ids[sample.prompt_length + positions].astype(np.int64),
         depth=np.tile(depth_offsets + 1, len(anchors))[within],
         block=blocks[within],
+        weight=1.0,
+        count=len(positions),
+        sees_left_only=True,
     )

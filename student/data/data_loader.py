@@ -7,19 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from shared.config import PipelineConfig
+from shared.config import PipelineConfig, TrainConfig
 from shared.errors import TrainingError
 from student.alignment.prepared import PreparedDataset
 from student.alignment.targets import AlignedSample
 from student.data.batch import LaidOut, MicroBatch, collate
 from student.data.batch_sampler import BatchSampler, PackedRow
-from student.data.blocks import choose_anchors, fitting_anchors, lay_out, most_row_tokens, sample_generator
+from student.data.blocks import choose_anchors, fitting_anchors, lay_out, sample_generator
+from student.data.random_masking import randomly_masked
 
 
 @dataclass(frozen=True)
@@ -65,13 +67,7 @@ class TrainingDataLoader:
                 "raise it"
             )
         sampler = BatchSampler(
-            most_row_tokens(
-                prepared.lengths[chosen],
-                prepared.anchors[chosen],
-                train.anchors,
-                train.block_length,
-                train.max_sequence_tokens,
-            ),
+            most_tokens(prepared.lengths[chosen], prepared.anchors[chosen], train),
             train.packed_row_tokens,
             config.seed,
             train.global_batch,
@@ -91,14 +87,15 @@ class TrainingDataLoader:
         return int((~self.prepared.with_distributions[self.chosen]).sum())
 
     def micro_batches(
-        self, rank: int, mask_id: int, pad_id: int, first_step: int = 0, workers: int | None = None
+        self, rank: int, tokenizer: Any, first_step: int = 0, workers: int | None = None
     ) -> Iterator[MicroBatch]:
         """This rank's forwards from `first_step` to the last step, `sampler.accumulation` a step.
 
         Args:
+            tokenizer: the student's, for its special tokens.
             workers: processes that make them ahead; 0 makes each when it is asked for, null is the config's number.
         """
-        forwards = _Forwards(self, rank, mask_id, pad_id)
+        forwards = _Forwards(self, rank, tokenizer.mask_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id)
         count = self.config.train.data_workers if workers is None else workers
         return iter(
             DataLoader(
@@ -112,16 +109,36 @@ class TrainingDataLoader:
             )
         )
 
-    def lay_out(self, row: PackedRow, mask_id: int) -> list[LaidOut]:
-        """The samples of a row, each with its blocks."""
-        train, laid_out = self.config.train, []
+    def lay_out(self, row: PackedRow, mask_id: int, end_id: int) -> list[LaidOut]:
+        """The samples of a row, each masked by the objective that its visit draws."""
+        train, seed, laid_out = self.config.train, self.config.seed, []
+        shares = train.objectives
         for number in row.samples:
             sample = self.sample(number)
-            generator = sample_generator(self.config.seed, row.epoch, sample.sample_id)
-            candidates = fitting_anchors(sample, train.block_length, train.max_sequence_tokens)
-            anchors = choose_anchors(candidates, train.anchors, generator)
-            laid_out.append((sample, lay_out(sample, anchors, train.block_length, mask_id)))
+            drawn = sample_generator(seed, row.epoch, f"{sample.sample_id}/objective").random()
+            if drawn * (shares.blocks + shares.random_masking) < shares.blocks:
+                candidates = fitting_anchors(sample, train.block_length, train.max_sequence_tokens)
+                generator = sample_generator(seed, row.epoch, sample.sample_id)
+                anchors = choose_anchors(candidates, train.anchors, generator)
+                laid_out.append((sample, lay_out(sample, anchors, train.block_length, mask_id)))
+            else:
+                masked = randomly_masked(
+                    sample, train.random_masking, seed, row.epoch,
+                    mask_id=mask_id, end_id=end_id, max_sequence_tokens=train.max_sequence_tokens,
+                )  # fmt: skip
+                laid_out += ((sample, copy) for copy in masked)
         return laid_out
+
+
+def most_tokens(lengths: NDArray[np.int64], anchor_counts: NDArray[np.int64], train: TrainConfig) -> NDArray[np.int64]:
+    """int64 [n], the most tokens that a visit makes of samples of so many tokens and so many anchor positions."""
+    longest, masking = train.max_sequence_tokens, train.random_masking
+    tokens = np.zeros_like(lengths)
+    if train.objectives.blocks:
+        tokens = np.minimum(lengths, longest) + np.minimum(anchor_counts, train.anchors) * train.block_length
+    if train.objectives.random_masking:
+        tokens = np.maximum(tokens, masking.copies * np.minimum(lengths + masking.end_tokens, longest))
+    return tokens
 
 
 @dataclass(frozen=True)
@@ -132,6 +149,7 @@ class _Forwards(Dataset[MicroBatch]):
     rank: int
     mask_id: int
     pad_id: int
+    end_id: int
 
     def __len__(self) -> int:
         return self.loader.steps * self.loader.sampler.accumulation
@@ -139,7 +157,6 @@ class _Forwards(Dataset[MicroBatch]):
     def __getitem__(self, number: int) -> MicroBatch:
         step, part = divmod(number, self.loader.sampler.accumulation)
         train = self.loader.config.train
-        rows = [
-            self.loader.lay_out(row, self.mask_id) for row in self.loader.sampler.micro_batches(step, self.rank)[part]
-        ]
+        packed = self.loader.sampler.micro_batches(step, self.rank)[part]
+        rows = [self.loader.lay_out(row, self.mask_id, self.end_id) for row in packed]
         return collate(rows, pad_id=self.pad_id, row_tokens=train.packed_row_tokens, depth_decay=train.depth_decay)

@@ -47,6 +47,15 @@ class OfflineAcceptance:
     skills: dict[str, str]
     draft_tokens: int
 
+    @classmethod
+    def merged(cls, parts: Sequence[OfflineAcceptance]) -> OfflineAcceptance:
+        """Of responses that were drafted along in parts."""
+        accepted, proposed, skills = (
+            {key: value for part in parts for key, value in getattr(part, name).items()}
+            for name in ("accepted", "proposed", "skills")
+        )
+        return cls(accepted, proposed, skills, parts[0].draft_tokens)
+
     @property
     def drafts(self) -> int:
         return sum(len(counts) for counts in self.accepted.values())

@@ -234,7 +234,6 @@ def _flex(device_type: str) -> tuple[Callable[..., Any], Callable[..., Tensor]]:
 
     if device_type == "cpu":
         return create_block_mask, flex_attention
-    make_mask, kernel = (
-        torch.compile(function, fullgraph=True, dynamic=False) for function in (create_block_mask, flex_attention)
-    )
+    make_mask: Any = torch.compile(create_block_mask, fullgraph=True, dynamic=False)
+    kernel: Any = torch.compile(flex_attention, fullgraph=True, dynamic=False)
     return make_mask, kernel

@@ -25,7 +25,7 @@ from shared.files import new_directory, write_json, write_text
 from student.data.batch import MicroBatch
 from student.data.data_loader import TrainingDataLoader
 from student.lineage import IDENTITY
-from student.losses.objective import loss_scale, sum_over_ranks, summarize
+from student.losses.objective import loss_scale, named_sums, sum_over_ranks, summarize
 from student.model.export import save_student
 from student.training import checkpoint
 from student.training.metrics_logger import MetricsLogger
@@ -57,9 +57,7 @@ class TrainingRun:
             if self.done:
                 logger.info("resuming after step %d of %d", self.done, self.loader.steps)
         self.started = time.monotonic()
-        self.batches = self.loader.micro_batches(
-            self.rank, self.tokenizer.mask_token_id, self.tokenizer.pad_token_id, first_step=self.done
-        )
+        self.batches = self.loader.micro_batches(self.rank, self.tokenizer, first_step=self.done)
         every = self.config.train.checkpoint_steps
         with progress() as bar:
             task = bar.add_task(
@@ -96,6 +94,7 @@ class TrainingRun:
         self.tokens += int(reduced[-1])
         elapsed = time.monotonic() - self.started
         return summarize(reduced[:-1]) | {
+            "loss": float(named_sums(reduced[:-1])["total"] / targets),
             "step": step + 1,
             "steps": self.loader.steps,
             "epoch": order.epochs_after(step + 1),

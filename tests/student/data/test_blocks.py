@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from student.data.blocks import choose_anchors, fitting_anchors, lay_out, most_row_tokens, sample_generator
+from student.data.blocks import choose_anchors, fitting_anchors, lay_out, sample_generator
 from tests.fixtures.aligned_samples import make_sample
 
 MASK = 99
@@ -65,20 +65,6 @@ def test_every_anchor_is_as_likely_and_the_last_is_near_the_end() -> None:
     # Standard error of each share: 0.0065.
     assert np.abs(counts / 4000 - 5 / 23).max() < 0.026
     assert min(last) >= 23 - 23 / 5 - 1
-
-
-@given(
-    prompt=st.integers(1, 9), response=st.integers(1, 40), count=st.integers(1, 8), seed=st.integers(0, 99),
-    most=st.integers(13, 30),
-)  # fmt: skip
-def test_a_row_is_never_longer_than_the_index_says(
-    prompt: int, response: int, count: int, seed: int, most: int
-) -> None:
-    sample = make_sample("a", prompt, response)
-    bound = most_row_tokens(np.array([prompt + response]), np.array([response]), count, 4, most)
-    candidates = fitting_anchors(sample, 4, most)
-    row = lay_out(sample, choose_anchors(candidates, count, np.random.default_rng(seed)), 4, MASK)
-    assert len(row) <= bound[0]
 
 
 def test_anchors_depend_on_seed_epoch_and_sample_alone() -> None:

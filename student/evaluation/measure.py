@@ -1,0 +1,294 @@
+"""How good a student drafts, from held-out shards: two measurements (README.md of this folder), on one rank or many.
+
+Every rank measures a part of the held-out responses, in forwards of the training's shape; the parts are put together on
+all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.config import PipelineConfig, TrainConfig
+from shared.console import progress
+from shared.dataset.reader import Dataset
+from shared.dataset.records import Record
+from shared.errors import DatasetError
+from student.alignment.prepared import PreparedDataset
+from student.alignment.targets import AlignedSample
+from student.data.batch import LaidOut, collate
+from student.data.blocks import fitting_anchors, lay_out
+from student.data.packing import pack
+from student.data.random_masking import randomly_masked
+from student.evaluation.offline_acceptance import OfflineAcceptance, draft_along
+
+if TYPE_CHECKING:
+    import torch
+
+RULES = ("greedy", "sample")
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """What a student is measured on.
+
+    Attributes:
+        records: by decoding rule, to draft along.
+        sampled: numbers of the prepared samples for rejection sampling.
+        masked: numbers of the prepared samples for random masking; empty where that is not trained.
+    """
+
+    config: PipelineConfig
+    dataset: Dataset
+    prepared: PreparedDataset
+    records: dict[str, list[Record]]
+    sampled: NDArray[np.int64]
+    masked: NDArray[np.int64]
+
+    @classmethod
+    def open(cls, config: PipelineConfig) -> HeldOut:
+        """The held-out part of the run's dataset and prepared targets.
+
+        Raises:
+            DatasetError: if either is missing, or holds no held-out text of the headline's decoding rule.
+            StaleError: if they do not belong together.
+        """
+        dataset, prepared = Dataset.open(config.shards_dir), PreparedDataset.of_run(config)
+        most, blocks = config.evaluate.max_samples, config.train.objectives.blocks
+        records = {rule: _held_out(dataset, rule, most) if blocks else [] for rule in RULES}
+        if blocks and not records[config.evaluate.rule]:
+            raise DatasetError(
+                f"{config.shards_dir} holds no held-out response with the decoding rule {config.evaluate.rule!r}: "
+                "add one to collect.decoding, or set evaluate.rule to the rule that it holds"
+            )
+        held_out = prepared.indices(split="held_out")
+        if not len(held_out):
+            raise DatasetError(f"{config.prepared_dir} holds no held-out sample: collect or import some")
+        sampled = prepared.indices(split="held_out", rule="sample") if blocks else held_out[:0]
+        masked = held_out if config.train.objectives.random_masking else held_out[:0]
+        return cls(config, dataset, prepared, records, sampled[:most], masked[:most])
+
+    def part(self, rank: int, ranks: int) -> HeldOut:
+        """Every `ranks`-th response, from number `rank` on."""
+        return replace(
+            self,
+            records={rule: records[rank::ranks] for rule, records in self.records.items()},
+            sampled=self.sampled[rank::ranks],
+            masked=self.masked[rank::ranks],
+        )
+
+
+def _held_out(dataset: Dataset, rule: str, most: int | None) -> list[Record]:
+    records = dataset.records(split="held_out", rule=rule, distributions=False)
+    return sorted(records, key=lambda record: record.sample_id)[:most]
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """Of one part of the held-out responses.
+
+    Attributes:
+        acceptance: by decoding rule.
+        sums: of the loss over all blocks of the sampled text (`LossTerms.sums`); None where there was none.
+        alpha: sums of the lower and upper bounds on α, and their number.
+        masked: sum over samples of the randomly masked cross-entropy, in nats, and its tokens.
+    """
+
+    acceptance: dict[str, OfflineAcceptance] = field(default_factory=dict)
+    sums: torch.Tensor | None = None
+    alpha: tuple[float, float, int] = (0.0, 0.0, 0)
+    masked: tuple[float, int] = (0.0, 0)
+
+    def figures(self, rule: str) -> dict[str, Any]:
+        """What evaluate.json holds of a student, `rule` being the headline's; what was not measured is None or absent."""
+        low, high, positions = self.alpha
+        bounds = {
+            "alpha_low": low / positions if positions else None,
+            "alpha_high": high / positions if positions else None,
+        }
+        figures: dict[str, Any] = dict(bounds)
+        if (headline := self.acceptance.get(rule)) is not None:
+            figures |= {
+                "tau": 1 + headline.mean_accepted,
+                "accepted_one_hot": headline.mean_accepted,
+                "by_depth": headline.by_depth(),
+                "drafts": headline.drafts,
+                "by_skill": headline.by_skill(),
+            }
+        figures["rules"] = {
+            name: {
+                "tau": 1 + result.mean_accepted,
+                "acceptance_length": result.acceptance_length,
+                "by_depth": result.by_depth(),
+                "drafts": result.drafts,
+            }
+            for name, result in self.acceptance.items()
+        }
+        figures["ratio"] = {} if self.sums is None else _of_blocks(self.sums) | bounds
+        figures["masked_ce"] = self.masked[0] / self.masked[1] if self.masked[1] else None
+        return figures
+
+
+def _of_blocks(sums: torch.Tensor) -> dict[str, Any]:
+    from student.losses.objective import named_sums, summarize
+
+    summary, named = summarize(sums), named_sums(sums)
+    return {
+        "tau": 1 + float(named["accepted"] / named["blocks"]),
+        "by_depth": summary["alpha_by_depth"],
+        "ce": summary["ce"],
+        "kl": summary["kl"],
+        "blocks": summary["blocks"],
+    }
+
+
+def merged(parts: Sequence[Measurement]) -> Measurement:
+    """The measurement of all parts together."""
+    rules = {rule for part in parts for rule in part.acceptance}
+    sums = [part.sums for part in parts if part.sums is not None]
+    return Measurement(
+        {rule: OfflineAcceptance.merged([p.acceptance[rule] for p in parts if rule in p.acceptance]) for rule in rules},
+        sum(sums[1:], sums[0]) if sums else None,
+        tuple(sum(column) for column in zip(*(part.alpha for part in parts), strict=True)),
+        tuple(sum(column) for column in zip(*(part.masked for part in parts), strict=True)),
+    )
+
+
+def measure(
+    held_out: HeldOut, model: Any, tokenizer: Any, directory: Path, note: str, *, quiet: bool = False
+) -> Measurement:
+    """Measure a loaded model, in evaluation mode, on its device.
+
+    Args:
+        directory: has the student's tokenizer.
+        note: what the progress bars say of the model. quiet: no progress bars.
+    """
+    from student.drafting.propose import Drafter
+
+    config = held_out.config
+    acceptance: dict[str, OfflineAcceptance] = {}
+    with progress() as bar:
+        if any(held_out.records.values()):
+            drafter = Drafter.from_student(
+                model,
+                directory,
+                held_out.dataset.vocabulary,
+                held_out.dataset.tokenizer_dir,
+                config.evaluate.draft_tokens,
+                config.train.block_length,
+            )
+            for rule, records in held_out.records.items():
+                if records:
+                    task = bar.add_task(f"{note}: drafting {rule} text", total=len(records), note="", visible=not quiet)
+                    acceptance[rule] = draft_along(
+                        drafter,
+                        records,
+                        config.evaluate.draft_tokens,
+                        config.evaluate.batch,
+                        partial(bar.advance, task),
+                    )
+        total = len(held_out.sampled) + len(held_out.masked)
+        task = bar.add_task(f"{note}: held-out loss", total=total, note="", visible=not quiet)
+        sums, alpha = _rejection_sampling(held_out, model, tokenizer, partial(bar.advance, task))
+        masked = _random_masking(held_out, model, tokenizer, partial(bar.advance, task))
+    return Measurement(acceptance, sums, alpha, masked)
+
+
+def _rejection_sampling(
+    held_out: HeldOut, model: Any, tokenizer: Any, advance: Callable[[int], None]
+) -> tuple[torch.Tensor | None, tuple[float, float, int]]:
+    """The loss's sums and the bounds on α, at every anchor of the sampled text."""
+    import torch
+
+    from student.evaluation.bounds import acceptance_bounds
+    from student.losses.chunked import distillation_loss
+    from student.losses.settings import LossSettings
+    from student.training.module import DistillationModule
+
+    train = held_out.config.train
+    settings = LossSettings(loss="kl", block_length=train.block_length)
+    module = DistillationModule(model, settings)
+    sums, low, high, positions = [], 0.0, 0.0, 0
+    for group in _groups(held_out, held_out.sampled):
+        for rows in _packed(_blocks(group, train, tokenizer.mask_token_id), train):
+            of_first = [[(sample, row.at_depth(1)) for sample, row in packed] for packed in rows]
+            batch, first = (
+                collate(chosen, pad_id=tokenizer.pad_token_id, row_tokens=train.packed_row_tokens).to(model.device)
+                for chosen in (rows, of_first)
+            )
+            with torch.inference_mode():
+                hidden_NxD = module.hidden_states(batch)
+                sums.append(distillation_loss(hidden_NxD, model.head_weight, batch.targets, settings).sums.cpu())
+                first_logits = hidden_NxD[batch.targets.depth == 1] @ model.head_weight.T
+                bounds = acceptance_bounds(first_logits, first.targets)
+            known = ~bounds[0].isnan()
+            low, high = (total + float(bound.nansum()) for total, bound in zip((low, high), bounds, strict=True))
+            positions += int(known.sum())
+        advance(len(group))
+    return (torch.stack(sums).sum(0) if sums else None), (low, high, positions)
+
+
+def _random_masking(held_out: HeldOut, model: Any, tokenizer: Any, advance: Callable[[int], None]) -> tuple[float, int]:
+    """Randomly masked cross-entropy, with the masks of epoch 0: the same whenever and wherever it is measured."""
+    import torch
+
+    from student.losses.settings import LossSettings
+    from student.training.module import DistillationModule
+
+    config, train = held_out.config, held_out.config.train
+    module = DistillationModule(model, LossSettings(loss="ce", block_length=train.block_length))
+    total, tokens = 0.0, 0
+    for group in _groups(held_out, held_out.masked):
+        laid_out = [
+            (sample, row)
+            for sample in group
+            for row in randomly_masked(
+                sample,
+                train.random_masking,
+                config.seed,
+                0,
+                mask_id=tokenizer.mask_token_id,
+                end_id=tokenizer.eos_token_id,
+                max_sequence_tokens=train.max_sequence_tokens,
+            )
+        ]
+        for rows in _packed(laid_out, train):
+            batch = collate(rows, pad_id=tokenizer.pad_token_id, row_tokens=train.packed_row_tokens)
+            with torch.inference_mode():
+                total += float(module(batch.to(model.device))[0])
+            tokens += batch.target_count
+        advance(len(group))
+    return total, tokens
+
+
+def _groups(held_out: HeldOut, numbers: NDArray[np.int64]) -> Iterator[list[AlignedSample]]:
+    size = held_out.config.evaluate.batch
+    for start in range(0, len(numbers), size):
+        yield [held_out.prepared[int(number)] for number in numbers[start : start + size]]
+
+
+def _blocks(samples: Sequence[AlignedSample], train: TrainConfig, mask_id: int) -> list[LaidOut]:
+    """Every block of every sample; one with more blocks than a row has room for is laid out several times."""
+    laid_out: list[LaidOut] = []
+    for sample in samples:
+        anchors = fitting_anchors(sample, train.block_length, train.max_sequence_tokens)
+        clean = min(len(sample.input_ids), train.max_sequence_tokens)
+        most = (train.packed_row_tokens - clean) // train.block_length
+        parts = (anchors[start : start + most] for start in range(0, len(anchors), most))
+        laid_out += ((sample, lay_out(sample, part, train.block_length, mask_id)) for part in parts)
+    return laid_out
+
+
+def _packed(laid_out: list[LaidOut], train: TrainConfig) -> Iterator[list[list[LaidOut]]]:
+    """Rows of the training's length, always `micro_batch` at a time: the last forward has empty ones."""
+    lengths = np.array([len(row) for _, row in laid_out], dtype=np.int64)
+    rows = [[laid_out[number] for number in row] for row in pack(lengths, train.packed_row_tokens)]
+    for start in range(0, len(rows), train.micro_batch):
+        chosen = rows[start : start + train.micro_batch]
+        yield chosen + [[] for _ in range(train.micro_batch - len(chosen))]
