@@ -106,7 +106,7 @@ class Measurement:
     masked: tuple[float, int] = (0.0, 0)
 
     def figures(self, rule: str) -> dict[str, Any]:
-        """What evaluate.json holds of a student, `rule` being the headline's; what was not measured is None or absent."""
+        """What evaluate.json holds of a student, the headline for `rule`; not measured is None or absent."""
         low, high, positions = self.alpha
         bounds = {
             "alpha_low": low / positions if positions else None,

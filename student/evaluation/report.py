@@ -141,7 +141,7 @@ def _draw(config: PipelineConfig, report: dict[str, Any], entries: list[dict[str
             ("acceptance.png", "Share of blocks whose first d student tokens are all the teacher's, on training text.")
         )
     before, after = (report["details"]["evaluate"].get(when) for when in ("before", "after"))
-    if before and after:
+    if before and after and "tau" in before:
         served = report["speculate"]["accepted_per_position"]
         plots.depth_bars(before["by_depth"], after["by_depth"], served, directory / "depth.png")
         rule = report["evaluate"]["rule"]
