@@ -13,7 +13,7 @@ LossName = Literal["auto", "ce", "kl", "hybrid"]
 
 
 class TrainConfig(Section):
-    """The student's training. Rates are per step; a step is `global_batch` sequences over all ranks."""
+    """The student's training. Rates are per step; a step is `global_batch` packed rows over all ranks."""
 
     loss: LossName = Field(
         "auto", description="ce, kl, hybrid (alpha CE + beta KL), or auto: kl where there are distributions, else ce."
@@ -33,8 +33,13 @@ class TrainConfig(Section):
     anchors: PositiveInt = Field(8, description="Masked blocks per sequence and forward.")
     steps: PositiveInt | None = Field(None, description="Optimizer steps; set this or epochs.")
     epochs: PositiveFloat | None = Field(None, description="Passes over the training samples; set this or steps.")
-    global_batch: PositiveInt = Field(32, description="Sequences per step, over all ranks.")
-    micro_batch: PositiveInt = Field(8, description="Sequences per forward on one rank.")
+    global_batch: PositiveInt = Field(32, description="Rows per step, over all ranks.")
+    micro_batch: PositiveInt = Field(8, description="Rows per forward on one rank.")
+    row_tokens: PositiveInt | None = Field(
+        None,
+        description="Tokens of a row: as many samples as fit, each a clean copy and its masked blocks; null is "
+        "max_sequence_tokens + anchors * block_length, rounded up to a multiple of 128.",
+    )
     max_sequence_tokens: PositiveInt = Field(
         4096, description="Blocks that would end beyond so many student tokens are left out."
     )
@@ -59,6 +64,15 @@ class TrainConfig(Section):
         None, description="Save every so many steps; null saves at the end only."
     )
     keep_checkpoints: PositiveInt = Field(2, description="Newest checkpoints that are kept.")
+
+    @property
+    def packed_row_tokens(self) -> int:
+        """Tokens of a row."""
+        return self.row_tokens or -(-self._longest_sample // 128) * 128
+
+    @property
+    def _longest_sample(self) -> int:
+        return self.max_sequence_tokens + self.anchors * self.block_length
 
     @model_validator(mode="after")
     def _has_an_end(self) -> TrainConfig:
