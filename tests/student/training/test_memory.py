@@ -131,7 +131,7 @@ CASES = [
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_two_ranks_allocate_what_the_model_says(tmp_path: Path) -> None:
-    """Real DeepSpeed, two accumulating steps of a scaled-down LLaDA: within 15 %, as measured within 9 %."""
+    """Real DeepSpeed, two accumulating steps of a scaled-down LLaDA: within 15 % (seen: 13 %)."""
     size = 400_000  # buckets scaled down with the model
     sizes = {"reduce_bucket_size": size, "allgather_bucket_size": size, "stage3_prefetch_bucket_size": size}
     sizes |= {"stage3_max_live_parameters": 2 * size, "stage3_max_reuse_distance": 2 * size}
