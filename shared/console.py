@@ -3,6 +3,7 @@
 `application` builds a Typer app; `run` is the one boundary where a `UserError` becomes a single message on
 stderr and exit code 2. `ConfigArgument`, `SetOption` and `LogLevelOption` are the parameters that all
 commands share; `progress` is the one progress bar, silent where stderr is not a terminal and CI reads it.
+`titled_table` and `bytes_text` are how plans are printed.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 
 from shared.errors import USER_ERROR_EXIT_CODE, UserError
 
@@ -91,3 +93,20 @@ def progress() -> Progress:
         TextColumn("{task.fields[note]}", markup=False),
         console=stderr,
     )
+
+
+def titled_table(title: str, *header: str) -> Table:
+    """A table under its title; `header` names the columns, where they need it."""
+    table = Table(show_header=bool(header), title=title, title_justify="left")
+    for name in header:
+        table.add_column(name)
+    return table
+
+
+def bytes_text(count: float) -> str:
+    """A number of bytes in the unit that suits it, decimal: `3.2 GB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.2f} TB"

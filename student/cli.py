@@ -112,6 +112,36 @@ def audit(
 
 
 @app.command()
+def plan(
+    config: ConfigArgument,
+    overrides: SetOption = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="Ranks; else train.world_size, or the GPUs here.")] = None,
+    gpu_gib: Annotated[float | None, typer.Option(min=1, help="Memory of each; else this machine's, or 80.")] = None,
+    tflops: Annotated[float, typer.Option(min=1e-3, help="A GPU's peak in bfloat16.")] = 989.0,
+    utilization: Annotated[float, typer.Option(min=1e-3, max=1, help="Share of the peak that is reached.")] = 0.4,
+    link: Annotated[float, typer.Option(min=1e-3, help="GB/s that a rank sends to the others.")] = 450.0,
+    shape: Annotated[
+        Path | None, typer.Option(help="YAML file of LladaConfig's fields, for a start unknown here.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    log_level: LogLevelOption = "info",
+) -> None:
+    """Memory, traffic, time and disk of a training, by arithmetic; refuses what does not fit. Starts nothing."""
+    configure_logging(log_level)
+    from student.training.plan import Assumptions
+    from student.training.plan import plan as plan_training
+
+    planned = plan_training(
+        load_config(config, overrides), Assumptions(gpus, gpu_gib, tflops, utilization, link, shape)
+    )
+    if as_json:
+        typer.echo(planned.json())
+    else:
+        stdout.print(planned.table())
+    planned.require_fit()
+
+
+@app.command()
 def train(
     config: ConfigArgument,
     overrides: SetOption = None,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from shared.config import PipelineConfig
+from shared.console import bytes_text, titled_table
 from teacher.collect import prepare
 from teacher.summary import read_summary
 
@@ -40,13 +41,13 @@ class Estimate:
 
     def table(self) -> Table:
         """For people."""
-        table = Table(show_header=False, title="what the collection will cost", title_justify="left")
+        table = titled_table("what the collection will cost")
         table.add_row("prompts", f"{self.prompts:,}", "")
         table.add_row("units of work", f"{self.units:,}", "")
         table.add_row("responses", f"{self.responses:,}", "")
         table.add_row("prompt tokens", f"{self.prompt_tokens:,}", "")
         table.add_row("response tokens", f"{self.response_tokens:,.0f}", self.sources["tokens"])
-        size = "unknown" if self.bytes is None else _bytes(self.bytes)
+        size = "unknown" if self.bytes is None else bytes_text(self.bytes)
         table.add_row("on disk", size, self.sources["bytes"])
         table.add_row("hours", "unknown" if self.hours is None else f"{self.hours:,.2f}", self.sources["hours"])
         return table
@@ -98,11 +99,3 @@ def _rate(
     if measured is not None:
         return measured, f"{measured:.1f} {unit}, as measured in {config.run_dir}"
     return None, f"nothing measured yet: state {option}"
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.2f} TB"

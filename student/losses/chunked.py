@@ -37,9 +37,9 @@ from student.losses.targets import TargetBatch
 # On an H100, at 4,096 positions of LLaDA-8B: 45 TFLOP/s with 64 MiB, 151 with 256 MiB, 265 with 1 GiB.
 DEFAULT_CHUNK_BYTES = {"cpu": 88 << 20, "cuda": 1 << 30}
 # Scratch of the softmax over a slice: within a CPU's cache; enough rows to fill a GPU.
-_SCRATCH_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
+SCRATCH_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
 # Rows of the head that are converted at a time where its gradient changes precision.
-_HEAD_ROWS = 8192
+HEAD_ROWS = 8192
 _NOBODY = torch.iinfo(torch.int64).max
 
 
@@ -106,7 +106,7 @@ def _scale(gradient: Tensor, factor: Tensor) -> None:
         gradient.mul_(factor)
         return
     # A bfloat16 factor would tilt every gradient by up to 0.4 %.
-    for part in gradient.split(_HEAD_ROWS):
+    for part in gradient.split(HEAD_ROWS):
         part.copy_(part.to(factor.dtype) * factor)
 
 
@@ -153,7 +153,7 @@ def _multiply(hidden_CxD: Tensor, head_VxD: Tensor, logits_CxV: Tensor) -> None:
         torch.mm(hidden_CxD, head_VxD.T, out_dtype=logits_CxV.dtype, out=logits_CxV)
     else:  # CPUs have no product of this kind: a part of the head at a time is converted
         hidden_CxD = hidden_CxD.to(logits_CxV.dtype)
-        for part_RxD, logits_CxR in zip(head_VxD.split(_HEAD_ROWS), logits_CxV.split(_HEAD_ROWS, dim=1), strict=True):
+        for part_RxD, logits_CxR in zip(head_VxD.split(HEAD_ROWS), logits_CxV.split(HEAD_ROWS, dim=1), strict=True):
             logits_CxR.copy_(hidden_CxD @ part_RxD.to(logits_CxV.dtype).T)
 
 
@@ -209,7 +209,7 @@ def _chunk_terms(
 
 def _softmax(logits_CxV: Tensor) -> Tensor:
     """Row-wise softmax in place."""
-    rows = max(1, _by_device(_SCRATCH_BYTES, logits_CxV.device) // (logits_CxV.shape[1] * 4))
+    rows = max(1, _by_device(SCRATCH_BYTES, logits_CxV.device) // (logits_CxV.shape[1] * 4))
     for part_RxV in logits_CxV.split(rows):
         part_RxV.copy_(torch.softmax(part_RxV, dim=1))
     return logits_CxV
@@ -227,7 +227,7 @@ def _add_product(head_grad_VxD: Tensor, slope_CxV: Tensor, hidden_CxD: Tensor, *
         else:
             torch.addmm(head_grad_VxD, slope_CxV.T, hidden_CxD, **wide)
         return
-    for part_RxD, slope_CxR in zip(head_grad_VxD.split(_HEAD_ROWS), slope_CxV.split(_HEAD_ROWS, dim=1), strict=True):
+    for part_RxD, slope_CxR in zip(head_grad_VxD.split(HEAD_ROWS), slope_CxV.split(HEAD_ROWS, dim=1), strict=True):
         product_RxD = slope_CxR.T @ hidden_CxD
         if first:
             part_RxD.copy_(product_RxD)

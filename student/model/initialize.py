@@ -62,7 +62,7 @@ def initialize_student(config: PipelineConfig) -> Path:
         new = Vocabulary.from_tokenizer(scratch, roles={"mask": tokenizer.mask_token_id})
     report: TransplantReport | None = None
     if source is None:
-        shape = _student_config(_random_shape(config), new, config)
+        shape = _student_config(random_shape(config.student.shape), new, config)
         torch.manual_seed(config.seed)
         model = LladaForMaskedDiffusion(shape)
         weights = model.state_dict()
@@ -153,17 +153,22 @@ def _tokenizer(config: PipelineConfig, source: Source | None) -> Any:
     return tokenizer
 
 
-def _random_shape(config: PipelineConfig) -> LladaConfig:
+def random_shape(given: dict[str, Any] | Path) -> LladaConfig:
+    """The config of `student.shape`, without a vocabulary's ids.
+
+    Raises:
+        ConfigError: if its file cannot be read, or a field is unknown or wrong.
+    """
     from student.model.configuration_llada import LladaConfig
 
-    shape = config.student.shape
-    if isinstance(shape, Path):
+    shape: Any = given
+    if isinstance(given, Path):
         try:
-            shape = yaml.safe_load(shape.read_text(encoding="utf-8"))
+            shape = yaml.safe_load(given.read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError) as error:
-            raise ConfigError(f"student.shape: cannot read {config.student.shape}: {error}") from error
+            raise ConfigError(f"student.shape: cannot read {given}: {error}") from error
     if not isinstance(shape, dict):
-        raise ConfigError(f"student.shape: {config.student.shape} holds no mapping of LladaConfig's fields")
+        raise ConfigError(f"student.shape: {given} holds no mapping of LladaConfig's fields")
     unknown = [key for key in shape if not hasattr(LladaConfig(), key)]
     if unknown:
         raise ConfigError(f"student.shape.{unknown[0]} is not a field of LladaConfig")

@@ -42,7 +42,7 @@ def test_gradients_add_up_in_float32_unless_the_file_says_otherwise(tmp_path: Pa
     assert "data_types" not in deepspeed_config(config(path), 1)
 
 
-@pytest.mark.parametrize("name", ["zero2.json", "zero3.json"])
+@pytest.mark.parametrize("name", ["zero1.json", "zero2.json", "zero3.json"])
 def test_the_files_that_ship_are_accepted(name: str) -> None:
     assert "zero_optimization" in deepspeed_config(config(Path("configs/deepspeed") / name), 1)
 

@@ -1,0 +1,125 @@
+"""`student plan` as its user runs it: tables, refusals, JSON, with no network and no weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from shared.config import load_config
+from shared.errors import ConfigError
+from student.alignment.prepare import prepare
+from student.cli import app
+from student.model.initialize import initialize_student
+from student.training.memory import GIB
+from student.training.plan import Assumptions, Plan, data_of, plan
+from tests.fixtures.toy_run import toy_config, write_toy_shards
+
+FULL = Path("configs/llama-3.3-70b.yaml")
+
+
+def planned(path: Path, *overrides: str, **assumed: Any) -> Plan:
+    return plan(load_config(path, list(overrides)), Assumptions(**{"gpu_gib": 80, "gpus": 8} | assumed))
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "parameters"),
+    [
+        ("llama-3.3-70b", 8, 8_015_581_184),
+        ("llama-3.3-70b-lora", 1, 8_015_581_184),
+        ("llama-3.3-70b-pruned", 8, 2_780_893_184),
+    ],
+)
+def test_the_production_configs_fit(name: str, gpus: int, parameters: int) -> None:
+    found = planned(Path("configs") / f"{name}.yaml", gpus=gpus)
+    assert found.setup.parameters.saved == parameters
+    found.require_fit()
+    assert found.memory.needed < 0.9 * 80 * GIB
+
+
+def test_time_and_traffic_by_hand() -> None:
+    """Of the full config: ZeRO-2 all-reduces after each of 32 micro-batches and gathers the weights once."""
+    found = planned(FULL)
+    weights = 2 * 8_015_581_184
+    assert found.setup.accumulation == 32
+    assert found.wire == pytest.approx((32 * 2 * 7 / 8 * weights, 7 / 8 * weights))
+    tokens, supervised, matrices = 4352, 256, 32 * (4 * 4096**2 + 3 * 4096 * 12288)
+    forward = tokens * (2 * matrices + 32 * 4 * 4096 * 2048)
+    head = supervised * 2 * 126464 * 4096
+    assert found.compute_s == pytest.approx(32 * 3 * (forward + head) / (989e12 * 0.4))
+    assert found.step_s == pytest.approx(found.compute_s + 7 / 8 * weights / 450e9)
+    zero3 = planned(FULL, "train.deepspeed=configs/deepspeed/zero3.json")
+    assert zero3.wire == pytest.approx((32 * 3 * 7 / 8 * weights, 0))
+    assert found.checkpoint_bytes == 14 * 8_015_581_184
+
+
+def test_checkpointing_costs_a_forward_and_gives_memory() -> None:
+    kept, again = planned(FULL), planned(FULL, "train.activation_checkpointing=true")
+    assert again.compute_s / kept.compute_s == pytest.approx(4 / 3, rel=0.01)
+    assert again.memory.needed < 0.7 * kept.memory.needed
+
+
+def test_what_does_not_fit_is_refused_with_what_does() -> None:
+    with pytest.raises(ConfigError) as refused:
+        planned(FULL, "train.micro_batch=2").require_fit()
+    message = str(refused.value)
+    assert message.startswith("does not fit: a rank needs 91.8 GiB of 80.0 GiB, most of it in the backward")
+    assert "(activations 51.3 GiB); any of these fits: train.activation_checkpointing: true (40.0 GiB)" in message
+    planned(FULL, "train.micro_batch=2", "train.activation_checkpointing=true").require_fit()
+    assert "train.micro_batch: 1 (64.6 GiB)" in message
+    with pytest.raises(ConfigError, match=r"optimizer 89.6 GiB.*student\.lora: {} \(.*8 GPUs"):
+        planned(FULL, gpus=1).require_fit()
+    # A sum of changes where no single one is enough, and nothing where nothing is.
+    with pytest.raises(ConfigError, match=r"fits: train\.activation_checkpointing: true with ZeRO stage 3"):
+        planned(FULL, gpu_gib=30).require_fit()
+    with pytest.raises(ConfigError, match="nothing tried here fits: take more or larger GPUs"):
+        planned(FULL, gpu_gib=2).require_fit()
+
+
+def test_steps_and_hours_follow_from_the_data(tmp_path: Path) -> None:
+    """Of the dataset before it is prepared, of the prepared samples afterwards."""
+    path = toy_config(tmp_path)
+    config = load_config(path, ["train.steps=null", "train.epochs=2"])
+    empty = plan(config, Assumptions(gpus=1))
+    assert (empty.data, empty.steps, empty.hours) == (None, None, None)
+    write_toy_shards(config, train=40)
+    of_shards = data_of(config)
+    assert of_shards is not None
+    assert of_shards.samples == 40
+    assert "prompts not counted" in of_shards.source
+    initialize_student(config)
+    prepare(config)
+    found = plan(config, Assumptions(gpus=1))
+    assert found.data is not None
+    assert found.data.samples == 40
+    assert found.shape_source == str(config.student_init_dir)
+    rows = 40 * (found.data.clean_tokens + found.data.masked_tokens) / 256
+    assert found.steps == -(-int(2 * rows) // 16)
+    assert found.hours == pytest.approx(found.steps * found.step_s / 3600)
+
+
+def test_an_unknown_checkpoint_needs_a_shape() -> None:
+    with pytest.raises(ConfigError, match="give --shape FILE"):
+        planned(FULL, "student.checkpoint=nobody/no-such-model")
+    shape = Path("configs/shapes/llada-8b-gqa-tied.yaml")
+    found = planned(FULL, "student.checkpoint=nobody/no-such-model", shape=shape)
+    assert found.setup.parameters.saved < 7e9
+    assert found.shape_source == str(shape)
+
+
+def test_the_command_prints_tables_or_json_and_refuses_with_code_2() -> None:
+    arguments = ["plan", str(FULL), "--gpus", "8", "--gpu-gib", "80"]
+    shown = CliRunner().invoke(app, arguments)
+    assert shown.exit_code == 0
+    for word in ("activations", "margin", "ZeRO-2", "sent by a rank", "checkpoint", "40% of 989 TFLOP/s"):
+        assert word in shown.output
+    printed = CliRunner().invoke(app, [*arguments, "--json"])
+    tree = json.loads(printed.output[printed.output.index("{") :])
+    assert tree["fits"]
+    assert tree["parameters"]["saved"] == 8_015_581_184
+    assert tree["memory"]["needed"] < tree["memory"]["available"] == 80 * GIB
+    refused = CliRunner().invoke(app, [*arguments, "--set", "train.micro_batch=4"])
+    assert isinstance(refused.exception, ConfigError)  # exit code 2, by shared.console.run
