@@ -31,6 +31,7 @@ class MicroBatch:
         supervised: int64 [N], indices into the flattened [B * L].
         targets: of the N supervised positions.
         tokens: tokens that are not padding.
+        sample_ids: of its samples.
     """
 
     input_ids: Tensor
@@ -40,6 +41,7 @@ class MicroBatch:
     supervised: Tensor
     targets: TargetBatch
     tokens: int
+    sample_ids: list[str]
 
     @property
     def target_count(self) -> int:
@@ -56,6 +58,7 @@ class MicroBatch:
             supervised=self.supervised.to(device, non_blocking=True),
             targets=self.targets.to(device, non_blocking=True),
             tokens=self.tokens,
+            sample_ids=self.sample_ids,
         )
 
 
@@ -90,6 +93,7 @@ def collate(
         supervised=torch.from_numpy(_joined(supervised, np.int64)),
         targets=_target_batch(samples, rows, depth, _joined(blocks, np.int64), depth_decay),
         tokens=sum(len(row) for row in rows),
+        sample_ids=[sample.sample_id for sample in samples],
     )
 
 
