@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -71,11 +71,30 @@ class TrainConfig(Section):
     max_sequence_tokens: PositiveInt = Field(
         4096, description="Blocks that would end beyond so many student tokens are left out."
     )
-    learning_rate: PositiveFloat = Field(2e-5, description="The peak, after the warm-up; a cosine follows.")
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw",
+        description="muon: for the matrices inside the blocks, at AdamW's size of update; AdamW for the others.",
+    )
+    learning_rate: PositiveFloat = Field(2e-5, description="The peak, after the warm-up.")
+    schedule: Literal["cosine", "constant", "linear"] = Field(
+        "cosine", description="Of the rate after the warm-up; linear falls to 0."
+    )
     min_learning_rate: float = Field(0.1, ge=0, le=1, description="Share of the rate that the cosine ends on.")
     warmup: float = Field(0.05, ge=0, lt=1, description="Share of the steps that warm up.")
-    weight_decay: NonNegativeFloat = Field(0.0, description="Of AdamW.")
-    grad_clip: PositiveFloat = Field(1.0, description="Largest norm of a step's gradient.")
+    weight_decay: NonNegativeFloat = Field(0.0, description="Of the optimizer, decoupled from the gradient.")
+    grad_clip: PositiveFloat = Field(
+        1.0, description="Largest norm of a step's gradient; unused by muon, whose updates have a size of their own."
+    )
+    ema: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Decay of the moving average of the weights, over about 1 / (1 - ema) steps. Where it is set, the "
+        "average is what is exported and evaluated.",
+    )
+    max_skipped_steps: NonNegativeInt = Field(
+        10, description="Steps with NaN or Inf that are skipped; one more ends the run."
+    )
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
         "auto",
         description="Of the weights in forward and backward; the optimizer keeps float32. auto is bfloat16, but "
@@ -84,7 +103,9 @@ class TrainConfig(Section):
     world_size: PositiveInt | None = Field(
         None, description="Ranks that `make train` launches; null uses the GPUs present."
     )
-    deepspeed: Path = Field(Path("configs/deepspeed/zero2.json"), description="DeepSpeed's own configuration.")
+    deepspeed: Path | dict[str, Any] = Field(
+        Path("configs/deepspeed/zero2.json"), description="DeepSpeed's own configuration, its file or here in place."
+    )
     activation_checkpointing: bool = Field(
         False, description="Compute activations again in the backward: less memory, a third more time."
     )

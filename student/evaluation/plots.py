@@ -44,6 +44,7 @@ def _save(figure: Figure, path: Path) -> Path:
 
 def loss_curve(entries: Sequence[dict[str, Any]], path: Path) -> Path:
     """The trained loss over steps, each step and its trailing mean."""
+    entries = [entry for entry in entries if entry["loss"] is not None]  # steps that were skipped have none
     steps = [entry["step"] for entry in entries]
     losses = [entry["loss"] for entry in entries]
     figure, axes = plt.subplots(figsize=(6.4, 3.6))

@@ -26,6 +26,7 @@ from shared.config import PipelineConfig
 from shared.errors import USER_ERROR_EXIT_CODE, CheckpointError, TrainingError
 from shared.files import write_json
 from student.lineage import IDENTITY, differences, read_json
+from student.training import averaging
 from student.training.engine import training_dtype
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ logger = logging.getLogger(__name__)
 # Settings that change what is logged, kept or computed where, not what is learnt.
 WITHOUT_EFFECT = {
     "activation_checkpointing", "checkpoint_steps", "compile", "data_workers", "deepspeed", "keep_checkpoints",
-    "micro_batch", "world_size",
+    "max_skipped_steps", "micro_batch", "world_size",
 }  # fmt: skip
 COMPLETE = "complete.json"
 
@@ -200,20 +201,36 @@ def reshard(checkpoint: Checkpoint, ranks: int, zero_stage: int) -> Path:
             f"{checkpoint.directory} was saved under ZeRO stage {checkpoint.zero_stage}, the DeepSpeed file now has "
             f"stage {zero_stage}: only stages 1 to 3 can be converted into one another; restore the stage"
         )
+    if checkpoint.identity.get("train.optimizer") == "muon":
+        raise CheckpointError(
+            f"{checkpoint.directory} was saved by {checkpoint.ranks} ranks under ZeRO-{checkpoint.zero_stage}, now "
+            f"there are {ranks} under ZeRO-{zero_stage}: DeepSpeed converts the states of AdamW, not those of Muon; "
+            "restore both, or pass --fresh to train anew"
+        )
     target = universal(checkpoint)
     shutil.rmtree(target, ignore_errors=True)
     logger.info(
         "converting %s: saved by %d ranks under ZeRO-%d, resumed by %d under ZeRO-%d",
         checkpoint.directory, checkpoint.ranks, checkpoint.zero_stage, ranks, zero_stage,
     )  # fmt: skip
-    command = ["-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", str(checkpoint.directory)]
-    command += ["--output_folder", str(target), "--inject_missing_state"]
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
-    if done.returncode:
-        raise CheckpointError(f"{checkpoint.directory} cannot be converted: {done.stderr.strip()[-2000:]}")
+    _to_universal(checkpoint.directory, target)
+    if _has_average(checkpoint):
+        averaging.convert(checkpoint.directory, target, _to_universal)
     if (checkpoint.zero_stage == 3) != (zero_stage == 3):
         _bridge_stages(target, to_zero3=zero_stage == 3)
     return target
+
+
+def _to_universal(saved: Path, target: Path) -> None:
+    command = ["-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", str(saved)]
+    command += ["--output_folder", str(target), "--inject_missing_state"]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+    if done.returncode:
+        raise CheckpointError(f"{saved} cannot be converted: {done.stderr.strip()[-2000:]}")
+
+
+def _has_average(checkpoint: Checkpoint) -> bool:
+    return checkpoint.identity.get("train.ema") is not None
 
 
 def _bridge_stages(folder: Path, to_zero3: bool) -> None:
@@ -239,8 +256,8 @@ def _bridge_stages(folder: Path, to_zero3: bool) -> None:
         state["ds_version"] = deepspeed.__version__
         for parameter in parameters:
             torch.save(state["optimizer_state_dict"]["state"][0]["step"], parameter / "step.pt")
-            for tensor in ("fp32.pt", "exp_avg.pt", "exp_avg_sq.pt"):
-                torch.save({"param": torch.load(parameter / tensor)}, parameter / tensor)
+            for tensor in set(parameter.glob("*.pt")) - {parameter / "step.pt"}:
+                torch.save({"param": torch.load(tensor)}, tensor)
     torch.save(state, path)
 
 
@@ -261,6 +278,12 @@ def load(engine: Any, checkpoint: Checkpoint, is_universal: bool, rank: int) -> 
     path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
     if path is None:
         raise CheckpointError(f"{folder} cannot be loaded; pass --fresh to train anew")
+    if is_universal:
+        if _has_average(checkpoint):
+            averaging.load_universal(engine, folder)
+        for weights, state in engine.basic_optimizer.state.items():
+            # ZeRO-3 gives all its parts one counter, which each would advance; and it is to be where the weights are.
+            state["step"] = state["step"].clone().to(weights.device)
     torch.distributed.barrier()
     if is_universal and rank == 0:
         shutil.rmtree(folder)

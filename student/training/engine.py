@@ -1,14 +1,17 @@
-"""DeepSpeed around the student: process group, optimizer, schedule, engine.
+"""DeepSpeed around the student: process group, settings, engine.
 
-The file that `train.deepspeed` names holds what belongs to the cluster (ZeRO stage, buckets, offload). What follows
-from the training config (batch sizes, precision, clipping) is filled in here, so that it is said once.
+`train.deepspeed`, a file or a mapping, holds what belongs to the cluster (ZeRO stage, buckets, offload). What follows
+from the training config (batch sizes, precision, clipping) is filled in here. The file may say it too, if it agrees.
 """
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 import os
 import warnings
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -16,17 +19,8 @@ from torch import nn
 
 from shared.config import TrainConfig
 from shared.errors import ConfigError
-
-FILLED_IN = (
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-    "bf16",
-    "fp16",
-    "optimizer",
-    "scheduler",
-)
+from student.training import averaging, skipping
+from student.training.optimizer import build_optimizer, build_schedule
 
 
 def initialize_process_group() -> tuple[int, int]:
@@ -68,42 +62,92 @@ def training_dtype(train: TrainConfig) -> Literal["bfloat16", "float32"]:
 
 
 def deepspeed_config(train: TrainConfig, accumulation: int, is_universal: bool = False) -> dict[str, Any]:
-    """The DeepSpeed settings of a run.
+    """The DeepSpeed settings of a run: those of `train.deepspeed`, and what follows from the training config.
 
     Args:
         is_universal: a checkpoint in the universal format will be loaded.
 
     Raises:
-        ConfigError: if the file is missing, is not a JSON object, or sets what the training config decides.
+        ConfigError: if the file is missing or is not a JSON object, or if the settings contradict the training config.
     """
-    try:
-        settings = json.loads(train.deepspeed.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"train.deepspeed: cannot read {train.deepspeed}: {error.strerror}") from error
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"train.deepspeed: {train.deepspeed} is not JSON: {error}") from error
-    doubled = [key for key in FILLED_IN if key in settings]
-    if doubled:
-        raise ConfigError(
-            f"{train.deepspeed} sets {', '.join(doubled)}, which follow from the train section; remove them there"
-        )
-    dtype = training_dtype(train)
-    if dtype == "bfloat16" and zero_stage(settings) > 0:
+    settings, where = read_settings(train.deepspeed)
+    dtype, stage, zero = training_dtype(train), zero_stage(settings), settings.get("zero_optimization", {})
+    follows: dict[str, tuple[Any, str]] = {
+        "train_batch_size": (train.global_batch, "train.global_batch"),
+        "train_micro_batch_size_per_gpu": (train.micro_batch, "train.micro_batch"),
+        "gradient_accumulation_steps": (accumulation, "train.global_batch, train.micro_batch and the ranks"),
+        "gradient_clipping": (train.grad_clip, "train.grad_clip"),
+        "bf16.enabled": (dtype == "bfloat16", "train.dtype"),
+        "bf16.check_grad_overflow": (True, "train.max_skipped_steps"),
+        "fp16.enabled": (False, "train.dtype"),
+        "optimizer": (None, "train.optimizer, which makes it"),
+        "scheduler": (None, "train.schedule, which makes it"),
+    }
+    if zero.get("offload_optimizer"):
+        # Its own AdamW for CPUs is compiled on first use; torch's fused one comes compiled.
+        follows["zero_force_ds_cpu_optimizer"] = (False, "train.optimizer")
+    if train.optimizer == "muon" and stage == 3:
+        follows["zero_optimization.reduce_scatter"] = (False, "train.optimizer=muon, which needs whole gradients")
+    _require_agreement(settings, follows, where)
+    for key in ("train_batch_size", "fp16.enabled", "optimizer", "scheduler"):
+        del follows[key]
+    if train.optimizer == "muon" or _is_bare(train, stage):
+        # ZeRO 1 to 3 would clip Muon's orthogonal updates, whose norm is in the hundreds. `skipping.guard` clips for a
+        # bare optimizer.
+        follows["gradient_clipping"] = (0.0, "")
+    for key, (value, _) in follows.items():
+        section, _, name = key.rpartition(".")
+        (settings.setdefault(section, {}) if section else settings)[name] = value
+    if dtype == "bfloat16" and stage > 0:
         # By default gradients would be added up in the model's dtype, over micro-batches and over ranks.
         settings["data_types"] = {"grad_accum_dtype": "fp32"} | settings.get("data_types", {})
     if is_universal:
         settings["checkpoint"] = settings.get("checkpoint", {}) | {"load_universal": True}
-    return settings | {
-        "train_micro_batch_size_per_gpu": train.micro_batch,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": train.grad_clip,
-        "bf16": {"enabled": dtype == "bfloat16"},
-    }
+    return settings
+
+
+def read_settings(source: Path | dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """A copy of the settings in a file or in the config itself, and what a message calls their place.
+
+    Raises:
+        ConfigError: if the file is missing or is not a JSON object.
+    """
+    if isinstance(source, dict):
+        return copy.deepcopy(source), "train.deepspeed"
+    try:
+        settings = json.loads(source.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"train.deepspeed: cannot read {source}: {error.strerror}") from error
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"train.deepspeed: {source} is not JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"train.deepspeed: {source} holds {type(settings).__name__}, expected an object")
+    return settings, str(source)
+
+
+def _require_agreement(settings: dict[str, Any], follows: dict[str, tuple[Any, str]], where: str) -> None:
+    """Hold settings against what the train section says, for each `section.name` that both have."""
+    contradictions = []
+    for key, (value, source) in follows.items():
+        section, _, name = key.rpartition(".")
+        there = (settings.get(section, {}) if section else settings).get(name)
+        if there is not None and there not in ("auto", value):
+            contradictions.append(f"{key} is {there!r} there, {value!r} by {source}")
+    if contradictions:
+        raise ConfigError(
+            f"{where} contradicts the train section: {'; '.join(contradictions)}; remove it there, or change the train "
+            "section"
+        )
 
 
 def zero_stage(settings: dict[str, Any]) -> int:
     """The ZeRO stage of DeepSpeed's settings; 0 is none."""
     return int(settings.get("zero_optimization", {}).get("stage", 0))
+
+
+def _is_bare(train: TrainConfig, stage: int) -> bool:
+    """Whether DeepSpeed steps the optimizer itself, with no wrapper that clips and looks for NaN and Inf."""
+    return stage == 0 and training_dtype(train) == "float32"
 
 
 def partitioned_loading(settings: dict[str, Any]) -> Any:
@@ -116,21 +160,16 @@ def partitioned_loading(settings: dict[str, Any]) -> Any:
 
 
 def build_engine(module: nn.Module, train: TrainConfig, settings: dict[str, Any], steps: int) -> Any:
-    """The DeepSpeed engine, of `settings`, with AdamW and a cosine schedule with warm-up."""
+    """The DeepSpeed engine, of `settings`, with the optimizer, schedule and average of the train section."""
     import deepspeed
-    from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
-    optimizer = torch.optim.AdamW(
-        [parameter for parameter in module.parameters() if parameter.requires_grad],
-        lr=train.learning_rate,
-        betas=(0.9, 0.95),
-        weight_decay=train.weight_decay,
-    )
-    schedule = get_cosine_with_min_lr_schedule_with_warmup(
-        optimizer,
-        num_warmup_steps=round(train.warmup * steps),
-        num_training_steps=steps,
-        min_lr_rate=train.min_learning_rate,
-    )
+    optimizer = build_optimizer(module, train)
+    if _is_bare(train, zero_stage(settings)):
+        skipping.guard(optimizer, math.inf if train.optimizer == "muon" else train.grad_clip)
+    schedule = build_schedule(optimizer, train, steps)
+    if train.ema is not None:
+        averaging.keep_average(optimizer, train.ema)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, lr_scheduler=schedule, config=settings)
+    if train.optimizer == "muon":
+        skipping.check_before_muon(engine)
     return engine

@@ -27,7 +27,7 @@ from student.data.data_loader import TrainingDataLoader
 from student.lineage import IDENTITY
 from student.losses.objective import loss_scale, named_sums, sum_over_ranks, summarize
 from student.model.export import save_student
-from student.training import checkpoint
+from student.training import averaging, checkpoint, skipping
 from student.training.metrics_logger import MetricsLogger
 
 logger = logging.getLogger(__name__)
@@ -67,9 +67,10 @@ class TrainingRun:
                 entry = self.step(step)
                 if self.metrics is not None:
                     self.metrics.write(entry)
-                    match = entry["match_by_depth"][0] or 0.0
-                    note = f"loss {entry['loss']:.3f} match@1 {match:.3f} {entry['tokens_per_s']:,.0f} tok/s"
+                    loss, match = entry["loss"] or 0.0, entry["match_by_depth"][0] or 0.0
+                    note = f"loss {loss:.3f} match@1 {match:.3f} {entry['tokens_per_s']:,.0f} tok/s"
                     bar.update(task, completed=step + 1, note=note)
+                skipping.require_few(entry["skipped"], self.config.train)
                 if every and (step + 1) % every == 0 and step + 1 < self.loader.steps:
                     keep = self.config.train.keep_checkpoints
                     checkpoint.save(self.engine, self.config.checkpoints_dir, step + 1, self.identity, keep, self.rank)
@@ -86,20 +87,25 @@ class TrainingRun:
         sums = []
         for batch in batches:
             total, terms = self.engine(batch.to(self.engine.device))
-            self.engine.backward(total * scale)
+            self.engine.backward(skipping.spread(total, scale))
             self.engine.step()
             sums.append(terms)
         tokens = sums[0].new_tensor([sum(batch.tokens for batch in batches)])
         reduced = sum_over_ranks(torch.cat([torch.stack(sums).sum(0), tokens]))
         self.tokens += int(reduced[-1])
         elapsed = time.monotonic() - self.started
-        return summarize(reduced[:-1]) | {
-            "loss": float(named_sums(reduced[:-1])["total"] / targets),
+        applied = self.engine.was_step_applied()
+        if not applied:
+            sample_ids = [batch.sample_ids for batch in batches]
+            skipping.after_skip(self.engine, step + 1, sample_ids, sums, self.config.train.max_skipped_steps)
+        mean = {"loss": float(named_sums(reduced[:-1])["total"] / targets)}
+        return skipping.finite(summarize(reduced[:-1]) | mean) | {
             "step": step + 1,
             "steps": self.loader.steps,
             "epoch": order.epochs_after(step + 1),
             "learning_rate": self.engine.get_lr()[0],
-            "grad_norm": float(self.engine.get_global_grad_norm()),
+            "grad_norm": float(self.engine.get_global_grad_norm()) if applied else None,
+            "skipped": self.engine.skipped_steps,
             "tokens": int(reduced[-1]),
             "padding": 1 - int(reduced[-1]) / (order.global_batch * order.row_tokens),
             "tokens_per_s": self.tokens / elapsed,
@@ -110,7 +116,7 @@ class TrainingRun:
 
     def publish(self) -> None:
         """Write the trained model, whole or not at all. A collective: under ZeRO-3 every rank holds a part."""
-        weights = full_weights(self.engine)
+        weights = full_weights(self.engine, averaged=self.config.train.ema is not None)
         if self.metrics is not None:
             self.metrics.close()
             summary = training_summary(self.metrics.entries) | {IDENTITY: self.identity}
@@ -124,8 +130,9 @@ class TrainingRun:
         torch.distributed.barrier()
 
 
-def full_weights(engine: Any) -> dict[str, torch.Tensor]:
-    """The student's state dict without the wrapper's prefix, on the CPU; under ZeRO-3 on rank 0 only. A collective."""
+def full_weights(engine: Any, *, averaged: bool = False) -> dict[str, torch.Tensor]:
+    """The student's state dict without the wrapper's prefix, on the CPU, or its moving average; under ZeRO-3 and of an
+    average on rank 0 only. A collective."""
     if engine.zero_optimization_stage() < 3:
         state = engine.module.state_dict()
     else:
@@ -136,19 +143,22 @@ def full_weights(engine: Any) -> dict[str, torch.Tensor]:
             with deepspeed.zero.GatheredParameters(parameter):  # one at a time: no rank ever holds the whole on a GPU
                 if torch.distributed.get_rank() == 0:
                     state[name] = parameter.detach().cpu().clone()
+    for name, average in averaging.averages(engine) if averaged else ():
+        if torch.distributed.get_rank() == 0:
+            state[name] = average.to(state[name].dtype).cpu()
     return {name.removeprefix("model."): value for name, value in state.items()}
 
 
 def training_summary(entries: list[dict[str, Any]]) -> dict[str, Any]:
     """What the report says of a run; its first and last losses are means over a twentieth of the steps."""
     window = max(len(entries) // 20, 1)
-    losses = [entry["loss"] for entry in entries]
+    losses = [entry["loss"] for entry in entries if entry["loss"] is not None]  # steps that were skipped have none
     return {
         "steps": len(entries),
         "tokens": sum(entry["tokens"] for entry in entries),
         "targets": round(sum(entry["positions"] for entry in entries)),
-        "loss_first": float(np.mean(losses[:window])),
-        "loss_last": float(np.mean(losses[-window:])),
+        "loss_first": float(np.mean(losses[:window])) if losses else None,
+        "loss_last": float(np.mean(losses[-window:])) if losses else None,
         "tokens_per_s": entries[-1]["tokens_per_s"],
         "epochs": entries[-1]["epoch"],
     }

@@ -55,11 +55,12 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
 
 def describe(entry: dict[str, Any]) -> str:
     """One step as people read it: when, where in the data, how well, how fast, how long still."""
-    terms = " ".join(f"{name} {entry[name]:.4f}" for name in ("ce", "kl") if entry.get(name) is not None)
+    terms = " ".join(f"{name} {entry[name]:.4f}" for name in ("loss", "ce", "kl") if entry.get(name) is not None)
+    norm = "skipped" if entry["grad_norm"] is None else f"{entry['grad_norm']:.2f}"
     minutes, seconds = divmod(round(entry["eta_s"]), 60)
     return (
         f"{entry['time']} step {entry['step']}/{entry['steps']} epoch {entry['epoch']:.2f} | "
-        f"loss {entry['loss']:.4f} {terms} match@1 {entry['match_by_depth'][0] or 0:.3f} | "
-        f"lr {entry['learning_rate']:.2e} grad {entry['grad_norm']:.2f} | "
+        f"{terms} match@1 {entry['match_by_depth'][0] or 0:.3f} | "
+        f"lr {entry['learning_rate']:.2e} grad {norm} | "
         f"{entry['tokens_per_s']:,.0f} tok/s eta {minutes}m{seconds:02d}s"
     )

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from student.training.engine import deepspeed_config, training_dtype
 
 
 def config(path: Path) -> TrainConfig:
-    return TrainConfig(steps=1, micro_batch=3, grad_clip=0.7, dtype="bfloat16", deepspeed=path)
+    return TrainConfig(steps=1, global_batch=30, micro_batch=3, grad_clip=0.7, dtype="bfloat16", deepspeed=path)
 
 
 def test_the_train_section_fills_in_what_follows_from_it(tmp_path: Path) -> None:
@@ -24,7 +25,7 @@ def test_the_train_section_fills_in_what_follows_from_it(tmp_path: Path) -> None
         "train_micro_batch_size_per_gpu": 3,
         "gradient_accumulation_steps": 5,
         "gradient_clipping": 0.7,
-        "bf16": {"enabled": True},
+        "bf16": {"enabled": True, "check_grad_overflow": True},
         "data_types": {"grad_accum_dtype": "fp32"},
     }
 
@@ -50,8 +51,16 @@ def test_the_files_that_ship_are_accepted(name: str) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"bf16": {"enabled": false}, "gradient_clipping": 1}', "sets gradient_clipping, bf16, which follow"),
+        (
+            '{"bf16": {"enabled": false}, "gradient_clipping": 1}',
+            "gradient_clipping is 1 there, 0.7 by train.grad_clip; bf16.enabled is False there, True by train.dtype",
+        ),
+        (
+            '{"optimizer": {"type": "Adam"}}',
+            "optimizer is {'type': 'Adam'} there, None by train.optimizer, which makes",
+        ),
         ("{", "is not JSON"),
+        ("[]", "holds list, expected an object"),
         (None, "cannot read"),
     ],
 )
@@ -61,6 +70,38 @@ def test_a_bad_file_gets_one_message(tmp_path: Path, content: str | None, messag
         path.write_text(content)
     with pytest.raises(ConfigError, match=message):
         deepspeed_config(config(path), 1)
+
+
+def test_settings_in_place_may_repeat_the_train_section_and_stay_as_they_are(tmp_path: Path) -> None:
+    settings = {
+        "zero_optimization": {"stage": 1},
+        "train_batch_size": 30,
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": 5,
+        "gradient_clipping": 0.7,
+        "bf16": {"enabled": True},
+    }
+    in_place = TrainConfig.model_validate(config(tmp_path).model_dump() | {"deepspeed": settings})
+    made = deepspeed_config(in_place, accumulation=5)
+    assert made["train_micro_batch_size_per_gpu"] == 3
+    assert settings["bf16"] == {"enabled": True}
+    with pytest.raises(
+        ConfigError, match=r"^train.deepspeed contradicts .* gradient_accumulation_steps is 5 there, 10 by"
+    ):
+        deepspeed_config(in_place, accumulation=10)
+
+
+def test_offload_and_muon_bring_settings_of_their_own() -> None:
+    def made(optimizer: str, **zero: Any) -> dict[str, Any]:
+        settings = {"zero_optimization": zero}
+        return deepspeed_config(TrainConfig(steps=1, optimizer=optimizer, dtype="bfloat16", deepspeed=settings), 1)
+
+    assert made("adamw", stage=2, offload_optimizer={"device": "cpu"})["zero_force_ds_cpu_optimizer"] is False
+    assert made("adamw", stage=3)["gradient_clipping"] == 1.0
+    assert made("muon", stage=3)["gradient_clipping"] == 0.0
+    assert made("muon", stage=3)["zero_optimization"] == {"stage": 3, "reduce_scatter": False}
+    with pytest.raises(ConfigError, match="reduce_scatter is True there, False by"):
+        made("muon", stage=3, reduce_scatter=True)
 
 
 @pytest.mark.parametrize(("capability", "dtype"), [("AVX512", "bfloat16"), ("AVX2", "float32"), ("DEFAULT", "float32")])

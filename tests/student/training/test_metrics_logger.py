@@ -63,6 +63,8 @@ def test_a_line_says_when_how_well_how_fast_and_how_long_still() -> None:
     ):
         assert part in line
     assert "kl" not in line
+    skipped = describe(entry(4) | {"loss": None, "ce": None, "grad_norm": None, "match_by_depth": [None, None]})
+    assert "match@1 0.000 | lr 1.00e-04 grad skipped" in skipped
 
 
 def test_no_file_no_metrics(tmp_path: Path) -> None:

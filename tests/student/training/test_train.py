@@ -149,9 +149,10 @@ def test_a_run_goes_on_with_other_ranks_and_another_stage(run: Path, tmp_path: P
     for stage, path in stages.items():
         settings = {"stage": stage, "stage3_param_persistence_threshold": 0} if stage == 3 else {"stage": stage}
         path.write_text(json.dumps({"zero_optimization": settings}))
-    steps = ("train.steps=16", "train.checkpoint_steps=4", "train.global_batch=12")
+    steps = ("train.steps=16", "train.checkpoint_steps=4", "train.global_batch=12", "train.ema=0.9")
     train(run, "train.world_size=2", *steps)
     config = load_config(run)
+    average = weights(config)
     whole = torch.tensor([entry["loss"] for entry in metrics(run)])
     shutil.rmtree(config.student_final_dir)
 
@@ -164,7 +165,31 @@ def test_a_run_goes_on_with_other_ranks_and_another_stage(run: Path, tmp_path: P
     assert [entry["step"] for entry in metrics(run)] == list(range(1, 17))
     losses = torch.tensor([entry["loss"] for entry in metrics(run)])
     torch.testing.assert_close(losses, whole, rtol=1e-3, atol=0)
+    # The average came along: what is published is as near to it as the weights of two such runs are.
+    torch.testing.assert_close(weights(config), average, rtol=0, atol=1e-4)
     assert not list(config.checkpoints_dir.glob("*universal*"))
+
+
+def test_a_run_that_diverges_ends_with_what_to_try(run: Path) -> None:
+    overrides = ("train.world_size=2", "train.learning_rate=1e30", "train.warmup=0", "train.max_skipped_steps=2")
+    done = subprocess.run(command(run, overrides), capture_output=True, text=True)
+    assert done.returncode != 0
+    said = " ".join(done.stderr.split())
+    assert "step 2 is skipped, 1 of at most 2: the loss is not finite over the samples sample-" in said
+    assert "error: 3 steps were skipped for NaN or Inf, train.max_skipped_steps is 2." in said
+    assert "lower train.learning_rate (now 1e+30)" in said
+    entries = metrics(run)
+    assert [entry["skipped"] for entry in entries] == [0, 1, 2, 3]
+    assert [entry["loss"] is None for entry in entries] == [False, True, True, True]
+    assert not load_config(run).student_final_dir.exists()
+
+
+def test_muon_does_not_go_on_with_other_ranks(run: Path) -> None:
+    steps = ("train.optimizer=muon", "train.steps=40", "train.checkpoint_steps=2")
+    interrupt(run, ("train.world_size=2", *steps), step=2)
+    refused = subprocess.run(command(run, ("train.world_size=1", *steps)), capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "DeepSpeed converts the states of AdamW, not those of Muon; restore both" in " ".join(refused.stderr.split())
 
 
 def launched(path: Path, *launcher: str, options: Sequence[str] = (), **environment: str) -> subprocess.Popen[str]:
