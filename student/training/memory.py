@@ -30,8 +30,6 @@ GIB = 1 << 30
 ELEMENT_BYTES: dict[Dtype, int] = {"bfloat16": 2, "float32": 4}
 # The optimizer's state beside the float32 weights: AdamW has two moments.
 STATE_BYTES = 8
-# Float32 copies of what it updates that AdamW has at once while it steps: PyTorch's `foreach` on GPUs, its plain loop.
-STEP_COPIES: dict[Device, int] = {"cuda": 1, "cpu": 2}
 # What PyTorch's allocator cannot use, as a share, and the CUDA context with the libraries' workspaces and NCCL's
 # buffers. Both are usual values, not measured here.
 FRAGMENTATION = 0.06
@@ -209,9 +207,7 @@ def memory(
     passing, again = (outside, 0) if outside > within + again else (within, again)
     # ZeRO-3 steps a group of parameters at a time.
     stepped = min(share, zero.sub_group) if zero.stage == 3 else share
-    # Without ZeRO nothing is flat, and the plain loop has copies of one parameter at a time.
-    at_once = parameters.largest if zero.stage == 0 and device == "cpu" else stepped
-    update = max(reduced, flattened * stepped + (0 if offloaded else 4 * STEP_COPIES[device] * at_once))
+    update = max(reduced, flattened * stepped)  # fused AdamW updates in place
     bucket = e * zero.reduce_bucket if zero.stage == 3 else 0  # under ZeRO-3 it is never given back
 
     kept = kept_activations(shape, train, tokens, supervised, e, lora, device)
