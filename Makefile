@@ -66,11 +66,12 @@ collect-logits: setup ## the teacher answers the prompts; its top-k distribution
 	$(say)
 	@teacher collect $(CONFIG) $(ARGS)
 
-train: setup ## initialize the student, align the shards to its vocabulary, train it
+train: setup ## initialize the student, align the shards to its vocabulary, train it, test it on held-out text
 	$(say)
 	@student init $(CONFIG) $(ARGS)
 	@student prepare $(CONFIG) $(ARGS)
 	@student train $(CONFIG) $(ARGS)
+	@student evaluate $(CONFIG) $(ARGS)
 
 evaluate: setup ## acceptance before and after training, from held-out shards
 	$(say)

@@ -40,13 +40,14 @@ def export(
     to: Annotated[Path | None, typer.Option("--to", help="Where to write; RUN/export by default.")] = None,
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; as trained by default.")] = None,
     shard_size: Annotated[str, typer.Option(help="Largest safetensors file.")] = "5GB",
+    checkpoint: Annotated[int | None, typer.Option(help="Of this step, in place of the trained student.")] = None,
     log_level: LogLevelOption = "info",
 ) -> None:
     """Write the trained student as a self-contained checkpoint, and prove that it loads."""
     configure_logging(log_level)
     from student.model.export import export_student
 
-    export_student(run_dir, to, dtype, shard_size)
+    export_student(run_dir, to, dtype, shard_size, checkpoint)
 
 
 @app.command()

@@ -43,8 +43,8 @@ from student.model.attention import AnchoredLayout, AttentionPlan, attend
 from student.model.configuration_llada import LladaConfig
 from student.model.initialize import initialize_student
 from student.model.modeling_llada import LladaForMaskedDiffusion, PrefixCache
+from student.training.monitor import peak_flops
 from tests.benchmarks.bench_losses import make_targets
-from tests.benchmarks.bench_model import PEAKS
 from tests.fixtures.aligned_samples import make_sample
 from tests.fixtures.toy_run import toy_config, write_toy_shards
 
@@ -317,7 +317,7 @@ def training_step(shapes: Shapes, layers: int, *, lora: bool, checkpointing: boo
         "first step s": sum(seconds[0] for seconds in parts.values()),
         **{f"{name} ms": 1e3 * seconds for name, seconds in medians.items()},
         "tokens/s": batch.tokens / duration,
-        "MFU": utilization(flops / duration),
+        "MFU": None if (peak_rate := peak_flops()) is None else flops / duration / peak_rate,
         "held GiB": held / 2**30,
         "peak GiB": peak[0] / 2**30,
     }
@@ -499,13 +499,6 @@ def clear() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def utilization(flops: float) -> float | None:
-    """Of the device's dense bfloat16 peak, where its name is known."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    peak = next((value for key, value in PEAKS.items() if key in name), None)
-    return None if peak is None else flops / 1e12 / peak
 
 
 def shown(value: Any) -> str:

@@ -120,7 +120,27 @@ class TrainConfig(Section):
     data_workers: NonNegativeInt = Field(
         1, description="Processes on each rank that make its batches ahead; 0 makes each when it is needed."
     )
-    keep_checkpoints: PositiveInt = Field(2, description="Newest checkpoints that are kept.")
+    keep_checkpoints: PositiveInt = Field(2, description="Newest checkpoints that are kept, the best beside them.")
+    evaluate_checkpoints: bool = Field(
+        False, description="Measure the student on held-out text at every checkpoint; not under ZeRO-3."
+    )
+    patience: PositiveInt | None = Field(
+        None, description="End after so many measured checkpoints without a better one; null trains to the end."
+    )
+    publish: Literal["last", "best"] = Field(
+        "last", description="Which weights become the model: the last, or the best that was measured."
+    )
+    trackers: list[str] = Field(
+        default_factory=lambda: ["tensorboard"],
+        description="Of accelerate's trackers, such as tensorboard (into RUN/tracking), wandb, mlflow.",
+    )
+    gradient_statistics_steps: PositiveInt | None = Field(
+        50, description="Look at every gradient's largest value and zeros each so many steps; null never."
+    )
+    hang_minutes: PositiveFloat = Field(8, description="A step that takes longer ends the job with every rank's stack.")
+    grace_seconds: PositiveInt = Field(
+        120, description="How long ranks may save after a signal, or after one of them failed, before they are killed."
+    )
 
     @property
     def packed_row_tokens(self) -> int:
@@ -140,6 +160,16 @@ class TrainConfig(Section):
                 f"train.row_tokens is {self.row_tokens}, but a sample takes up to {self._longest_sample} "
                 f"(max_sequence_tokens {self.max_sequence_tokens}, {self.anchors} anchors of block_length "
                 f"{self.block_length}, complementary masks); raise it, or lower max_sequence_tokens"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _measures_what_it_chooses_by(self) -> TrainConfig:
+        chooses = [name for name, set_ in (("patience", self.patience), ("publish", self.publish == "best")) if set_]
+        if chooses and not (self.evaluate_checkpoints and self.checkpoint_steps):
+            raise ValueError(
+                f"train.{chooses[0]} chooses among measured checkpoints, and there are none: set "
+                "train.checkpoint_steps and train.evaluate_checkpoints"
             )
         return self
 

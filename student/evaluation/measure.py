@@ -74,6 +74,11 @@ class HeldOut:
         masked = held_out if config.train.objectives.random_masking else held_out[:0]
         return cls(config, dataset, prepared, records, sampled[:most], masked[:most])
 
+    def some(self, count: int) -> list[Record]:
+        """At most `count` held-out conversations, to show."""
+        split = self.dataset.records(split="held_out", distributions=False)
+        return sorted((r for r in split if r.messages), key=lambda record: record.sample_id)[:count]
+
     def part(self, rank: int, ranks: int) -> HeldOut:
         """Every `ranks`-th response, from number `rank` on."""
         return replace(

@@ -115,8 +115,17 @@ def save_student(
         shutil.copyfile(Path(__file__).with_name(name), directory / name)
 
 
-def export_student(run: Path, to: Path | None = None, dtype: str | None = None, max_shard_size: str = "5GB") -> Path:
+def export_student(
+    run: Path,
+    to: Path | None = None,
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+    checkpoint: int | None = None,
+) -> Path:
     """Write the trained student of `run` (or the model that `run` is) to `to`, and load it back.
+
+    Args:
+        checkpoint: the step whose checkpoint is exported, in place of the trained student.
 
     What the model was trained from goes along with it (training.json).
 
@@ -126,14 +135,16 @@ def export_student(run: Path, to: Path | None = None, dtype: str | None = None, 
     """
     import torch
 
+    kinds = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    if dtype is not None and dtype not in kinds:
+        raise CheckpointError(f"--dtype {dtype!r} is not one of {', '.join(kinds)}")
+    if checkpoint is not None:
+        return _export_checkpoint(run, checkpoint, to, dtype, max_shard_size)
     source = run if (run / "config.json").exists() else run / "student" / "final"
     if not (source / "config.json").exists():
         raise CheckpointError(
             f"{run} holds no trained student (no {source}/config.json); train it with `student train`"
         )
-    kinds = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-    if dtype is not None and dtype not in kinds:
-        raise CheckpointError(f"--dtype {dtype!r} is not one of {', '.join(kinds)}")
     if source != run:
         require_model_of_run(run)
     target = to or run / "export"
@@ -147,6 +158,32 @@ def export_student(run: Path, to: Path | None = None, dtype: str | None = None, 
             if not torch.equal(tensor, model.get_parameter(name)):
                 raise CheckpointError(f"{partial}: {name} does not read back as it was written; check the disk")
     _logger.info("%s: %s parameters, %s", target, f"{model.num_parameters():,}", model.dtype)
+    return target
+
+
+def _export_checkpoint(run: Path, step: int, to: Path | None, dtype: str | None, max_shard_size: str) -> Path:
+    import torch
+
+    from shared.config import LoraConfig
+    from student.model.lora import add_lora
+    from student.training.checkpoint import Checkpoint, whole_weights
+
+    folder = run / "student" / "checkpoints" / f"step-{step}"
+    found = Checkpoint.read(folder)
+    if found is None:
+        there = sorted(path.name for path in folder.parent.glob("step-*")) or ["none"]
+        raise CheckpointError(f"{folder} is no whole checkpoint; there are {', '.join(there)} in {folder.parent}")
+    model, tokenizer = load_student(run / "student" / "init")
+    if (lora := found.identity.get("student.lora")) is not None:
+        add_lora(model, LoraConfig(**lora))
+    if found.identity["train.objectives"]["blocks"]:
+        model.config.draft_block_length = found.identity["train.block_length"]
+    kind = getattr(torch, dtype or found.identity["train.dtype"])
+    weights = {name: value.to(kind) for name, value in whole_weights(found).items()}
+    target = to or run / f"export-{step}"
+    with new_directory(target) as partial:
+        save_student(model, tokenizer, partial, state_dict=weights, max_shard_size=max_shard_size)
+    _logger.info("%s: the checkpoint of step %d, %s", target, step, kind)
     return target
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from student.model.sampler import SamplerSettings, sample
+
+if TYPE_CHECKING:
+    from shared.dataset.records import Message
 
 
 def generate(
@@ -35,8 +39,6 @@ def generate(
     import torch
 
     from shared.dataset.records import Message
-    from shared.tokenizer.chat import ChatEncoder
-    from shared.tokenizer.files import read_tokenizer_file
     from student.model.export import load_student
 
     model, tokenizer = load_student(directory)
@@ -45,13 +47,36 @@ def generate(
         settings or default_settings(model.config),
         **{name: value for name, value in changes.items() if value is not None},
     )
-    chat = ChatEncoder(read_tokenizer_file(directory), rendered=raw, now=datetime.datetime.now())
     turns = [Message("system", system)] if system and not raw else []
-    ids = chat.prompt([*turns, Message("user", prompt)]).ids.tolist()
+    return answer(model, tokenizer, directory, [*turns, Message("user", prompt)], settings, raw=raw, seed=seed)
+
+
+def answer(
+    model: Any,
+    tokenizer: Any,
+    directory: Path,
+    turns: Sequence[Message],
+    settings: SamplerSettings,
+    *,
+    raw: bool = False,
+    seed: int = 0,
+) -> str:
+    """What a loaded model, in evaluation mode, says to `turns`.
+
+    Args:
+        directory: has its tokenizer.
+    """
+    import torch
+
+    from shared.tokenizer.chat import ChatEncoder
+    from shared.tokenizer.files import read_tokenizer_file
+
+    chat = ChatEncoder(read_tokenizer_file(directory), rendered=raw, now=datetime.datetime.now())
+    ids = chat.prompt(turns).ids.tolist()
     generator = torch.Generator().manual_seed(seed)
-    answer = sample(model, torch.tensor([ids], device=model.device), settings, generator, chat.ends)[0].tolist()
-    end = next((i for i, token in enumerate(answer) if token in chat.ends), len(answer))
-    return str(tokenizer.decode(answer[:end], skip_special_tokens=True))
+    said = sample(model, torch.tensor([ids], device=model.device), settings, generator, chat.ends)[0].tolist()
+    end = next((i for i, token in enumerate(said) if token in chat.ends), len(said))
+    return str(tokenizer.decode(said[:end], skip_special_tokens=True))
 
 
 def default_settings(config: Any) -> SamplerSettings:

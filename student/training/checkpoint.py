@@ -20,7 +20,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shared.config import PipelineConfig
 from shared.errors import USER_ERROR_EXIT_CODE, CheckpointError, TrainingError
@@ -29,12 +29,16 @@ from student.lineage import IDENTITY, differences, read_json
 from student.training import averaging
 from student.training.engine import training_dtype
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 logger = logging.getLogger(__name__)
 
 # Settings that change what is logged, kept or computed where, not what is learnt.
 WITHOUT_EFFECT = {
-    "activation_checkpointing", "checkpoint_steps", "compile", "data_workers", "deepspeed", "keep_checkpoints",
-    "max_skipped_steps", "micro_batch", "world_size",
+    "activation_checkpointing", "checkpoint_steps", "compile", "data_workers", "deepspeed", "evaluate_checkpoints",
+    "grace_seconds", "gradient_statistics_steps", "hang_minutes", "keep_checkpoints", "max_skipped_steps",
+    "micro_batch", "trackers", "world_size",
 }  # fmt: skip
 COMPLETE = "complete.json"
 
@@ -47,6 +51,7 @@ class Checkpoint:
         step: steps done.
         ranks, zero_stage: of the run that saved it.
         sizes: bytes of each of its files, by name.
+        score: of the student then, more is better; None where it was not measured.
     """
 
     directory: Path
@@ -55,6 +60,16 @@ class Checkpoint:
     zero_stage: int
     identity: dict[str, Any]
     sizes: dict[str, int]
+    score: float | None
+
+    @classmethod
+    def read(cls, folder: Path) -> Checkpoint | None:
+        """The checkpoint in `folder`; None if its save did not come to its end."""
+        record = read_json(folder / COMPLETE)
+        if record is None:
+            return None
+        step, ranks, stage, identity, sizes = (record[n] for n in ("step", "ranks", "zero_stage", IDENTITY, "sizes"))
+        return cls(folder, step, ranks, stage, identity, sizes, record.get("score"))
 
     def fits(self, ranks: int, zero_stage: int) -> bool:
         """Whether it can be loaded as it is; without ZeRO every rank holds everything."""
@@ -84,8 +99,19 @@ def require_same_run(found: dict[str, Any], wanted: dict[str, Any], where: Path)
         )
 
 
-def save(engine: Any, directory: Path, step: int, identity: dict[str, Any], keep: int, rank: int) -> None:
-    """Save a resumable checkpoint after `step` steps and delete all but the newest `keep`. A collective.
+def save(
+    engine: Any,
+    directory: Path,
+    step: int,
+    identity: dict[str, Any],
+    keep: int,
+    rank: int,
+    score: float | None = None,
+) -> None:
+    """Save a resumable checkpoint after `step` steps and delete all but the newest `keep` and the best. A collective.
+
+    Args:
+        score: how good the student is by now, more is better; None where it was not measured.
 
     Raises:
         TrainingError: if a file cannot be written; the checkpoints before stay as they are.
@@ -111,12 +137,15 @@ def save(engine: Any, directory: Path, step: int, identity: dict[str, Any], keep
             "ranks": torch.distributed.get_world_size(),
             "zero_stage": engine.zero_optimization_stage(),
             IDENTITY: identity,
+            "score": score,
             "sizes": {str(path.relative_to(folder)): path.stat().st_size for path in files},
         }
         write_json(folder / COMPLETE, record)
         whole = [path for path in _folders(directory) if (path / COMPLETE).exists()]
+        leader = best(directory)
         for old in whole[keep:]:
-            shutil.rmtree(old)
+            if leader is None or old != leader.directory:
+                shutil.rmtree(old)
     torch.distributed.barrier()
 
 
@@ -128,15 +157,12 @@ def complete(directory: Path, identity: dict[str, Any]) -> list[Checkpoint]:
     """
     checkpoints = []
     for folder in _folders(directory):
-        record = read_json(folder / COMPLETE)
-        if record is None:
+        found = Checkpoint.read(folder)
+        if found is None:
             logger.warning(
                 "%s has no %s: its save was interrupted or is an earlier release's; it is not used", folder, COMPLETE
             )
             continue
-        found = Checkpoint(
-            folder, record["step"], record["ranks"], record["zero_stage"], record[IDENTITY], record["sizes"]
-        )
         require_same_run(found.identity, identity, folder)
         checkpoints.append(found)
     return checkpoints
@@ -288,6 +314,33 @@ def load(engine: Any, checkpoint: Checkpoint, is_universal: bool, rank: int) -> 
     if is_universal and rank == 0:
         shutil.rmtree(folder)
         (folder.parent / "latest_universal").unlink(missing_ok=True)
+
+
+def best(directory: Path) -> Checkpoint | None:
+    """The measured checkpoint with the highest score, the earlier of equals; None where none was measured."""
+    found = [checkpoint for folder in _folders(directory) if (checkpoint := Checkpoint.read(folder)) is not None]
+    measured = [checkpoint for checkpoint in found if checkpoint.score is not None]
+    return max(measured, key=lambda checkpoint: (checkpoint.score, -checkpoint.step), default=None)
+
+
+def whole_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The student's weights in a checkpoint, float32 where they were trained, by the names that the model has.
+
+    Raises:
+        CheckpointError: if DeepSpeed cannot put them together.
+    """
+    import torch
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    folder = checkpoint.directory
+    try:
+        if checkpoint.zero_stage == 0:
+            state = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["module"]
+        else:
+            state = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{folder} cannot be read: {error}") from error
+    return {name.removeprefix("model."): value for name, value in state.items()}
 
 
 def _folders(directory: Path) -> list[Path]:

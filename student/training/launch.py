@@ -9,9 +9,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from typing import NoReturn
 
 from shared.config import TrainConfig
 from shared.errors import ConfigError
+from student.training.stopping import REQUEUE_EXIT_CODE, SIGNALS
 
 CHECKED = "LLADA_DRAFTER_CHECKED"
 """Set for ranks whose launcher, this program, has checked the run already."""
@@ -62,13 +64,26 @@ def ranks_here(train: TrainConfig) -> int:
     return train.world_size or max(torch.cuda.device_count(), 1)
 
 
-def replace_with_ranks(count: int, arguments: list[str]) -> None:
-    """Become `torchrun` with `count` ranks of this same command. Does not return.
+def run_ranks(count: int, train: TrainConfig, arguments: list[str]) -> NoReturn:
+    """Run `count` ranks of this same command under `torchrun` in this process, and end with the code of theirs.
 
     Cores are shared out between the ranks, because each rank's thread pool would otherwise claim them all.
     """
+    import torch.distributed.run as torchrun
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
     threads = max((os.cpu_count() or count) // count, 1)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     os.environ[CHECKED] = "1"
-    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "-m", "student.cli"]
-    os.execv(sys.executable, [sys.executable, *command, *arguments])
+    signals = ",".join(["SIGINT", "SIGHUP", "SIGQUIT", *(number.name for number in SIGNALS)])
+    options = ["--standalone", f"--nproc-per-node={count}", f"--signals-to-handle={signals}"]
+    options.append(f"--shutdown-timeout={train.grace_seconds}")
+    try:
+        torchrun.run(torchrun.parse_args([*options, "-m", "student.cli", *arguments]))
+    except SignalException as stopped:
+        sys.exit(REQUEUE_EXIT_CODE if stopped.sigval in SIGNALS else 128 + stopped.sigval)
+    except ChildFailedError as failed:
+        code = failed.get_first_failure()[1].exitcode
+        sys.exit(code if code > 0 else 128 - code)
+    sys.exit(0)

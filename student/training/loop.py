@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -24,18 +26,28 @@ from shared.console import progress
 from shared.files import new_directory, write_json, write_text
 from student.data.batch import MicroBatch
 from student.data.data_loader import TrainingDataLoader
+from student.evaluation.evaluate import headline
+from student.evaluation.measure import HeldOut, measure, merged
 from student.lineage import IDENTITY
 from student.losses.objective import loss_scale, named_sums, sum_over_ranks, summarize
 from student.model.export import save_student
 from student.training import averaging, checkpoint, skipping
 from student.training.metrics_logger import MetricsLogger
+from student.training.monitor import GradientStatistics, StepMonitor
+from student.training.stopping import REQUEUE_EXIT_CODE, StopRequest, stack_if_it_hangs
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class TrainingRun:
-    """What one rank needs to train; `metrics` is rank 0's alone."""
+    """What one rank needs to train; `metrics` is rank 0's alone.
+
+    Attributes:
+        held_out: what checkpoints are measured on; None where they are not.
+        step_flops: this rank's, of the model alone; None where the shape does not say.
+        done: steps that a checkpoint has brought along.
+    """
 
     config: PipelineConfig
     loader: TrainingDataLoader
@@ -43,91 +55,195 @@ class TrainingRun:
     tokenizer: Any
     identity: dict[str, Any]
     rank: int
+    held_out: HeldOut | None = None
+    step_flops: float | None = None
     metrics: MetricsLogger | None = None
     done: int = 0
-    started: float = field(default_factory=time.monotonic)
-    tokens: int = 0
-    waited: float = 0.0
-    batches: Iterator[MicroBatch] = field(default_factory=lambda: iter(()))
+    monitor: StepMonitor = field(init=False)
+    gradients: GradientStatistics = field(init=False)
+    stop: StopRequest | None = None
+    _batches: Iterator[MicroBatch] = field(default_factory=lambda: iter(()))
+    _next_step: int = -1
+    _started: float = field(default_factory=time.monotonic)
+    _tokens: int = 0
+
+    def __post_init__(self) -> None:
+        self.monitor = StepMonitor(self.step_flops)
+        self.gradients = GradientStatistics(self.engine.module)
 
     def run(self) -> None:
-        """Train from step `done` to the end, publish the model."""
+        """Train from step `done` to the end, publish the model.
+
+        Raises:
+            SystemExit: with `REQUEUE_EXIT_CODE`, saved, where a scheduler's signal asked to stop.
+        """
+        train, steps = self.config.train, self.loader.steps
         if self.rank == 0:
-            self.metrics = MetricsLogger(self.config.run_dir, self.done)
+            self.metrics = MetricsLogger(self.config.run_dir, self.done, train.trackers)
             if self.done:
-                logger.info("resuming after step %d of %d", self.done, self.loader.steps)
-        self.started = time.monotonic()
-        self.batches = self.loader.micro_batches(self.rank, self.tokenizer, first_step=self.done)
-        every = self.config.train.checkpoint_steps
+                logger.info("resuming after step %d of %d", self.done, steps)
+        self.stop = StopRequest()
+        self._started = time.monotonic()
         with progress() as bar:
-            task = bar.add_task(
-                "training", total=self.loader.steps, completed=self.done, note="", visible=self.rank == 0
-            )
-            for step in range(self.done, self.loader.steps):
-                entry = self.step(step)
+            task = bar.add_task("training", total=steps, completed=self.done, note="", visible=self.rank == 0)
+            for step in range(self.done, steps):
+                with stack_if_it_hangs(train.hang_minutes):
+                    entry = self.step(step)
+                at, asked = step + 1, entry.pop("asked_to_stop")
+                due = bool(train.checkpoint_steps) and at % (train.checkpoint_steps or 1) == 0
+                if self.held_out is not None and (due or at == steps):
+                    entry["evaluation"] = self.measure(at)
                 if self.metrics is not None:
                     self.metrics.write(entry)
                     loss, match = entry["loss"] or 0.0, entry["match_by_depth"][0] or 0.0
                     note = f"loss {loss:.3f} match@1 {match:.3f} {entry['tokens_per_s']:,.0f} tok/s"
-                    bar.update(task, completed=step + 1, note=note)
-                skipping.require_few(entry["skipped"], self.config.train)
-                if every and (step + 1) % every == 0 and step + 1 < self.loader.steps:
-                    keep = self.config.train.keep_checkpoints
-                    checkpoint.save(self.engine, self.config.checkpoints_dir, step + 1, self.identity, keep, self.rank)
-        self.publish()
+                    bar.update(task, completed=at, note=note)
+                skipping.require_few(entry["skipped"], train)
+                if at < steps and (due or asked):
+                    self.save(at, entry.get("evaluation"))
+                if at < steps and asked:
+                    self.end_early(at)
+                if due and self.out_of_patience(at):
+                    break
+        self.publish(entry.get("evaluation"))
 
     def step(self, step: int) -> dict[str, Any]:
-        """Train step `step` (0-based); its entry of the metrics, the same on every rank."""
-        order = self.loader.sampler
-        asked = time.monotonic()
-        batches = list(itertools.islice(self.batches, order.accumulation))
-        self.waited += time.monotonic() - asked
-        targets = sum_over_ranks(torch.tensor(sum(batch.target_count for batch in batches), device=self.engine.device))
+        """Train step `step` (0-based); its entry of the metrics, the same on every rank. A collective."""
+        began = time.perf_counter()
+        train, order, monitor, device = self.config.train, self.loader.sampler, self.monitor, self.engine.device
+        every = train.gradient_statistics_steps
+        self.gradients.watching = every is not None and step % every == 0
+        with monitor.part("data"):
+            batches = self._batches_of(step)
+        targets = sum_over_ranks(torch.tensor(sum(batch.target_count for batch in batches), device=device))
         scale = loss_scale(int(targets), world_size=order.world_size, accumulation_steps=order.accumulation)
         sums = []
         for batch in batches:
-            total, terms = self.engine(batch.to(self.engine.device))
-            self.engine.backward(skipping.spread(total, scale))
-            self.engine.step()
+            with monitor.part("forward"):
+                total, terms = self.engine(batch.to(device))
+            with monitor.part("backward"):
+                self.engine.backward(skipping.spread(total, scale))
+            with monitor.part("optimizer"):
+                self.engine.step()
             sums.append(terms)
-        tokens = sums[0].new_tensor([sum(batch.tokens for batch in batches)])
-        reduced = sum_over_ranks(torch.cat([torch.stack(sums).sum(0), tokens]))
-        self.tokens += int(reduced[-1])
-        elapsed = time.monotonic() - self.started
+        asked = self.stop is not None and self.stop.name is not None
+        own = sums[0].new_tensor([sum(batch.tokens for batch in batches), asked])
+        reduced = sum_over_ranks(torch.cat([torch.stack(sums).sum(0), own]))
+        reduced, tokens, asked_ranks = reduced[:-2], int(reduced[-2]), int(reduced[-1])
+        self._tokens += tokens
+        elapsed = time.monotonic() - self._started
         applied = self.engine.was_step_applied()
         if not applied:
             sample_ids = [batch.sample_ids for batch in batches]
-            skipping.after_skip(self.engine, step + 1, sample_ids, sums, self.config.train.max_skipped_steps)
-        mean = {"loss": float(named_sums(reduced[:-1])["total"] / targets)}
-        return skipping.finite(summarize(reduced[:-1]) | mean) | {
+            skipping.after_skip(self.engine, step + 1, sample_ids, sums, train.max_skipped_steps)
+        mean = {"loss": float(named_sums(reduced)["total"] / targets)}
+        statistics = self.gradients.finish() if self.gradients.watching else {}
+        figures = skipping.finite(summarize(reduced) | mean | statistics) | {
             "step": step + 1,
             "steps": self.loader.steps,
             "epoch": order.epochs_after(step + 1),
             "learning_rate": self.engine.get_lr()[0],
             "grad_norm": float(self.engine.get_global_grad_norm()) if applied else None,
             "skipped": self.engine.skipped_steps,
-            "tokens": int(reduced[-1]),
-            "padding": 1 - int(reduced[-1]) / (order.global_batch * order.row_tokens),
-            "tokens_per_s": self.tokens / elapsed,
-            "data_wait": self.waited / elapsed,
+            "tokens": tokens,
+            "padding": 1 - tokens / (order.global_batch * order.row_tokens),
+            "tokens_per_s": self._tokens / elapsed,
             "eta_s": elapsed / (step + 1 - self.done) * (self.loader.steps - step - 1),
             "time": time.strftime("%H:%M:%S"),
+            "asked_to_stop": asked_ranks > 0,
         }
+        return figures | monitor.finish(time.perf_counter() - began)
 
-    def publish(self) -> None:
+    def _batches_of(self, step: int) -> list[MicroBatch]:
+        """This rank's micro-batches of a step; steps that follow one another are made ahead."""
+        if step != self._next_step:
+            self._batches = self.loader.micro_batches(self.rank, self.tokenizer, first_step=step)
+        self._next_step = step + 1
+        return list(itertools.islice(self._batches, self.loader.sampler.accumulation))
+
+    def measure(self, step: int) -> dict[str, Any]:
+        """The student of now on held-out text, every rank a part of it; the same on every rank. A collective."""
+        assert self.held_out is not None
+        model, ranks = self.engine.module.model, torch.distributed.get_world_size()
+        model.eval()
+        mine = measure(
+            self.held_out.part(self.rank, ranks),
+            model,
+            self.tokenizer,
+            self.config.student_init_dir,
+            f"step {step}",
+            quiet=self.rank > 0,
+        )
+        model.train()
+        parts = [mine] * ranks
+        torch.distributed.all_gather_object(parts, mine)
+        figures = merged(parts).figures(self.config.evaluate.rule)
+        blocks = figures["ratio"]
+        kept = {name: figures.get(name) for name in ("tau", "alpha_low", "alpha_high", "masked_ce")}
+        kept |= {name: blocks.get(name) for name in ("ce", "kl")}
+        if self.rank == 0:
+            logger.info("step %d, held-out text: %s", step, headline(figures, self.config.evaluate.rule))
+        return skipping.finite(kept)
+
+    def save(self, step: int, evaluation: dict[str, Any] | None) -> None:
+        """A resumable checkpoint after `step` steps. A collective."""
+        directory, keep = self.config.checkpoints_dir, self.config.train.keep_checkpoints
+        checkpoint.save(self.engine, directory, step, self.identity, keep, self.rank, score(evaluation))
+
+    def end_early(self, step: int) -> NoReturn:
+        """End as a scheduler asked. A collective."""
+        if self.metrics is not None:
+            self.metrics.close()
+            name = self.stop.name if self.stop is not None and self.stop.name else "a signal to another rank"
+            logger.warning("%s: saved after step %d of %d; the same command goes on", name, step, self.loader.steps)
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+        sys.exit(REQUEUE_EXIT_CODE)
+
+    def out_of_patience(self, step: int) -> bool:
+        """Whether `patience` checkpoints in a row were no better than the best; rank 0 decides. A collective."""
+        patience, every = self.config.train.patience, self.config.train.checkpoint_steps
+        if patience is None or every is None:
+            return False
+        leader = checkpoint.best(self.config.checkpoints_dir) if self.rank == 0 else None
+        verdict = [leader is not None and step - leader.step >= patience * every]
+        torch.distributed.broadcast_object_list(verdict)
+        if verdict[0] and leader is not None:
+            logger.info("no checkpoint was better than that of step %d: training ends at step %d", leader.step, step)
+        return verdict[0]
+
+    def publish(self, evaluation: dict[str, Any] | None) -> None:
         """Write the trained model, whole or not at all. A collective: under ZeRO-3 every rank holds a part."""
         weights = full_weights(self.engine, averaged=self.config.train.ema is not None)
         if self.metrics is not None:
             self.metrics.close()
             summary = training_summary(self.metrics.entries) | {IDENTITY: self.identity}
-            self.engine.module.model.config.draft_block_length = self.config.train.block_length
+            model, train = self.engine.module.model, self.config.train
+            leader = checkpoint.best(self.config.checkpoints_dir) if train.publish == "best" else None
+            if leader is not None and (leader.score or 0) >= (
+                -math.inf if evaluation is None else score(evaluation) or 0
+            ):
+                dtype = next(iter(weights.values())).dtype
+                weights = {name: value.to(dtype) for name, value in checkpoint.whole_weights(leader).items()}
+                summary["published_step"] = leader.step
+                logger.info("the best of the measured checkpoints is that of step %d", leader.step)
+            # Only blocks teach to draft after a causal prefix.
+            model.config.draft_block_length = train.block_length if train.objectives.blocks else None
             with new_directory(self.config.student_final_dir) as directory:
-                save_student(self.engine.module.model, self.tokenizer, directory, state_dict=weights)
+                save_student(model, self.tokenizer, directory, state_dict=weights)
                 write_text(directory / "resolved_config.yaml", dump_config(self.config))
                 write_json(directory / "training.json", summary)
-            shutil.rmtree(self.config.checkpoints_dir, ignore_errors=True)
+            if self.held_out is None:
+                shutil.rmtree(self.config.checkpoints_dir, ignore_errors=True)
             logger.info("trained model: %s", self.config.student_final_dir)
         torch.distributed.barrier()
+
+
+def score(evaluation: dict[str, Any] | None) -> float | None:
+    """What checkpoints are compared by: τ, or less cross-entropy where no blocks are trained."""
+    if evaluation is None:
+        return None
+    return evaluation["tau"] if evaluation["tau"] is not None else -evaluation["masked_ce"]
 
 
 def full_weights(engine: Any, *, averaged: bool = False) -> dict[str, torch.Tensor]:

@@ -294,6 +294,13 @@ def plan(config: PipelineConfig, assumptions: Assumptions) -> Plan:
     return Plan(setup, assumptions, available, setup.memory(), source, data, steps, epochs)
 
 
+def step_flops(config: PipelineConfig, shape: LladaConfig, ranks: int) -> float:
+    """Multiplications and additions of a step on one rank, what checkpointing repeats left out."""
+    train = config.train.model_copy(update={"activation_checkpointing": False})
+    setup = Setup(shape, train, {}, config.student.lora, ranks)
+    return setup.accumulation * micro_batch_flops(setup, data_of(config))
+
+
 def data_of(config: PipelineConfig) -> Data | None:
     """The run's training samples: of its prepared data, else of its dataset's manifest, else None."""
     train = config.train

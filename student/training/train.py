@@ -17,15 +17,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from shared.config import PipelineConfig
-from shared.errors import USER_ERROR_EXIT_CODE, CheckpointError
+from shared.errors import USER_ERROR_EXIT_CODE, CheckpointError, ConfigError
 from student.alignment.sanity import check_alignment
 from student.data.data_loader import TrainingDataLoader
+from student.evaluation.measure import HeldOut
 from student.lineage import IDENTITY, present, read_json
 from student.losses.settings import LossChoice, LossSettings, ResolvedLossName, check_temperature, resolve_loss
 from student.model.export import read_config
 from student.training import checkpoint, launch
 from student.training.checkpoint import Checkpoint, require_same_run, run_identity
 from student.training.engine import deepspeed_config, training_dtype, zero_stage
+from student.training.metrics_logger import check_trackers
 
 if TYPE_CHECKING:
     from student.training.loop import TrainingRun
@@ -72,7 +74,7 @@ def train(config: PipelineConfig, *, fresh: bool = False) -> None:
     elif decide(config, world_size, fresh=fresh).finished:  # here, so that a mistake ends without starting ranks
         logger.info(ALREADY_TRAINED, config.student_final_dir)
     else:
-        launch.replace_with_ranks(world_size, [argument for argument in sys.argv[1:] if argument != "--fresh"])
+        launch.run_ranks(world_size, config.train, [argument for argument in sys.argv[1:] if argument != "--fresh"])
 
 
 def decide(config: PipelineConfig, world_size: int, *, fresh: bool = False, checked: bool = False) -> Decision:
@@ -110,6 +112,14 @@ def check(config: PipelineConfig, world_size: int) -> TrainingDataLoader:
         raise CheckpointError(f"{config.student_init_dir} holds no model; run `student init` with this config first")
     loader = TrainingDataLoader.open(config, world_size)
     deepspeed_config(config.train, loader.sampler.accumulation)
+    check_trackers(config.train.trackers)
+    if config.train.evaluate_checkpoints:
+        if zero_stage(deepspeed_config(config.train, loader.sampler.accumulation)) == 3:
+            raise ConfigError(
+                "train.evaluate_checkpoints drafts on every rank with whole weights, which no rank has under ZeRO-3: "
+                "use ZeRO 1 or 2, or `student evaluate` afterwards"
+            )
+        HeldOut.open(config)
     loss, reason = settle_loss(config, loader)
     LossSettings.from_config(config.train, config.train.block_length, loss)
     stride = max(len(loader.chosen) // SANITY_SAMPLES, 1)
@@ -210,6 +220,7 @@ def build(
     from student.training.engine import build_engine, partitioned_loading
     from student.training.loop import TrainingRun
     from student.training.module import DistillationModule
+    from student.training.plan import step_flops
 
     # One rank of a node compares the checksums of what lies there; the others rely on its stamp.
     if os.environ["LOCAL_RANK"] != "0":
@@ -239,5 +250,13 @@ def build(
     if resumed is not None:
         checkpoint.load(engine, resumed, is_universal, rank)
     return TrainingRun(
-        config, loader, engine, tokenizer, decision.identity, rank, done=resumed.step if resumed is not None else 0
+        config,
+        loader,
+        engine,
+        tokenizer,
+        decision.identity,
+        rank,
+        held_out=HeldOut.open(config) if config.train.evaluate_checkpoints else None,
+        step_flops=step_flops(config, model.config, world_size),
+        done=resumed.step if resumed is not None else 0,
     )

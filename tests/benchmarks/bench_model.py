@@ -24,9 +24,8 @@ from rich.table import Table
 
 from student.model.configuration_llada import LladaConfig
 from student.model.modeling_llada import AnchoredLayout, LladaForMaskedDiffusion
+from student.training.monitor import PEAK_TFLOPS
 
-# Dense bfloat16 peaks in TFLOP/s, as the vendor's data sheets give them.
-PEAKS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "B200": 2250.0}
 BLOCK, ANCHORS = 16, 32
 
 
@@ -53,7 +52,7 @@ def main(
         model.set_attn_implementation("flex_attention")
     if checkpointing:
         model.gradient_checkpointing_enable()
-    peak = peak_tflops or next((value for key, value in PEAKS.items() if key in name), None)
+    peak = peak_tflops or next((value for key, value in PEAK_TFLOPS.items() if key in name), None)
     rows = [
         measure(model, layout_name, length, training, repeats, device, peak)
         for layout_name in ("bidirectional", "anchored")

@@ -22,6 +22,12 @@ def entry(step: int) -> dict[str, Any]:
         "eta_s": 75.0,
         "positions": 10,
         "time": "12:00:00",
+        "seconds": {"data": 0.01, "forward": 0.5, "backward": 1.0, "optimizer": 0.2, "step": 1.75},
+        "data_wait": 0.006,
+        "padding": 0.031,
+        "device_gib": 61.5,
+        "host_gib": 4.25,
+        "utilization": 0.41,
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -17,10 +18,16 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from shared.config import PipelineConfig, load_config
+from shared.errors import CheckpointError
 from student.alignment.prepare import prepare
+from student.evaluation.evaluate import evaluate
+from student.model.export import export_student
 from student.model.initialize import initialize_student
+from student.training.stopping import REQUEUE_EXIT_CODE
+from tests.fixtures.conversations import conversations, teacher_tokenizer
 from tests.fixtures.toy_run import toy_config, write_toy_shards
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
@@ -57,10 +64,14 @@ def train(path: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     return done
 
 
+def metrics_of(config: PipelineConfig) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
 def metrics(path: Path, *overrides: str) -> list[dict[str, Any]]:
-    config = load_config(path, list(overrides))
-    entries = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
-    clocks = ("time", "tokens_per_s", "eta_s")
+    """Without what a clock or the machine says."""
+    entries = metrics_of(load_config(path, list(overrides)))
+    clocks = ("time", "tokens_per_s", "eta_s", "seconds", "data_wait", "host_gib")
     return [{key: value for key, value in entry.items() if key not in clocks} for entry in entries]
 
 
@@ -85,10 +96,10 @@ def test_ranks_micro_batches_and_zero_stage_change_nothing(run: Path, tmp_path: 
     zero3 = tmp_path / "zero3.json"
     zero3.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}))
     layouts = {
-        "one rank": ("train.world_size=1", "train.micro_batch=16"),
-        "two ranks": ("train.world_size=2", "train.micro_batch=8"),
-        "two ranks, accumulating": ("train.world_size=2", "train.micro_batch=3"),
-        "two ranks, ZeRO-3": ("train.world_size=2", "train.micro_batch=8", f"train.deepspeed={zero3}"),
+        "one rank": ("train.world_size=1", "train.micro_batch=4"),
+        "two ranks": ("train.world_size=2", "train.micro_batch=2"),
+        "two ranks, accumulating": ("train.world_size=2", "train.micro_batch=1"),
+        "two ranks, ZeRO-3": ("train.world_size=2", "train.micro_batch=2", f"train.deepspeed={zero3}"),
     }
     losses = {}
     for name, overrides in layouts.items():
@@ -149,7 +160,7 @@ def test_a_run_goes_on_with_other_ranks_and_another_stage(run: Path, tmp_path: P
     for stage, path in stages.items():
         settings = {"stage": stage, "stage3_param_persistence_threshold": 0} if stage == 3 else {"stage": stage}
         path.write_text(json.dumps({"zero_optimization": settings}))
-    steps = ("train.steps=16", "train.checkpoint_steps=4", "train.global_batch=12", "train.ema=0.9")
+    steps = ("train.steps=16", "train.checkpoint_steps=4", "train.global_batch=6", "train.ema=0.9")
     train(run, "train.world_size=2", *steps)
     config = load_config(run)
     average = weights(config)
@@ -269,3 +280,128 @@ def test_a_finished_run_is_left_alone_and_other_settings_are_refused(run: Path) 
     assert refused.returncode == 2
     assert "train.steps: 3 there, 4 now" in " ".join(refused.stderr.split())
     assert published.stat().st_mtime_ns == stamp
+
+
+def test_conversations_alone_train_by_random_masking_and_are_answered(tmp_path: Path) -> None:
+    """`configs/sft.yaml` as its head says, with a tiny start in place of the demo's model."""
+    entries = [
+        {"id": str(number), "messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
+        for number, (q, a) in enumerate(conversations(120))
+    ]
+    (tmp_path / "conversations.json").write_text(json.dumps(entries))
+    tokenizer = teacher_tokenizer(tmp_path / "tokenizer")
+    shape = "{d_model: 64, n_layers: 2, n_heads: 4, n_kv_heads: 2, mlp_hidden_size: 128}"
+    overrides = [
+        f"runs={tmp_path / 'runs'}", "student.checkpoint=null", "student.layers=null", f"student.shape={shape}",
+        "student.tokenizer.vocab_size=400", "train.world_size=1", "train.learning_rate=3e-3", "train.epochs=12",
+        "train.dtype=float32", "train.max_sequence_tokens=128", "prepare.workers=1", "train.checkpoint_steps=20",
+        "train.evaluate_checkpoints=true",
+    ]  # fmt: skip
+    config = load_config(Path("configs/sft.yaml"), overrides)
+    imported = [
+        sys.executable, "-m", "shared.commands.cli", "import-json", str(tmp_path / "conversations.json"),
+        str(config.shards_dir), "--tokenizer", str(tokenizer), "--held-out", "0.2",
+    ]  # fmt: skip
+    subprocess.run(imported, check=True)
+    initialize_student(config)
+    prepare(config)
+    train(Path("configs/sft.yaml"), *overrides)
+    figures = evaluate(config)
+    assert figures["after"]["masked_ce"] < 0.6 * figures["before"]["masked_ce"]
+    assert "tau" not in figures["after"]
+    measured = [entry["evaluation"]["masked_ce"] for entry in metrics_of(config) if "evaluation" in entry]
+    assert len(measured) >= 3
+    assert measured[-1] == pytest.approx(figures["after"]["masked_ce"], rel=1e-3)
+    assert len(figures["answers"]) == 3
+    assert all(said["student"] for said in figures["answers"])
+
+
+def test_checkpoints_are_measured_the_best_is_kept_and_exported(run: Path, tmp_path: Path) -> None:
+    overrides = (
+        "train.world_size=2", "train.steps=40", "train.checkpoint_steps=5", "train.keep_checkpoints=1",
+        "train.evaluate_checkpoints=true", "train.patience=2", "train.publish=best", "train.min_learning_rate=1",
+        "train.trackers=[tensorboard]",
+    )  # fmt: skip
+    train(run, *overrides)
+    config = load_config(run, list(overrides))
+    entries = metrics_of(config)
+    taus = {entry["step"]: entry["evaluation"]["tau"] for entry in entries if "evaluation" in entry}
+    leader = max(taus, key=lambda step: (taus[step], -step))
+    published = json.loads((config.student_final_dir / "training.json").read_text())
+    kept = {int(path.name.removeprefix("step-")) for path in config.checkpoints_dir.glob("step-*")}
+    assert leader in kept or leader == entries[-1]["step"]
+    assert len(kept) <= 2
+    # What is published drafts as well as the best checkpoint did when it was measured, on two ranks.
+    assert evaluate(config)["after"]["tau"] == pytest.approx(taus[leader], abs=1e-9)
+    if "published_step" in published:
+        assert published["published_step"] == leader
+        target = export_student(config.run_dir, tmp_path / "exported", checkpoint=leader)
+        exported = load_file(target / "model.safetensors")
+        assert all(torch.equal(exported[name], value) for name, value in weights(config).items())
+    with pytest.raises(CheckpointError, match="step-999 is no whole checkpoint; there are step-"):
+        export_student(config.run_dir, tmp_path / "none", checkpoint=999)
+    # TensorBoard's own reader finds every step.
+    events = EventAccumulator(str(next((config.run_dir / "tracking").rglob("events.*")).parent))
+    events.Reload()
+    losses = events.Scalars("loss")
+    assert [event.step for event in losses] == [entry["step"] for entry in entries]
+    assert losses[3].value == pytest.approx(entries[3]["loss"])
+    assert {"grad_norm", "seconds/step", "data_wait", "host_gib", "match_by_depth/1", "grad_zeros"} <= set(
+        events.Tags()["scalars"]
+    )
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_saves_and_ends_with_the_code_for_requeue(run: Path, name: str) -> None:
+    overrides = ("train.world_size=2", "train.steps=60", "train.checkpoint_steps=50")
+    train(run, *overrides)
+    whole = metrics(run)
+    config = load_config(run)
+    shutil.rmtree(config.student_final_dir)
+    (config.run_dir / "metrics.jsonl").unlink()
+    with subprocess.Popen(
+        command(run, overrides), stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    ) as process:
+        journal, deadline = config.run_dir / "metrics.jsonl", time.monotonic() + 300
+        while not journal.exists() or journal.read_text().count("\n") < 3:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(getattr(signal, name))
+        said = " ".join(process.communicate(timeout=300)[1].split())
+    assert process.returncode == REQUEUE_EXIT_CODE, said
+    assert f"{name}: saved after step" in said
+    assert not config.student_final_dir.exists()
+    train(run, *overrides)
+    assert metrics(run) == whole
+
+
+def test_a_rank_that_hangs_ends_the_job_with_a_stack(run: Path) -> None:
+    overrides = ("train.world_size=2", "train.steps=5000", "train.hang_minutes=0.1", "train.grace_seconds=1")
+    with subprocess.Popen(
+        command(run, overrides), stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    ) as process:
+        journal, deadline = load_config(run).run_dir / "metrics.jsonl", time.monotonic() + 300
+        while not journal.exists() or journal.read_text().count("\n") < 3:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        ranks = psutil.Process(process.pid).children()
+        ranks[0].suspend()
+        said = process.communicate(timeout=120)[1]
+    assert process.returncode not in (0, REQUEUE_EXIT_CODE)
+    assert "Timeout (0:00:06)!" in said
+    assert "in step" in said, "the stack says where it hangs"
+
+
+def test_what_cannot_be_measured_or_tracked_is_refused(run: Path) -> None:
+    zero3 = "train.deepspeed={zero_optimization: {stage: 3}}"
+    for message, overrides in {
+        "train.trackers: 'tensorbored' is none of": ["train.trackers=[tensorbored]"],
+        "train.trackers: wandb is not installed": ["train.trackers=[wandb]"],
+        "which no rank has under ZeRO-3": [zero3, "train.evaluate_checkpoints=true", "train.checkpoint_steps=5"],
+        "train.patience chooses among measured checkpoints": ["train.patience=3"],
+    }.items():
+        refused = subprocess.run(command(run, overrides), capture_output=True, text=True)
+        assert refused.returncode == 2
+        assert message in " ".join(refused.stderr.split())

@@ -40,7 +40,7 @@ def zero(stage: int, **settings: Any) -> str:
 
 
 def build_run(path: Path, *overrides: str, resume: bool = False) -> tuple[PipelineConfig, TrainingRun]:
-    """A run that is ready to train; its global batch of 16 is for two ranks."""
+    """A run that is ready to train; its global batch of 4 rows is for two ranks."""
     config = load_config(path, ["train.steps=60", "train.warmup=0.1", *overrides])
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     checkpoints = checkpoint.complete(config.checkpoints_dir, {}) if resume else []
@@ -55,7 +55,7 @@ def losses(path: Path) -> dict[Any, list[float]]:
     stages |= {f"{stage}, offloaded": zero(stage, offload_optimizer={"device": "cpu"}) for stage in (1, 2, 3)}
     found = {}
     for (stage, override), (kind, more), accumulation in itertools.product(stages.items(), kinds.items(), (1, 2)):
-        _, run = build_run(path, override, f"train.micro_batch={8 // accumulation}", *more)
+        _, run = build_run(path, override, f"train.micro_batch={2 // accumulation}", *more)
         found[stage, kind, accumulation] = [run.step(step)["loss"] for step in range(4)]
         run.engine.destroy()
     return found
@@ -66,7 +66,7 @@ def muon(path: Path) -> dict[Any, list[float]]:
     found = {}
     kinds: dict[str, list[str]] = {"full": [], "lora": [LORA]}
     for stage, (kind, more) in itertools.product(range(4), kinds.items()):
-        _, run = build_run(path, zero(stage), "train.micro_batch=4", "train.optimizer=muon", *more)
+        _, run = build_run(path, zero(stage), "train.micro_batch=1", "train.optimizer=muon", *more)
         found[stage, kind] = [run.step(step)["loss"] for step in range(6)]
         run.engine.destroy()
     return found
@@ -107,7 +107,7 @@ def skipping(path: Path) -> dict[Any, Any]:
     kinds = (("float32", "adamw"), ("bfloat16", "adamw"), ("bfloat16", "muon"))
     for (stage, override), (dtype, optimizer) in itertools.product(stages.items(), kinds):
         overrides = (
-            override, f"train.dtype={dtype}", f"train.optimizer={optimizer}", "train.ema=0.5", "train.micro_batch=4",
+            override, f"train.dtype={dtype}", f"train.optimizer={optimizer}", "train.ema=0.5", "train.micro_batch=1",
         )  # fmt: skip
         _, run = build_run(path, *overrides)
         for step in (0, 1, 3):
@@ -140,9 +140,11 @@ def spoil(run: TrainingRun, change: Callable[[MicroBatch], MicroBatch]) -> None:
     loader = run.loader
     micro_batches = loader.micro_batches
 
-    def changed(step: int, rank: int, *arguments: Any) -> Iterator[MicroBatch]:
-        for number, batch in enumerate(micro_batches(step, rank, *arguments)):
-            yield change(batch) if (step, rank, number) == (POISONED, 1, 0) else batch
+    def changed(rank: int, tokenizer: Any, first_step: int) -> Iterator[MicroBatch]:
+        first = first_step * loader.sampler.accumulation
+        poisoned = POISONED * loader.sampler.accumulation
+        for number, batch in enumerate(micro_batches(rank, tokenizer, first_step), first):
+            yield change(batch) if (rank, number) == (1, poisoned) else batch
 
     object.__setattr__(loader, "micro_batches", changed)
 
