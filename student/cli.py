@@ -129,8 +129,8 @@ def plan(
 ) -> None:
     """Memory, traffic, time and disk of a training, by arithmetic; refuses what does not fit. Starts nothing."""
     configure_logging(log_level)
-    from student.training.plan import Assumptions
-    from student.training.plan import plan as plan_training
+    from student.planning.plan import Assumptions
+    from student.planning.plan import plan as plan_training
 
     planned = plan_training(
         load_config(config, overrides), Assumptions(gpus, gpu_gib, tflops, utilization, link, shape)

@@ -217,10 +217,10 @@ def build(
 
     from student.model.export import load_student
     from student.model.lora import add_lora
+    from student.planning.plan import step_flops
     from student.training.engine import build_engine, partitioned_loading
     from student.training.loop import TrainingRun
     from student.training.module import DistillationModule
-    from student.training.plan import step_flops
 
     # One rank of a node compares the checksums of what lies there; the others rely on its stamp.
     if os.environ["LOCAL_RANK"] != "0":

@@ -1,6 +1,6 @@
 """What a training will take, before it is started: memory, traffic, time, disk, by arithmetic alone (README.md).
 
-Memory is `student.training.memory`. Time is multiplications over the stated rate, and bytes over the stated link, where
+Memory is `student.planning.memory`. Time is multiplications over the stated rate, and bytes over the stated link, where
 nothing is computed meanwhile. Nothing is loaded but a shape: the start's where there is one, else the checkpoint's.
 """
 
@@ -20,9 +20,7 @@ from shared.console import bytes_text, titled_table
 from shared.errors import ConfigError, DatasetError
 from student.alignment.prepared import PreparedDataset
 from student.model.configuration_llada import LladaConfig
-from student.training.engine import deepspeed_config
-from student.training.launch import ranks_here
-from student.training.memory import (
+from student.planning.memory import (
     ELEMENT_BYTES,
     GIB,
     Dtype,
@@ -34,7 +32,9 @@ from student.training.memory import (
     masked_tokens,
     memory,
 )
-from student.training.shapes import shape_of
+from student.planning.shapes import shape_of
+from student.training.engine import deepspeed_config
+from student.training.launch import ranks_here
 
 RANKS_OF_A_NODE = 8
 # The largest file of a checkpoint, which ZeRO-3 loads at a time; `save_student` writes no larger one.

@@ -17,8 +17,8 @@ from student.model.attention import AnchoredLayout
 from student.model.configuration_llada import LladaConfig
 from student.model.lora import add_lora
 from student.model.modeling_llada import LladaForMaskedDiffusion
+from student.planning.memory import Dtype, Parameters, Zero, kept_activations, memory, saved_by_block
 from student.training.engine import deepspeed_config
-from student.training.memory import Dtype, Parameters, Zero, kept_activations, memory, saved_by_block
 
 NO_IDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "mask_token_id": 0}
 ADAPTERS = LoraConfig(rank=4, targets=["q_proj", "v_proj", "ff_out"])

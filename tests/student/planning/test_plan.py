@@ -14,8 +14,8 @@ from shared.errors import ConfigError
 from student.alignment.prepare import prepare
 from student.cli import app
 from student.model.initialize import initialize_student
-from student.training.memory import GIB
-from student.training.plan import Assumptions, Plan, data_of, plan
+from student.planning.memory import GIB
+from student.planning.plan import Assumptions, Plan, data_of, plan
 from tests.fixtures.toy_run import toy_config, write_toy_shards
 
 FULL = Path("configs/llama-3.3-70b.yaml")
