@@ -175,6 +175,7 @@ def prepare(config: PipelineConfig) -> PrepareSummary:
     if not summary.samples:
         raise AlignmentError(f"no record of {config.shards_dir} can be used: {_reasons(summary.counts)}")
     _publish(target, source, entries, summary)
+    PreparedDataset.open(target).verify()  # reads back what was written; training then need not
     _report(summary)
     return summary
 

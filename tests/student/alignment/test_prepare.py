@@ -176,16 +176,18 @@ def test_damage_is_found_by_readers_and_mended_by_prepare(config: PipelineConfig
         PreparedDataset.open(config.prepared_dir)
 
 
-def test_what_an_earlier_release_prepared_is_read_and_its_commits_give_way(config: PipelineConfig) -> None:
-    """Version 2 had its commits in `units`, without their own checksum."""
+def test_what_an_earlier_release_prepared_is_made_again(config: PipelineConfig) -> None:
+    """Version 2 had its commits in `units`, and an index that does not say how long a row will be."""
     prepare(config)
     (config.prepared_dir / "commits").rename(config.prepared_dir / "units")
-    before = PreparedDataset.open(config.prepared_dir)
-    assert before[PER_UNIT].sample_id == "sample-3"
+    manifest = config.prepared_dir / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"version": 3', '"version": 2'))
+    with pytest.raises(DatasetError, match="is of version 2, this program reads 3; run `student prepare` again"):
+        PreparedDataset.open(config.prepared_dir)
     assert prepare(config).units_done == 3
-    assert PreparedDataset.open(config.prepared_dir).fingerprint == before.fingerprint
+    assert PreparedDataset.open(config.prepared_dir)[PER_UNIT].sample_id == "sample-3"
     assert {path.name for path in config.prepared_dir.iterdir()} == {
-        "commits", "data", "index.parquet", "manifest.json", "summary.json",
+        "commits", "data", "index.parquet", "manifest.json", "summary.json", "verified.json",
     }  # fmt: skip
 
 
@@ -311,7 +313,7 @@ def test_training_refuses_shifted_rows_before_it_starts(
     (wrong.student_init_dir / "config.json").write_text("{}")
     with pytest.raises(AlignmentError, match="do not belong together"):
         check(
-            wrong.model_copy(update={"train": wrong.train.model_copy(update={"global_batch": 4, "micro_batch": 4})}), 1
+            wrong.model_copy(update={"train": wrong.train.model_copy(update={"global_batch": 1, "micro_batch": 1})}), 1
         )
 
 
