@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -405,3 +407,66 @@ def test_what_cannot_be_measured_or_tracked_is_refused(run: Path) -> None:
         refused = subprocess.run(command(run, overrides), capture_output=True, text=True)
         assert refused.returncode == 2
         assert message in " ".join(refused.stderr.split())
+
+
+KILLS = int(os.environ.get("TRAINING_KILLS", "2"))
+"""SIGKILLs per launcher; TRAINING_KILLS=20 is the run of the record."""
+
+
+@pytest.mark.timeout(900 + 120 * KILLS)
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_killed_at_any_moment_and_started_again_ends_as_if_nothing_had_happened(run: Path, launcher: str) -> None:
+    """Every rank and launcher is killed at random moments, saves included; several epochs go by."""
+    steps = (
+        "train.world_size=2",
+        "train.steps=40",
+        "train.checkpoint_steps=2",
+        "train.deepspeed={zero_optimization: {stage: 2}}",
+    )
+    train(run, *steps)
+    config = load_config(run, list(steps))
+    whole, whole_weights = metrics(run), weights(config)
+    assert whole[-1]["epoch"] > 2
+    shutil.rmtree(config.student_final_dir)
+    (config.run_dir / "metrics.jsonl").unlink()
+
+    bin_dir = Path(sys.executable).parent
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    by = {
+        "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"],
+        "deepspeed": [str(bin_dir / "deepspeed"), "--num_accelerators=2", f"--master_port={port}", "--module"],
+    }[launcher]
+    options = [word for step in steps for word in ("--set", step)]
+    path = {"PATH": f"{bin_dir}{os.pathsep}{os.environ['PATH']}"}
+    journal, moments = config.run_dir / "metrics.jsonl", random.Random(launcher)
+    killed = 0
+
+    def done() -> int:
+        return journal.read_text().count("\n") if journal.exists() else 0
+
+    while not config.student_final_dir.exists():
+        process = launched(run, *by, options=options, **path)
+        before = done()
+        if killed < KILLS:
+            # A run gets ahead by a few steps, then is killed within the time of one or two.
+            ahead, deadline = moments.randint(1, 4), time.monotonic() + 300
+            while (
+                process.poll() is None and (journal.read_text().count("\n") if journal.exists() else 0) < lines + ahead
+            ):
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            time.sleep(moments.random() * 0.5)
+            for started in (process, *psutil.Process(process.pid).children(recursive=True)):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    started.kill()
+            process.communicate()
+            killed += 1
+        else:
+            output = process.communicate(timeout=600)[0]
+            assert process.returncode == 0, output
+    assert killed == KILLS
+    assert metrics(run) == whole
+    resumed = weights(config)
+    assert all(torch.equal(resumed[name], value) for name, value in whole_weights.items())
