@@ -329,7 +329,7 @@ def training_step(shapes: Shapes, layers: int, *, lora: bool, checkpointing: boo
 
 @check
 def toy_run_equals_cpu(shapes: Shapes) -> Figures:
-    """`student train` and `evaluate` on this device under ZeRO 0 to 3, against the CPU, in float32; bfloat16; resume"""
+    """`student train` and `evaluate` on this device under ZeRO 0 to 3, against the CPU, in float32; bfloat16"""
     figures: Figures = {}
     with tempfile.TemporaryDirectory() as folder:
         path = toy_config(Path(folder))

@@ -165,6 +165,7 @@ def _page(config: PipelineConfig, report: dict[str, Any], pictures: list[tuple[s
         config=dump_config(config),
         stages=_stages(config, report),
         identical=_identical(report["details"]["speculate"]),
+        answers=report["details"]["evaluate"].get("answers", []),
     )
 
 

@@ -25,7 +25,10 @@ def finished(config: PipelineConfig, **speculate: Any) -> None:
     """What the stages leave behind, without having run them."""
     write_json(config.run_dir / "collect.json", {"responses": 12, "tokens": 3456, "capture_ratio": None})
     measured = MEASURED | {"by_skill": {"odd": 1.2, "even": 1.3}}
-    evaluate = {"rule": "greedy", "before": measured, "after": measured, "identity": evaluation_identity(config)}
+    said = {"prompt": "1 < 2?", "teacher": "Yes, 1 < 2.", "student": "Yes."}
+    evaluate = {
+        "rule": "greedy", "before": measured, "after": measured, "answers": [said], "identity": evaluation_identity(config),
+    }  # fmt: skip
     write_json(config.run_dir / "evaluate.json", evaluate)
     figures = {"drafts": 7, "prompts": 9, "outputs_identical": True, "identity": speculation_identity(config)}
     write_json(config.run_dir / "speculate.json", figures | speculate)
@@ -62,6 +65,7 @@ def test_the_page_shows_its_pictures_and_says_what_was_not_measured(tmp_path: Pa
         assert (config.report_dir / picture).stat().st_size > 1000
     assert "not measured" in page
     assert "3,456" in page
+    assert "<td>1 &lt; 2?</td><td>Yes, 1 &lt; 2.</td><td>Yes.</td>" in page
 
 
 @pytest.mark.parametrize(("ties", "words"), [(True, "all numerical ties"), (False, "NOT all numerical ties")])
