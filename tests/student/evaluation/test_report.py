@@ -26,9 +26,8 @@ def finished(config: PipelineConfig, **speculate: Any) -> None:
     write_json(config.run_dir / "collect.json", {"responses": 12, "tokens": 3456, "capture_ratio": None})
     measured = MEASURED | {"by_skill": {"odd": 1.2, "even": 1.3}}
     said = {"prompt": "1 < 2?", "teacher": "Yes, 1 < 2.", "student": "Yes."}
-    evaluate = {
-        "rule": "greedy", "before": measured, "after": measured, "answers": [said], "identity": evaluation_identity(config),
-    }  # fmt: skip
+    evaluate = {"rule": "greedy", "before": measured, "after": measured, "answers": [said]}
+    evaluate["identity"] = evaluation_identity(config)
     write_json(config.run_dir / "evaluate.json", evaluate)
     figures = {"drafts": 7, "prompts": 9, "outputs_identical": True, "identity": speculation_identity(config)}
     write_json(config.run_dir / "speculate.json", figures | speculate)
