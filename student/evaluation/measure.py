@@ -75,9 +75,12 @@ class HeldOut:
         return cls(config, dataset, prepared, records, sampled[:most], masked[:most])
 
     def some(self, count: int) -> list[Record]:
-        """At most `count` held-out conversations, to show."""
+        """At most `count` held-out conversations to show, of different prompts, and of different skills first."""
         split = self.dataset.records(split="held_out", distributions=False)
-        return sorted((r for r in split if r.messages), key=lambda record: record.sample_id)[:count]
+        latest_first = sorted((r for r in split if r.messages), key=lambda record: record.sample_id, reverse=True)
+        by_prompt = {record.prompt_id: record for record in latest_first}
+        by_skill = {record.skill: record.prompt_id for record in by_prompt.values()}
+        return [by_prompt[name] for name in sorted(by_prompt, key=lambda name: name not in by_skill.values())][:count]
 
     def part(self, rank: int, ranks: int) -> HeldOut:
         """Every `ranks`-th response, from number `rank` on."""
