@@ -97,7 +97,7 @@ def test_steps_and_hours_follow_from_the_data(tmp_path: Path) -> None:
     assert found.data.samples == 40
     assert found.shape_source == str(config.student_init_dir)
     rows = 40 * (found.data.clean_tokens + found.data.masked_tokens) / 256
-    assert found.steps == -(-int(2 * rows) // 16)
+    assert found.steps == -(-int(2 * rows) // config.train.global_batch)
     assert found.hours == pytest.approx(found.steps * found.step_s / 3600)
 
 
