@@ -9,6 +9,7 @@ neither the number of ranks nor an interruption changes what is learnt (up to th
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 import sys
@@ -136,7 +137,8 @@ def check(config: PipelineConfig, world_size: int) -> TrainingDataLoader:
             loader.left_out, config.train.block_length, config.train.max_sequence_tokens,
         )  # fmt: skip
     logger.info("loss: %s; in %s", reason, training_dtype(config.train))
-    logger.info("sanity: the stored rows give the observed tokens a mean probability of %.3f", probability)
+    if not math.isnan(probability):
+        logger.info("sanity: the stored rows give the observed tokens a mean probability of %.3f", probability)
     return loader
 
 
