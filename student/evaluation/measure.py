@@ -1,4 +1,4 @@
-"""How good a student drafts, from held-out shards: two measurements (README.md of this folder), on one rank or many.
+"""How good a student drafts, from held-out shards (README.md of this folder), on one rank or many.
 
 Every rank measures a part of the held-out responses, in forwards of the training's shape; the parts are put together on
 all of them.
@@ -52,14 +52,18 @@ class HeldOut:
     masked: NDArray[np.int64]
 
     @classmethod
-    def open(cls, config: PipelineConfig) -> HeldOut:
+    def open(cls, config: PipelineConfig, prepared: PreparedDataset | None = None) -> HeldOut:
         """The held-out part of the run's dataset and prepared targets.
+
+        Args:
+            prepared: the run's, where the caller has opened it.
 
         Raises:
             DatasetError: if either is missing, or holds no held-out text of the headline's decoding rule.
             StaleError: if they do not belong together.
         """
-        dataset, prepared = Dataset.open(config.shards_dir), PreparedDataset.of_run(config)
+        dataset = Dataset.open(config.shards_dir)
+        prepared = prepared or PreparedDataset.of_run(config)
         most, blocks = config.evaluate.max_samples, config.train.objectives.blocks
         records = {rule: _held_out(dataset, rule, most) if blocks else [] for rule in RULES}
         if blocks and not records[config.evaluate.rule]:

@@ -294,24 +294,18 @@ def plan(config: PipelineConfig, assumptions: Assumptions) -> Plan:
     return Plan(setup, assumptions, available, setup.memory(), source, data, steps, epochs)
 
 
-def step_flops(config: PipelineConfig, shape: LladaConfig, ranks: int) -> float:
+def step_flops(config: PipelineConfig, shape: LladaConfig, ranks: int, prepared: PreparedDataset) -> float:
     """Multiplications and additions of a step on one rank, what checkpointing repeats left out."""
     train = config.train.model_copy(update={"activation_checkpointing": False})
     setup = Setup(shape, train, {}, config.student.lora, ranks)
-    return setup.accumulation * micro_batch_flops(setup, data_of(config))
+    return setup.accumulation * micro_batch_flops(setup, data_of_prepared(prepared, train))
 
 
 def data_of(config: PipelineConfig) -> Data | None:
     """The run's training samples: of its prepared data, else of its dataset's manifest, else None."""
     train = config.train
-    block, anchors = train.block_length, train.anchors
     try:
-        prepared = PreparedDataset.open(config.prepared_dir)
-        chosen = prepared.indices(split="train")
-        lengths, prompts = prepared.lengths[chosen], prepared.prompt_lengths[chosen]
-        clean = float(lengths.clip(max=train.max_sequence_tokens).mean())
-        masked = block * float((lengths - prompts).clip(max=anchors).mean())
-        return Data(len(chosen), clean, masked, f"{config.prepared_dir}, {clean:.0f} + {masked:.0f} tokens each")
+        return data_of_prepared(PreparedDataset.open(config.prepared_dir), train)
     except DatasetError:
         pass
     try:
@@ -323,7 +317,18 @@ def data_of(config: PipelineConfig) -> Data | None:
     samples = sum(count for key, count in manifest.counts.items() if key.startswith("train/"))
     tokens = manifest.tokens / max(manifest.rows, 1)
     source = f"{config.shards_dir}, {tokens:.0f} response tokens each, of the teacher's; prompts not counted"
-    return Data(samples, min(tokens, train.max_sequence_tokens), block * min(anchors, tokens), source)
+    return Data(
+        samples, min(tokens, train.max_sequence_tokens), train.block_length * min(train.anchors, tokens), source
+    )
+
+
+def data_of_prepared(prepared: PreparedDataset, train: TrainConfig) -> Data:
+    """The training samples of prepared targets."""
+    chosen = prepared.indices(split="train")
+    lengths, prompts = prepared.lengths[chosen], prepared.prompt_lengths[chosen]
+    clean = float(lengths.clip(max=train.max_sequence_tokens).mean())
+    masked = train.block_length * float((lengths - prompts).clip(max=train.anchors).mean())
+    return Data(len(chosen), clean, masked, f"{prepared.directory}, {clean:.0f} + {masked:.0f} tokens each")
 
 
 def micro_batch_flops(setup: Setup, data: Data | None) -> float:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
 import shutil
 import sys
 import time
@@ -220,9 +219,8 @@ class TrainingRun:
             summary = training_summary(self.metrics.entries) | {IDENTITY: self.identity}
             model, train = self.engine.module.model, self.config.train
             leader = checkpoint.best(self.config.checkpoints_dir) if train.publish == "best" else None
-            if leader is not None and (leader.score or 0) >= (
-                -math.inf if evaluation is None else score(evaluation) or 0
-            ):
+            last = score(evaluation)
+            if leader is not None and leader.score is not None and (last is None or leader.score >= last):
                 dtype = next(iter(weights.values())).dtype
                 weights = {name: value.to(dtype) for name, value in checkpoint.whole_weights(leader).items()}
                 summary["published_step"] = leader.step

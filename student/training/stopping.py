@@ -31,5 +31,7 @@ def stack_if_it_hangs(minutes: float) -> Iterator[None]:
     A collective that one rank never joins would otherwise wait in silence for the network's own time limit.
     """
     faulthandler.dump_traceback_later(minutes * 60, exit=True)
-    yield
-    faulthandler.cancel_dump_traceback_later()
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()

@@ -112,15 +112,15 @@ def check(config: PipelineConfig, world_size: int) -> TrainingDataLoader:
     if not (config.student_init_dir / "config.json").exists():
         raise CheckpointError(f"{config.student_init_dir} holds no model; run `student init` with this config first")
     loader = TrainingDataLoader.open(config, world_size)
-    deepspeed_config(config.train, loader.sampler.accumulation)
+    settings = deepspeed_config(config.train, loader.sampler.accumulation)
     check_trackers(config.train.trackers)
     if config.train.evaluate_checkpoints:
-        if zero_stage(deepspeed_config(config.train, loader.sampler.accumulation)) == 3:
+        if zero_stage(settings) == 3:
             raise ConfigError(
                 "train.evaluate_checkpoints drafts on every rank with whole weights, which no rank has under ZeRO-3: "
                 "use ZeRO 1 or 2, or `student evaluate` afterwards"
             )
-        HeldOut.open(config)
+        HeldOut.open(config, loader.prepared)
     loss, reason = settle_loss(config, loader)
     LossSettings.from_config(config.train, config.train.block_length, loss)
     stride = max(len(loader.chosen) // SANITY_SAMPLES, 1)
@@ -258,7 +258,7 @@ def build(
         tokenizer,
         decision.identity,
         rank,
-        held_out=HeldOut.open(config) if config.train.evaluate_checkpoints else None,
-        step_flops=step_flops(config, model.config, world_size),
+        held_out=HeldOut.open(config, loader.prepared) if config.train.evaluate_checkpoints else None,
+        step_flops=step_flops(config, model.config, world_size, loader.prepared),
         done=resumed.step if resumed is not None else 0,
     )
