@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +11,7 @@ from shared.errors import TrainingError
 from student.losses import dense
 from student.losses.objective import loss_scale, sum_over_ranks
 from tests.fixtures.loss_cases import concatenate
+from tests.fixtures.ranks import run_ranks
 from tests.student.losses import zero_worker
 
 
@@ -39,31 +36,8 @@ def test_one_process_sums_itself():
     assert sum_over_ranks(torch.tensor([3])).item() == 3
 
 
-def run_ranks(world: int, output: Path) -> dict:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {
-        **os.environ,
-        "DS_ACCELERATOR": "cpu",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(world),
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, "-m", "tests.student.losses.zero_worker", str(output)]
-    logs = [output.with_suffix(f".{rank}.log") for rank in range(world)]
-    ranks = []
-    for rank, log in enumerate(logs):
-        variables = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        with log.open("w") as stream:
-            ranks.append(subprocess.Popen(command, env=variables, stdout=stream, stderr=subprocess.STDOUT))
-    try:
-        codes = [rank.wait(timeout=600) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert codes == [0] * world, "\n".join(log.read_text()[-3000:] for log in logs)
+def steps_of_ranks(world: int, output: Path) -> dict:
+    run_ranks("tests.student.losses.zero_worker", [str(output)], world, output, timeout_s=600)
     return torch.load(output)
 
 
@@ -86,7 +60,7 @@ def plain() -> dict:
 @pytest.mark.distributed
 @pytest.mark.parametrize("world", [1, 2])
 def test_every_zero_stage_sees_the_same_loss_and_gradients(world, plain, tmp_path):
-    results = run_ranks(world, tmp_path / "results.pt")
+    results = steps_of_ranks(world, tmp_path / "results.pt")
     assert len(results) == 16
     for (stage, accumulation, tied), result in results.items():
         case = f"ZeRO-{stage}, {world} ranks, accumulation {accumulation}, tied {tied}"

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +11,7 @@ import torch
 from shared.config import load_config
 from student.alignment.prepare import prepare
 from student.model.initialize import initialize_student
+from tests.fixtures.ranks import run_ranks
 from tests.fixtures.toy_run import toy_config, write_toy_shards
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
@@ -31,26 +28,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[di
     prepare(config)
 
     def run(suite: str) -> list[dict[Any, Any]]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        # Compiling Muon's products takes longer than the toy's training.
-        environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-        environment |= {"DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1"}
         output = directory / suite
-        command = [sys.executable, "-m", "tests.student.training.zero_worker", str(path), str(output), suite]
-        logs = [output.with_suffix(f".{rank}.log") for rank in range(2)]
-        ranks = []
-        for rank, log in enumerate(logs):
-            of_rank = os.environ | environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            with log.open("w") as stream:
-                ranks.append(subprocess.Popen(command, env=of_rank, stdout=stream, stderr=subprocess.STDOUT))
-        try:
-            codes = [rank.wait(timeout=1200) for rank in ranks]
-        finally:
-            for process in ranks:
-                process.kill()
-        assert codes == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
+        # Compiling Muon's products takes longer than the toy's training.
+        run_ranks(
+            "tests.student.training.zero_worker",
+            [str(path), str(output), suite],
+            2,
+            output,
+            timeout_s=1200,
+            TORCHDYNAMO_DISABLE="1",
+        )
         return [torch.load(f"{output}.{rank}", weights_only=False) for rank in range(2)]
 
     return run
