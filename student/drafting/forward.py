@@ -107,14 +107,17 @@ class DraftForward:
             for block in transformer["blocks"]
         ]
         self._last_norm = norm(transformer["ln_f"])
+        # Numbers of their own: every read of a config's attribute takes microseconds.
+        self._width, self._eps, self._mask_id = self.config.head_dim, self.config.rms_norm_eps, self.config.mask_token_id
         block = transformer["blocks"][0]
-        self.kv_heads = local(block.k_proj.weight).shape[0] // self.config.head_dim
-        self._heads = local(block.q_proj.weight).shape[0] // self.config.head_dim
+        self.kv_heads, self._heads = (
+            local(projection.weight).shape[0] // self._width for projection in (block.k_proj, block.q_proj)
+        )
         self._attention_is_shared = self._heads < self.config.n_heads
         cos, sin = rotary_tables(self.config, torch.arange(max_tokens, device=self.device)[None])
         # x cos + rotate_half(x) sin, with rotate_half a roll by half and its minus sign in the sines.
-        sign = torch.ones(self.config.head_dim, device=self.device)
-        sign[: self.config.head_dim // 2] = -1
+        sign = torch.ones(self._width, device=self.device)
+        sign[: self._width // 2] = -1
         self._cos_sin = torch.stack((cos[0, 0], sin[0, 0] * sign), dim=1)[:, :, None]  # positions x 2 x 1 x E
 
     @property
@@ -136,7 +139,7 @@ class DraftForward:
             ValueError: if the tokens do not fit into the cache.
         """
         step = cache.begin(slots, [len(ids) for ids in new_ids], block_length, self.max_tokens)
-        masks = np.full(block_length, self.config.mask_token_id, np.int64)
+        masks = np.full(block_length, self._mask_id, np.int64)
         ids_N = torch.from_numpy(np.concatenate([part for ids in new_ids for part in (ids, masks)]).astype(np.int64))
         hidden_NxD = self._run(ids_N.to(self.device, non_blocking=True), step)
         drafted = self._argmax(self._normed(hidden_NxD[step.block_BG.flatten()], self._last_norm))
@@ -151,15 +154,15 @@ class DraftForward:
         mask = torch.zeros((), dtype=self.dtype, device=self.device).masked_fill(~step.mask_BxLxT(), -torch.inf)
         mask_Bx1xRxT = mask.repeat(1, groups, 1)[:, None]
         for number, layer in enumerate(self._layers):
-            qkv_NxAxE = layer.qkv(self._normed(x_NxD, layer.attn_norm)).unflatten(-1, (-1, self.config.head_dim))
+            qkv_NxAxE = layer.qkv(self._normed(x_NxD, layer.attn_norm)).view(len(x_NxD), -1, self._width)
             turned = qkv_NxAxE[:, : self._heads + self.kv_heads]
-            rolled = turned.roll(self.config.head_dim // 2, -1)
+            rolled = turned.roll(self._width // 2, -1)
             turned.copy_(torch.addcmul(turned * cos_Nx1xE, rolled, sin_Nx1xE))
-            q_NxHxE, kv_NxRxE = qkv_NxAxE.split([self._heads, 2 * self.kv_heads], dim=1)
-            step.write(number, kv_NxRxE.unflatten(1, (2, -1)))
-            x_NxD = x_NxD + self._sum(layer.attn_out(self._attend(q_NxHxE, step.read(number), mask_Bx1xRxT, step)), self._attention_is_shared)
+            step.write(number, qkv_NxAxE[:, self._heads :].unflatten(1, (2, -1)))
+            seen_NxD = self._attend(qkv_NxAxE[:, : self._heads], step.read(number), mask_Bx1xRxT, step)
+            x_NxD = x_NxD + self._sum(layer.attn_out(seen_NxD), self._attention_is_shared)
             gate_NxF, up_NxF = layer.gate_up(self._normed(x_NxD, layer.ff_norm)).chunk(2, dim=-1)
-            x_NxD = x_NxD + self._sum(layer.ff_out(F.silu(gate_NxF) * up_NxF))
+            x_NxD = x_NxD + self._sum(layer.ff_out(F.silu(gate_NxF).mul_(up_NxF)))
         return x_NxD
 
     def _attend(self, q_NxHxE: Tensor, kv_BxTx2xKxE: Tensor, mask_Bx1xRxT: Tensor, step: DraftStep) -> Tensor:
@@ -178,7 +181,7 @@ class DraftForward:
         return out[step.unpadded_N] if step.is_ragged else out
 
     def _normed(self, x_NxD: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x_NxD, weight.shape, weight, self.config.rms_norm_eps)
+        return F.rms_norm(x_NxD, weight.shape, weight, self._eps)
 
     def _embed(self, ids_N: Tensor) -> Tensor:
         if self.group is None:

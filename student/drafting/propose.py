@@ -131,13 +131,18 @@ class Drafter:
             max_context_tokens: longest context, in student tokens, block included; null is the model's own limit. A
                 longer context gets no draft.
             way: how products are computed; null reads the weights of a model that is in training (`DraftForward`).
+            group: ranks that share the weights out; all must make the same calls. Each has loaded the whole model, which
+                is left in parts.
 
         Raises:
             CheckpointError: if no block length is given or recorded, or model and tokenizer do not belong together.
             VocabularyError: if a tokenizer cannot be read, or the teacher's is not `teacher`.
             ConfigError: if `memory_bytes` is less than a page of the cache.
         """
+        import torch
+
         from student.drafting.forward import DraftForward
+        from student.drafting.parallel import shard
         from student.drafting.products import fastest_way
 
         length = block_length or model.config.draft_block_length
@@ -149,6 +154,12 @@ class Drafter:
         bridge = ByteBridge(teacher, Encoder.from_tokenizer(teacher_tokenizer, teacher), *load_tokenizer(directory))
         if way == "fastest":
             way = fastest_way(model.device)
+        if group is not None:
+            assert way is not None, "a model in training is not shared out"
+            chosen = [way]  # one for all: each rank has measured for itself
+            torch.distributed.broadcast_object_list(chosen, group=group, group_src=0)
+            way = chosen[0]
+            shard(model, group)
         limit = model.config.max_sequence_length
         forward = DraftForward(model, bridge.draftable_ids, way, min(limit, max_context_tokens or limit), group)
         return cls(
