@@ -7,30 +7,46 @@ counts nothing of the tail; the upper bound splits events and tail as the studen
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
 from student.losses.targets import TargetBatch
 
+CHUNK_BYTES = 256 << 20
 
-def acceptance_bounds(logits_NxV: Tensor, targets: TargetBatch) -> tuple[Tensor, Tensor]:
+
+def acceptance_bounds(
+    hidden_NxD: Tensor, head_VxD: Tensor, targets: TargetBatch, chunk_bytes: int = CHUNK_BYTES
+) -> tuple[Tensor, Tensor]:
     """Lower and upper bound of α at each position.
 
     Args:
-        logits_NxV: the student's, any float dtype.
+        hidden_NxD: the student's final states. head_VxD: makes its logits of them, in any float dtype.
         targets: of the same N positions.
+        chunk_bytes: bound on one float64 slice of the logits, of which two are held; a slice has at least one row.
 
     Returns: two float64 [N]; NaN where a position has no soft target.
     """
-    q_NxV = torch.softmax(logits_NxV.double(), dim=-1)
     position_E, event_M = targets.event_rows(), targets.member_events()
-    q_M = q_NxV[position_E[event_M], targets.members]
+    position_M = position_E[event_M]
+    q_M = torch.empty(len(event_M), dtype=torch.float64, device=hidden_NxD.device)
+    rows = max(chunk_bytes // (8 * len(head_VxD)), 1)
+    starts = [*range(0, len(targets), rows), len(targets)]
+    # Members are in order of their positions.
+    bounds = targets.member_offsets[targets.event_offsets[torch.tensor(starts, device=hidden_NxD.device)]].tolist()
+    for (start, stop), (first, last) in zip(pairwise(starts), pairwise(bounds), strict=True):
+        logits_CxV = (hidden_NxD[start:stop] @ head_VxD.T).double()
+        row_M = position_M[first:last] - start
+        member_M = logits_CxV[row_M, targets.members[first:last]]
+        q_M[first:last] = (member_M - logits_CxV.logsumexp(-1)[row_M]).exp()
     mass_E = targets.event_mass.double()
     q_E = torch.zeros_like(mass_E).index_add_(0, event_M, q_M)
     least_q_E = torch.full_like(mass_E, torch.inf).scatter_reduce_(0, event_M, q_M, "amin")
 
     def summed(values_E: Tensor) -> Tensor:
-        return q_NxV.new_zeros(len(targets)).index_add_(0, position_E, values_E)
+        return q_M.new_zeros(len(targets)).index_add_(0, position_E, values_E)
 
     low = summed(torch.minimum(mass_E, least_q_E))
     tail = targets.tail.double()

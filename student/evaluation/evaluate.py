@@ -1,17 +1,27 @@
-"""`student evaluate`: how good the drafter is on held-out text, before and after training, with no teacher at hand."""
+"""`student evaluate`: how good the drafter is on held-out text, before and after training, with no teacher at hand.
+
+The held-out responses are shared out over ranks, which are started as `student train` starts them: each measures its
+part on its own device, and rank 0 writes what all have found.
+"""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from shared.config import PipelineConfig
+from shared.dataset.records import Record
 from shared.errors import CheckpointError
 from shared.files import write_json
-from student.evaluation.measure import HeldOut, measure
+from student.evaluation.measure import HeldOut, measure, merged
 from student.lineage import IDENTITY, differences, evaluation_identity, read_json, require_current_model
+from student.training import launch
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -19,64 +29,120 @@ RESULT = "evaluate.json"
 ANSWERS = 3
 
 
+@dataclass(frozen=True)
+class Work:
+    """What there is to measure.
+
+    Attributes:
+        earlier: what evaluate.json holds. identity: of what is measured now.
+        students: names of those that are to be measured; none if the file is up to date.
+    """
+
+    earlier: dict[str, Any]
+    identity: dict[str, Any]
+    students: tuple[str, ...]
+
+
 def evaluate(config: PipelineConfig) -> dict[str, Any]:
     """Measure the initial and the trained student and write `evaluate.json` into the run's directory.
 
     What is up to date is left as it is; the initial student is measured once, however often another is trained.
+    Started by hand, this becomes one process per rank.
 
     Raises:
         DatasetError: if the dataset or its prepared form is missing or holds no held-out text.
         CheckpointError: if either student is missing.
         StaleError: if dataset, start, prepared targets and trained student do not belong together.
     """
-    import torch
+    ranks = 1 if launch.is_rank() else launch.ranks_here(config.train)
+    if ranks > 1:
+        work = outstanding(config)  # here, so that a mistake ends without starting ranks
+        if work.students:
+            launch.run_ranks(ranks, config.train, sys.argv[1:])
+        return work.earlier
+    return evaluate_rank(config)
 
-    from student.model.export import load_student
-    from student.training.engine import training_device, training_dtype
 
-    students = {"before": config.student_init_dir, "after": config.student_final_dir}
-    for directory in students.values():
+def outstanding(config: PipelineConfig) -> Work:
+    """What is to be measured. Raises as `evaluate` does."""
+    for directory in _directories(config).values():
         if not (directory / "config.json").exists():
             raise CheckpointError(
                 f"{directory} holds no model; run `student init` and `student train` with this config first"
             )
-    held_out = HeldOut.open(config)
+    HeldOut.open(config)
     require_current_model(config)
     identity = evaluation_identity(config)
     earlier = read_json(config.run_dir / RESULT) or {}
     changed = differences(earlier.get(IDENTITY) or {}, identity) if "before" in earlier else ["all"]
     if not changed:
         logger.info("already evaluated: %s", config.run_dir / RESULT)
-        return earlier
-    result: dict[str, Any] = {
-        "rule": config.evaluate.rule,
-        "draft_tokens": config.evaluate.draft_tokens,
-        IDENTITY: identity,
-    }
-    for name, directory in students.items():
-        if name == "before" and all(difference.startswith("model:") for difference in changed):
-            result[name] = earlier[name]
-            continue
-        # The start has its checkpoint's dtype, in which this machine may be slow.
-        model, tokenizer = load_student(directory, getattr(torch, training_dtype(config.train)))
-        model.eval().to(training_device())
-        result[name] = measure(held_out, model, tokenizer, directory, name).figures(config.evaluate.rule)
-        if name == "after":
-            result["answers"] = answers(held_out, model, tokenizer, directory)
-    write_json(config.run_dir / RESULT, result)
-    for name in students:
-        logger.info("%s: %s", name, headline(result[name], config.evaluate.rule))
-    for said in result["answers"]:
-        logger.info("asked: %s\n  teacher: %s\n  student: %s", said["prompt"], said["teacher"], said["student"])
+        return Work(earlier, identity, ())
+    only_model = all(difference.startswith("model:") for difference in changed)
+    return Work(earlier, identity, ("after",) if only_model else ("before", "after"))
+
+
+def evaluate_rank(config: PipelineConfig) -> dict[str, Any]:
+    """This process's part. Raises as `evaluate` does, on rank 0; the others leave the message to it."""
+    import torch
+
+    from student.model.export import load_student
+    from student.training.engine import initialize_process_group, training_device, training_dtype
+    from student.training.train import agreed
+
+    rank, ranks = initialize_process_group() if launch.is_rank() else (0, 1)
+    work = agreed(lambda: outstanding(config)) if launch.is_rank() else outstanding(config)
+    result: dict[str, Any] = work.earlier
+    if work.students:
+        held_out = HeldOut.open(config)
+        result = {"rule": config.evaluate.rule, "draft_tokens": config.evaluate.draft_tokens, IDENTITY: work.identity}
+        for name, directory in _directories(config).items():
+            if name not in work.students:
+                result[name] = work.earlier[name]
+                continue
+            # The start has its checkpoint's dtype, in which this machine may be slow.
+            dtype = training_dtype(config.train)
+            model, tokenizer = load_student(directory, getattr(torch, dtype))
+            model.eval().to(training_device())
+            mine = measure(
+                held_out.part(rank, ranks), model, tokenizer, directory, name, way=dtype, quiet=rank > 0
+            )
+            result[name] = merged(_gathered(mine, ranks)).figures(config.evaluate.rule)
+            if name == "after":
+                shown = answers(held_out.some(ANSWERS)[rank::ranks], model, tokenizer, directory)
+                parts = _gathered(shown, ranks)
+                result["answers"] = [parts[number % ranks][number // ranks] for number in range(sum(map(len, parts)))]
+        if rank == 0:
+            write_json(config.run_dir / RESULT, result)
+            for name in _directories(config):
+                logger.info("%s: %s", name, headline(result[name], config.evaluate.rule))
+            for said in result["answers"]:
+                logger.info("asked: %s\n  teacher: %s\n  student: %s", said["prompt"], said["teacher"], said["student"])
+    if launch.is_rank():
+        torch.distributed.destroy_process_group()
     return result
 
 
-def answers(held_out: HeldOut, model: Any, tokenizer: Any, directory: Path) -> list[dict[str, str]]:
-    """A few held-out prompts with the teacher's answer and the student's own, each at most as long as the teacher's."""
+def _directories(config: PipelineConfig) -> dict[str, Path]:
+    return {"before": config.student_init_dir, "after": config.student_final_dir}
+
+
+def _gathered(mine: T, ranks: int) -> list[T]:
+    """What every rank has, on all of them. A collective."""
+    parts = [mine] * ranks
+    if ranks > 1:
+        import torch
+
+        torch.distributed.all_gather_object(parts, mine)
+    return parts
+
+
+def answers(records: Sequence[Record], model: Any, tokenizer: Any, directory: Path) -> list[dict[str, str]]:
+    """The prompts of `records` with the teacher's answer and the student's own, each at most as long as the teacher's."""
     from student.model.generate import answer, default_settings
 
     found = []
-    for record in held_out.some(ANSWERS):
+    for record in records:
         settings = default_settings(model.config)
         blocks = max(
             min(-(-len(record.response_ids) // settings.block_length), settings.length // settings.block_length), 1

@@ -31,6 +31,8 @@ from student.evaluation.offline_acceptance import OfflineAcceptance, draft_along
 if TYPE_CHECKING:
     import torch
 
+    from student.drafting.products import Way
+
 RULES = ("greedy", "sample")
 
 
@@ -173,13 +175,21 @@ def merged(parts: Sequence[Measurement]) -> Measurement:
 
 
 def measure(
-    held_out: HeldOut, model: Any, tokenizer: Any, directory: Path, note: str, *, quiet: bool = False
+    held_out: HeldOut,
+    model: Any,
+    tokenizer: Any,
+    directory: Path,
+    note: str,
+    *,
+    way: Way | None = None,
+    quiet: bool = False,
 ) -> Measurement:
     """Measure a loaded model, in evaluation mode, on its device.
 
     Args:
         directory: has the student's tokenizer.
         note: what the progress bars say of the model. quiet: no progress bars.
+        way: how drafts are computed; null leaves the weights of a model that is in training where they are.
     """
     from student.drafting.propose import Drafter
 
@@ -194,6 +204,8 @@ def measure(
                 held_out.dataset.tokenizer_dir,
                 config.evaluate.draft_tokens,
                 config.train.block_length,
+                way=way,
+                in_turns=True,
             )
             for rule, records in held_out.records.items():
                 if records:
@@ -237,8 +249,7 @@ def _rejection_sampling(
             with torch.inference_mode():
                 hidden_NxD = module.hidden_states(batch)
                 sums.append(distillation_loss(hidden_NxD, model.head_weight, batch.targets, settings).sums.cpu())
-                first_logits = hidden_NxD[batch.targets.depth == 1] @ model.head_weight.T
-                bounds = acceptance_bounds(first_logits, first.targets)
+                bounds = acceptance_bounds(hidden_NxD[batch.targets.depth == 1], model.head_weight, first.targets)
             known = ~bounds[0].isnan()
             low, high = (total + float(bound.nansum()) for total, bound in zip((low, high), bounds, strict=True))
             positions += int(known.sum())

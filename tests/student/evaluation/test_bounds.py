@@ -20,7 +20,7 @@ def test_bounds_enclose_every_split_and_are_attained() -> None:
     row = lay_out(sample, np.arange(6), block_length=1, mask_id=5)
     targets = collate([[(sample, row)]], pad_id=0).targets
     logits = torch.randn(6, vocabulary, generator=torch.Generator().manual_seed(0))
-    low, high = acceptance_bounds(logits, targets)
+    low, high = acceptance_bounds(logits, torch.eye(vocabulary), targets, chunk_bytes=2 * 8 * vocabulary)
     q = torch.softmax(logits.double(), -1).numpy()
     for n in range(6):
         events = range(int(targets.event_offsets[n]), int(targets.event_offsets[n + 1]))
@@ -66,6 +66,6 @@ def test_a_perfect_drafter_has_alpha_one_at_the_top() -> None:
     targets.member_offsets = torch.tensor([0, 1, 2])
     targets.members = torch.tensor([0, 1])
     targets.tail = torch.tensor([0.0])
-    low, high = acceptance_bounds(torch.tensor([[0.75, 0.25, 0, 0]]).log(), targets)
+    low, high = acceptance_bounds(torch.tensor([[0.75, 0.25, 1e-30, 1e-30]]).log(), torch.eye(4), targets)
     assert abs(float(low) - 1) < 1e-7
     assert abs(float(high) - 1) < 1e-7
