@@ -1,0 +1,115 @@
+"""`student evaluate`: on ranks as on one, on its device, within memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from shared.config import load_config
+from student.alignment.prepare import prepare
+from student.data.batch import collate
+from student.data.blocks import lay_out
+from student.evaluation.evaluate import RESULT, evaluate
+from student.evaluation.measure import HeldOut, _rejection_sampling
+from student.losses.settings import LossSettings
+from student.model.initialize import initialize_student
+from student.model.modeling_llada import LladaForMaskedDiffusion
+from student.training.module import DistillationModule
+from tests.fixtures.aligned_samples import make_sample
+from tests.fixtures.tiny_model import MASK, tiny_config, tiny_model
+from tests.fixtures.toy_run import toy_config, write_toy_shards
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_ranks_measure_what_one_does(tmp_path: Path) -> None:
+    path = toy_config(tmp_path)
+    overrides = ["train.steps=6", "train.objectives.random_masking=0.5"]
+    config = load_config(path, overrides)
+    write_toy_shards(config, held_out=7)
+    initialize_student(config)
+    prepare(config)
+
+    def student(command: str, *more: str) -> str:
+        options = [word for override in [*overrides, *more] for word in ("--set", override)]
+        arguments = [sys.executable, "-m", "student.cli", command, str(path), *options]
+        done = subprocess.run(arguments, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr[-3000:]
+        return " ".join(done.stderr.split())
+
+    student("train")
+    alone = evaluate(config)
+    result = config.run_dir / RESULT
+    result.unlink()
+    student("evaluate", "train.world_size=2")
+    together = json.loads(result.read_text())
+    assert len(together["answers"]) == 3
+    assert together["answers"] == alone["answers"]
+    for name in ("before", "after"):
+        assert flat(together[name]) == pytest.approx(flat(alone[name]), rel=1e-5)
+    assert "already evaluated" in student("evaluate", "train.world_size=2"), "no rank is started for nothing"
+
+
+def flat(tree: Any, name: str = "") -> dict[str, float]:
+    """Every number of nested figures by its path."""
+    if isinstance(tree, dict | list):
+        items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+        return {key: value for k, entry in items for key, value in flat(entry, f"{name}.{k}").items()}
+    return {} if tree is None else {name: tree}
+
+
+def test_nothing_of_a_measured_forward_is_left_off_the_device() -> None:
+    """A tensor that stayed on the CPU beside a model on the meta device raises."""
+    with torch.device("meta"):
+        model = LladaForMaskedDiffusion(tiny_config())
+    module = DistillationModule(model, LossSettings(loss="kl", block_length=4))
+    sample = make_sample("a", 5, 20, vocabulary=100)
+    row = lay_out(sample, np.arange(0, 16, 4), 4, MASK)
+    batch = collate([[(sample, row)]], pad_id=0).to(model.device)
+    assert module.hidden_states(batch).device.type == "meta"
+    assert all(tensor.device.type == "meta" for tensor in (batch.targets.members, batch.targets.event_mass))
+
+
+class Largest(TorchDispatchMode):
+    """Bytes of the largest tensor that any operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        made = func(*args, **(kwargs or {}))
+        tensors = made if isinstance(made, tuple | list) else (made,)
+        sizes = [t.untyped_storage().nbytes() for t in tensors if isinstance(t, torch.Tensor)]
+        self.bytes = max([self.bytes, *sizes])
+        return made
+
+
+@pytest.mark.slow
+def test_nine_thousand_positions_stay_within_memory(tmp_path: Path) -> None:
+    """A response of 600 tokens with a block of 16 at each: a slice of the logits is the largest thing that is made."""
+    vocabulary = 20_000
+    overrides = ["train.block_length=16", "train.max_sequence_tokens=640", "train.micro_batch=1"]
+    config = load_config(toy_config(tmp_path), overrides)
+    sample = make_sample("a", 10, 600, vocabulary=vocabulary - 1)
+    held_out = HeldOut(config, None, [sample], {}, np.array([0]), np.array([], np.int64))  # type: ignore[arg-type]
+    model = tiny_model(vocab_size=vocabulary, embedding_size=vocabulary, mask_token_id=vocabulary - 1, max_sequence_length=700)
+
+    class Tokenizer:
+        mask_token_id, pad_token_id = vocabulary - 1, 1
+
+    with Largest() as largest:
+        sums, (low, high, positions) = _rejection_sampling(held_out, model, Tokenizer, lambda _: None)
+    assert sums is not None
+    assert positions > 500
+    assert low <= high
+    assert 9000 * vocabulary * 4 > 256 << 20 >= largest.bytes
