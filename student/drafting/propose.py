@@ -117,6 +117,7 @@ class Drafter:
         *,
         memory_bytes: int | None = None,
         max_context_tokens: int | None = None,
+        draft_vocabulary: int | None = None,
         way: Way | Literal["fastest"] | None = "fastest",
         group: ProcessGroup | None = None,
         in_turns: bool = False,
@@ -130,6 +131,8 @@ class Drafter:
             block_length: null is what the student was trained on (its config's `draft_block_length`).
             max_context_tokens: longest context, in student tokens, block included; null is the model's own limit. A
                 longer context gets no draft.
+            draft_vocabulary: draft only so many student tokens, the most frequent of the training responses, and the ends
+                of turn and text; null is all.
             way: how products are computed; null reads the weights of a model that is in training (`DraftForward`).
             group: ranks that share the weights out; all must make the same calls. Each has loaded the whole model, which
                 is left in parts.
@@ -142,6 +145,7 @@ class Drafter:
         import torch
 
         from student.drafting.forward import DraftForward
+        from student.drafting.frequencies import frequent_tokens
         from student.drafting.parallel import shard
         from student.drafting.products import fastest_way
 
@@ -152,6 +156,10 @@ class Drafter:
                 "train it, or pass a block length"
             )
         bridge = ByteBridge(teacher, Encoder.from_tokenizer(teacher_tokenizer, teacher), *load_tokenizer(directory))
+        draftable = bridge.draftable_ids
+        if draft_vocabulary is not None:
+            kept = frequent_tokens(Path(directory), draft_vocabulary)
+            draftable = draftable[np.isin(draftable, kept) | bridge.student.is_special[draftable]]
         if way == "fastest":
             way = fastest_way(model.device)
         if group is not None:
@@ -161,7 +169,7 @@ class Drafter:
             way = chosen[0]
             shard(model, group)
         limit = model.config.max_sequence_length
-        forward = DraftForward(model, bridge.draftable_ids, way, min(limit, max_context_tokens or limit), group)
+        forward = DraftForward(model, draftable, way, min(limit, max_context_tokens or limit), group)
         return cls(
             forward,
             bridge,

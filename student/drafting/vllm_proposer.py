@@ -22,13 +22,14 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shared.errors import CheckpointError, ConfigError
 from shared.tokenizer.vocabulary import Vocabulary
+from student.drafting.products import Way
 from student.drafting.propose import Drafter
 from student.lineage import warn_of_another_teacher
 
@@ -50,20 +51,23 @@ class DrafterOptions:
         teacher_tokenizer: directory of the teacher's tokenizer; null is the one that vLLM serves with.
         teacher_roles: role → id of its special tokens, where its settings and chat template do not say.
         block_length: null is the student's own.
-        slots: requests whose contexts stay cached; null is vLLM's `max_num_seqs`.
+        memory_gib: of the contexts' keys and values, allocated when vLLM loads its model; a request that finds no room
+            is not drafted for. Null is room for 16 contexts of the longest length, or a tenth of what is free.
         max_context_tokens: longest context that is drafted for, in student tokens; null is the student's limit.
         keep_extendable: also propose a last token that further bytes could still merge.
-        dtype: of the student's weights; null is the checkpoint's.
+        draft_vocabulary: draft only so many student tokens, the most frequent of the training responses; null is all.
+        dtype: of the student's products, a way of `products.py`; null measures which is fastest on this device.
     """
 
     student: str
     teacher_tokenizer: str | None = None
     teacher_roles: dict[str, int] | None = None
     block_length: int | None = None
-    slots: int | None = None
+    memory_gib: float | None = None
     max_context_tokens: int | None = None
     keep_extendable: bool = False
-    dtype: str | None = None
+    draft_vocabulary: int | None = None
+    dtype: Way | None = None
 
     @classmethod
     def of(cls, vllm_config: VllmConfig) -> DrafterOptions:
@@ -80,6 +84,9 @@ class DrafterOptions:
                 f"additional_config[{OPTIONS_KEY!r}] is {given!r}, expected a mapping with 'student', the trained "
                 f"student's directory, and at most the keys {known}"
             )
+        ways = get_args(Way)
+        if given.get("dtype") not in (None, *ways):
+            raise ConfigError(f"additional_config[{OPTIONS_KEY!r}]['dtype'] is {given['dtype']!r}, expected one of {ways}")
         return cls(**given)
 
 
@@ -91,7 +98,6 @@ class LladaProposer:
         assert vllm_config.speculative_config is not None
         self.draft_tokens = int(vllm_config.speculative_config.num_speculative_tokens)
         self.max_model_len = int(vllm_config.model_config.max_model_len)
-        self.slots = self.options.slots or int(vllm_config.scheduler_config.max_num_seqs)
         self.teacher_tokenizer = self.options.teacher_tokenizer or str(vllm_config.model_config.tokenizer)
         self.drafter: Drafter | None = None
         self.ends: frozenset[int] = frozenset()
@@ -119,12 +125,9 @@ class LladaProposer:
 
     def load_drafter(self, device: torch.device) -> None:
         """Load the student. Raises as `load_model` does."""
-        import torch
-
         from student.model.export import load_student
 
-        dtype = getattr(torch, self.options.dtype) if self.options.dtype else None
-        model, _ = load_student(self.options.student, dtype)
+        model, _ = load_student(self.options.student)
         model = model.to(device).eval()  # type: ignore[arg-type]
         tokenizer = _local_tokenizer(self.teacher_tokenizer)
         teacher = Vocabulary.from_tokenizer(tokenizer, self.options.teacher_roles)
@@ -136,8 +139,10 @@ class LladaProposer:
             tokenizer,
             self.draft_tokens,
             self.options.block_length,
-            slots=self.slots,
+            memory_bytes=None if self.options.memory_gib is None else int(self.options.memory_gib * 2**30),
             max_context_tokens=self.options.max_context_tokens,
+            draft_vocabulary=self.options.draft_vocabulary,
+            way=self.options.dtype or "fastest",
             keep_extendable=self.options.keep_extendable,
         )
         self.ends = frozenset(teacher.roles[role] for role in ("end_of_turn", "end_of_text") if role in teacher.roles)

@@ -127,7 +127,7 @@ def export_student(
     Args:
         checkpoint: the step whose checkpoint is exported, in place of the trained student.
 
-    What the model was trained from goes along with it (training.json).
+    What the model was trained from, and its tokens' counts, go along with it (training.json, token_counts.npy).
 
     Raises:
         CheckpointError: if there is no model, or the dtype is unknown.
@@ -151,8 +151,9 @@ def export_student(
     model, tokenizer = load_student(source, kinds[dtype] if dtype else None)
     with new_directory(target) as partial:
         save_student(model, tokenizer, partial, max_shard_size=max_shard_size)
-        if (source / "training.json").exists():
-            shutil.copyfile(source / "training.json", partial / "training.json")
+        for name in ("training.json", "token_counts.npy"):
+            if (source / name).exists():
+                shutil.copyfile(source / name, partial / name)
         copy, _ = load_student(partial)
         for name, tensor in copy.state_dict().items():
             if not torch.equal(tensor, model.get_parameter(name)):

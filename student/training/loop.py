@@ -25,6 +25,7 @@ from shared.console import progress
 from shared.files import new_directory, write_json, write_text
 from student.data.batch import MicroBatch
 from student.data.data_loader import TrainingDataLoader
+from student.drafting.frequencies import count_tokens, write_counts
 from student.evaluation.evaluate import headline
 from student.evaluation.measure import HeldOut, measure, merged
 from student.lineage import IDENTITY
@@ -229,6 +230,7 @@ class TrainingRun:
             model.config.draft_block_length = train.block_length if train.objectives.blocks else None
             with new_directory(self.config.student_final_dir) as directory:
                 save_student(model, self.tokenizer, directory, state_dict=weights)
+                write_counts(directory, count_tokens(self.loader.prepared, model.config.vocab_size))
                 write_text(directory / "resolved_config.yaml", dump_config(self.config))
                 write_json(directory / "training.json", summary)
             if self.held_out is None:

@@ -116,6 +116,7 @@ def test_options_must_name_the_student(options: Any) -> None:
 
 
 def test_options_are_read() -> None:
-    config = vllm_config({OPTIONS_KEY: {"student": "runs/x", "slots": 7, "keep_extendable": True}})
-    assert DrafterOptions.of(config) == DrafterOptions("runs/x", slots=7, keep_extendable=True)
-    assert LladaProposer(config).slots == 7
+    config = vllm_config({OPTIONS_KEY: {"student": "runs/x", "memory_gib": 0.5, "keep_extendable": True}})
+    assert DrafterOptions.of(config) == DrafterOptions("runs/x", memory_gib=0.5, keep_extendable=True)
+    with pytest.raises(ConfigError, match="'float16', expected one of"):
+        DrafterOptions.of(vllm_config({OPTIONS_KEY: {"student": "runs/x", "dtype": "float16"}}))
