@@ -4,48 +4,58 @@ The student sees the request's context in its own vocabulary (`bridge.py`), then
 fills all of them in one denoising step. The argmax of each position makes the draft: a one-hot draft, which one-hot
 verification keeps lossless at every temperature (README.md of this folder).
 
-Contexts keep their keys and values between calls (`PrefixCache`, one slot a request), so that a call costs the new
-tokens and the block, not the context. Where new text changes how earlier text is tokenized, those tokens are cut off
-the cache and fed again. Proposals are the same with and without the cache.
+Contexts keep their keys and values between calls (`PrefixCache`), so that a call costs the new tokens and the block, not
+the context. Where new text changes how earlier text is tokenized, those tokens are cut off the cache and fed again.
+Proposals are the same with and without the cache.
+
+The cache's memory is a budget, allocated when the drafter is made. Requests that are not being served lose their pages
+first, the one unseen for longest before the others. Where those of one call do not all fit, the oldest are drafted for;
+the others get no draft and are counted.
 
 Related: string-level exact match and universal assisted generation (`bridge.py`) draft across vocabularies too, with an
 autoregressive model that takes one forward a token; here one forward fills the block.
 
 A request is known by its context, which starts with what it was in the call before. Its id is a hint that makes it
-quick to find; a wrong one costs time and nothing else. A request that was not seen for longest gives up its slot when
-slots run out, and starts over if it comes back. Nothing here depends on the engine that verifies: offline evaluation
-drafts along stored responses with this class.
+quick to find; a wrong one costs time and nothing else. Nothing here depends on the engine that verifies: offline
+evaluation drafts along stored responses with this class.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+import os
+from collections import Counter
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from shared.errors import CheckpointError
+from shared.errors import CheckpointError, ConfigError
 from shared.tokenizer.vocabulary import Encoder, Vocabulary, load_tokenizer
 from student.drafting.bridge import BridgedContext, ByteBridge
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from student.drafting.forward import DraftForward
+    from student.drafting.products import Way
     from student.model.modeling_llada import LladaForMaskedDiffusion
 
-_FIRST_CAPACITY = 256
 _FORWARD_TOKENS = 8192  # of one forward, padding included: bounds the memory that long prompts take
+_MOST_IDLE = 64
+_DEFAULT_CONTEXTS, _DEFAULT_SHARE = 16, 0.1
 
 
 @dataclass(slots=True)
 class _Request:
-    """A slot of the cache. Keys and values of the first `cached` student tokens of `context` lie there."""
+    """A request and its number in the cache; the older one has the lower number."""
 
     slot: int
     name: Hashable = None
     context: BridgedContext = field(default_factory=BridgedContext)
-    cached: int = 0
 
     def continues_to(self, context: NDArray[np.integer[Any]]) -> bool:
         known = self.context.teacher_ids
@@ -53,60 +63,47 @@ class _Request:
         # The last token first: it tells most other requests apart without reading their contexts.
         return np.array_equal(known[-1:], start[-1:]) and np.array_equal(known, start)
 
-    @property
-    def new(self) -> NDArray[np.int32]:
-        """Student tokens that are not cached."""
-        return self.context.student_ids[self.cached :]
-
 
 class Drafter:
     """Proposes up to `draft_tokens` teacher tokens after each context.
 
     Args:
-        model: in evaluation mode, on its device.
         block_length: student tokens filled per forward; as many as the model was trained on.
-        slots: requests whose keys and values are kept at most; more than that in one call are drafted in turns.
-        max_context_tokens: longest context, in student tokens, block included; null is the model's own limit. A longer
-            context gets no draft. Memory grows to slots x max_context_tokens at most, as requests need it.
+        memory_bytes: of the cache, allocated here, whole; null is room for 16 contexts of the longest length, or a
+            tenth of the memory that is free where that is less.
+        in_turns: what finds no room is drafted for in a further forward, in which the others lose theirs: every
+            request gets its draft, which takes longer. For evaluation.
         keep_extendable: also propose a last token that further bytes could still merge.
         cached: False recomputes every context, for comparison.
+
+    Attributes:
+        counts: requests by what became of them, one count a call: `drafted`; `too_long` for the model; `no_room` in
+            the cache.
+
+    Raises:
+        ConfigError: if `memory_bytes` is less than a page of the cache.
     """
 
     def __init__(
         self,
-        model: LladaForMaskedDiffusion,
+        forward: DraftForward,
         bridge: ByteBridge,
         draft_tokens: int,
         block_length: int,
         *,
-        slots: int = 64,
-        max_context_tokens: int | None = None,
+        memory_bytes: int | None = None,
+        in_turns: bool = False,
         keep_extendable: bool = False,
         cached: bool = True,
     ) -> None:
-        import torch
-
-        from student.model.prefix_cache import PrefixCache
-
-        self.model, self.bridge = model, bridge
+        self.forward, self.bridge = forward, bridge
         self.draft_tokens, self.block_length = draft_tokens, block_length
-        self.slots, self.cached, self.keep_extendable = slots, cached, keep_extendable
-        limit = model.config.max_sequence_length
-        self.max_context_tokens = min(limit, max_context_tokens or limit)
-        rows, dtype, device = model.head_weight.shape[0], model.head_weight.dtype, model.head_weight.device
-        draftable = bridge.draftable_ids
-        if draftable.max() >= rows:
-            raise CheckpointError(
-                f"the student's tokenizer has the id {draftable.max()} but its model only {rows} rows; "
-                "they are not of one checkpoint"
-            )
-        self._undraftable_V = torch.ones(rows, dtype=torch.bool, device=device)
-        self._undraftable_V[torch.from_numpy(draftable).to(device)] = False
-        self._cache = PrefixCache.allocate(
-            model.config, 1, min(_FIRST_CAPACITY, self.max_context_tokens), dtype, device
-        )
+        self.in_turns, self.keep_extendable, self.cached = in_turns, keep_extendable, cached
+        self.counts: Counter[str] = Counter()
+        self.cache = forward.cache(_pages(forward, memory_bytes))
+        self._numbers = count()
         self._requests: dict[int, _Request] = {}
-        """By slot, in order of use."""
+        """By number, in order of use."""
 
     @classmethod
     def from_student(
@@ -118,20 +115,36 @@ class Drafter:
         draft_tokens: int,
         block_length: int | None = None,
         *,
-        slots: int = 64,
+        memory_bytes: int | None = None,
         max_context_tokens: int | None = None,
+        way: Way | Literal["fastest"] | None = "fastest",
+        group: ProcessGroup | None = None,
+        in_turns: bool = False,
         keep_extendable: bool = False,
     ) -> Drafter:
         """A drafter for `teacher` of a loaded student and the tokenizer in its `directory`.
 
         Args:
+            model: in evaluation mode, on its device.
             teacher_tokenizer: the teacher's tokenizer; its vocabulary must be `teacher`.
             block_length: null is what the student was trained on (its config's `draft_block_length`).
+            max_context_tokens: longest context, in student tokens, block included; null is the model's own limit. A
+                longer context gets no draft.
+            way: how products are computed; null reads the weights of a model that is in training (`DraftForward`).
+            group: ranks that share the weights out; all must make the same calls. Each has loaded the whole model, which
+                is left in parts.
 
         Raises:
-            CheckpointError: if no block length is given or recorded.
+            CheckpointError: if no block length is given or recorded, or model and tokenizer do not belong together.
             VocabularyError: if a tokenizer cannot be read, or the teacher's is not `teacher`.
+            ConfigError: if `memory_bytes` is less than a page of the cache.
         """
+        import torch
+
+        from student.drafting.forward import DraftForward
+        from student.drafting.parallel import shard
+        from student.drafting.products import fastest_way
+
         length = block_length or model.config.draft_block_length
         if length is None:
             raise CheckpointError(
@@ -139,18 +152,28 @@ class Drafter:
                 "train it, or pass a block length"
             )
         bridge = ByteBridge(teacher, Encoder.from_tokenizer(teacher_tokenizer, teacher), *load_tokenizer(directory))
+        if way == "fastest":
+            way = fastest_way(model.device)
+        if group is not None:
+            assert way is not None, "a model in training is not shared out"
+            chosen = [way]  # one for all: each rank has measured for itself
+            torch.distributed.broadcast_object_list(chosen, group=group, group_src=0)
+            way = chosen[0]
+            shard(model, group)
+        limit = model.config.max_sequence_length
+        forward = DraftForward(model, bridge.draftable_ids, way, min(limit, max_context_tokens or limit), group)
         return cls(
-            model,
+            forward,
             bridge,
             draft_tokens,
             length,
-            slots=slots,
-            max_context_tokens=max_context_tokens,
+            memory_bytes=memory_bytes,
+            in_turns=in_turns,
             keep_extendable=keep_extendable,
         )
 
     def propose(self, request_ids: Sequence[Hashable], contexts: Sequence[ArrayLike]) -> list[list[int]]:
-        """Up to `draft_tokens` teacher tokens for each request.
+        """Up to `draft_tokens` teacher tokens for each request; none where its context is too long or finds no room.
 
         Args:
             request_ids: different from one another. Best if a request keeps its id from call to call; where ids move
@@ -162,31 +185,38 @@ class Drafter:
         """
         assert len(set(request_ids)) == len(request_ids) == len(contexts), "one context for each of different requests"
         if not self.cached:
-            self._requests.clear()
-        drafts: list[list[int]] = []
-        for start in range(0, len(contexts), self.slots):
-            stop = start + self.slots
-            drafts += self._propose(request_ids[start:stop], [np.asarray(ids) for ids in contexts[start:stop]])
-        return drafts
+            self._forget(self._requests.values())
+        rows = [np.asarray(ids) for ids in contexts]
+        requests = self._find(request_ids, rows)
+        for request, row in zip(requests, rows, strict=True):
+            self.bridge.extend(request.context, row[len(request.context.teacher) :])
+            self.cache.truncate(request.slot, min(self.cache.length(request.slot), request.context.unchanged))
+        longest = self.forward.max_tokens - self.block_length
+        waiting = [request for request in requests if len(request.context.student) <= longest]
+        self.counts["too_long"] += len(requests) - len(waiting)
+        drafts: dict[int, list[int]] = {}
+        while waiting:
+            admitted, waiting = self._admit(waiting)
+            for group in self._groups(admitted):
+                drafted = self._forward(group)
+                for request, ids in zip(group, drafted, strict=True):
+                    proposed = self.bridge.to_teacher(request.context, ids, self.keep_extendable)
+                    drafts[request.slot] = proposed[: self.draft_tokens]
+            if not (self.in_turns and admitted):
+                break
+        self.counts["no_room"] += len(waiting)
+        self.counts["drafted"] += len(drafts)
+        return [drafts.get(request.slot, []) for request in requests]
 
     def release(self, request_ids: Sequence[Hashable]) -> None:
-        """Forget these requests and free their slots; unknown ones are ignored."""
+        """Forget these requests and free their memory; unknown ones are ignored."""
         released = set(request_ids)
-        self._requests = {slot: request for slot, request in self._requests.items() if request.name not in released}
+        self._forget([request for request in self._requests.values() if request.name in released])
 
-    def _propose(self, names: Sequence[Hashable], contexts: list[NDArray[np.integer[Any]]]) -> list[list[int]]:
-        """`propose` for at most as many requests as there are slots."""
-        requests = self._find(names, contexts)
-        for request, context in zip(requests, contexts, strict=True):
-            self.bridge.extend(request.context, context[len(request.context.teacher) :])
-            request.cached = min(request.cached, request.context.unchanged)
-        drafts: dict[int, list[int]] = {}
-        longest = self.max_context_tokens - self.block_length
-        for group in self._groups([request for request in requests if len(request.context.student) <= longest]):
-            for request, drafted in zip(group, self._forward(group), strict=True):
-                proposed = self.bridge.to_teacher(request.context, drafted, self.keep_extendable)
-                drafts[request.slot] = proposed[: self.draft_tokens]
-        return [drafts.get(request.slot, []) for request in requests]
+    def _forget(self, requests: Iterable[_Request]) -> None:
+        for request in list(requests):
+            self.cache.release(request.slot)
+            del self._requests[request.slot]
 
     def _find(self, names: Sequence[Hashable], contexts: list[NDArray[np.integer[Any]]]) -> list[_Request]:
         """The request that each context continues: the one of that name, else the longest other, else a new one."""
@@ -201,55 +231,90 @@ class Drafter:
                 candidates = [request for request in free.values() if request.continues_to(context)]
                 if candidates:
                     found[row] = free.pop(max(candidates, key=lambda request: len(request.context.teacher)).slot)
-        slots = iter([*(slot for slot in range(self.slots) if slot not in self._requests), *free])
-        requests = [request or _Request(next(slots)) for request in found]
+        requests = [request or _Request(next(self._numbers)) for request in found]
         for name, request in zip(names, requests, strict=True):
             request.name = name
             self._requests.pop(request.slot, None)
             self._requests[request.slot] = request
+        surplus = len(free) - _MOST_IDLE
+        self._forget(
+            request
+            for number, request in enumerate(free.values())
+            if number < surplus or not self.cache.held_pages(request.slot)
+        )
         return requests
+
+    def _admit(self, requests: list[_Request]) -> tuple[list[_Request], list[_Request]]:
+        """Make room for as many of `requests` as fit together, the oldest first: (those, the others)."""
+        room, admitted, others = self.cache.pages, [], []
+        for request in sorted(requests, key=lambda request: request.slot):
+            needed = self._pages_of(request)
+            if needed <= room:
+                room -= needed
+                admitted.append(request)
+                self.cache.trim(request.slot, needed)
+            else:
+                others.append(request)
+        missing = sum(self._pages_of(request) - self.cache.held_pages(request.slot) for request in admitted)
+        kept = {request.slot for request in admitted}
+        for slot in self._requests:
+            if self.cache.free_pages >= missing:
+                break
+            if slot not in kept:
+                self.cache.release(slot)
+        return admitted, others
+
+    def _pages_of(self, request: _Request) -> int:
+        from student.model.prefix_cache import pages_for
+
+        return pages_for(len(request.context.student) + self.block_length)
+
+    def _new(self, request: _Request) -> NDArray[np.int32]:
+        """Student tokens of a request that are not cached."""
+        return request.context.student_ids[self.cache.length(request.slot) :]
 
     def _groups(self, requests: list[_Request]) -> Iterator[list[_Request]]:
         """Rows of one forward: all in the steady state; long new contexts go apart, and pad no short ones."""
         group: list[_Request] = []
-        for request in sorted(requests, key=lambda request: len(request.new)):
-            new = len(request.new)
+        shortest = 0
+        for new, _, request in sorted((len(self._new(request)), request.slot, request) for request in requests):
             too_many = (len(group) + 1) * (new + self.block_length) > _FORWARD_TOKENS
-            if group and (too_many or new > 2 * len(group[0].new) + 64):
+            if group and (too_many or new > 2 * shortest + 64):
                 yield group
                 group = []
+            if not group:
+                shortest = new
             group.append(request)
         if group:
             yield group
 
     def _forward(self, group: list[_Request]) -> list[list[int]]:
-        """The argmax of every masked position, `block_length` student ids for each row of `group`."""
-        import torch
+        """The best token at every masked position, `block_length` student ids for each row of `group`."""
+        new = [self._new(request) for request in group]
+        return self.forward(self.cache, [request.slot for request in group], new, self.block_length)
 
-        group.sort(key=lambda request: request.slot)  # neighboring slots are read without a copy
-        slots = [request.slot for request in group]
-        new = [len(request.new) for request in group]
-        self._reserve(slots[-1] + 1, max(len(request.context.student) for request in group) + self.block_length)
-        self._cache.truncate(slots, [request.cached for request in group])
-        clean_BxC = np.zeros((len(group), max(new)), np.int64)
-        for row, request in enumerate(group):
-            clean_BxC[row, : new[row]] = request.new
-        device = self.model.head_weight.device
-        with torch.inference_mode():
-            hidden_BxGxD = self.model.draft_hidden_states(
-                self._cache, slots, torch.from_numpy(clean_BxC).to(device), new, self.block_length
-            )
-            logits_BxGxV = hidden_BxGxD @ self.model.head_weight.T
-            drafted: list[list[int]] = logits_BxGxV.masked_fill_(self._undraftable_V, -torch.inf).argmax(-1).tolist()
-        for request in group:
-            request.cached = len(request.context.student)
-        return drafted
 
-    def _reserve(self, slots: int, capacity: int) -> None:
-        """Let the cache hold `slots` requests of `capacity` tokens; it doubles, so that growing is rare."""
-        cache = self._cache
-        if slots > cache.slots:
-            slots = min(self.slots, max(slots, 2 * cache.slots))
-        if capacity > cache.capacity:
-            capacity = min(self.max_context_tokens, max(capacity, 2 * cache.capacity))
-        cache.grow(slots, capacity)
+def _pages(forward: DraftForward, memory_bytes: int | None) -> int:
+    """Pages of the cache within the budget, as many on every rank of the group."""
+    import torch
+
+    from student.model.prefix_cache import pages_for
+
+    if memory_bytes is None:
+        if forward.device.type == "cuda":
+            free = torch.cuda.mem_get_info(forward.device)[0]
+        else:
+            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        contexts = _DEFAULT_CONTEXTS * pages_for(forward.max_tokens) * forward.page_bytes
+        memory_bytes = max(min(contexts, int(_DEFAULT_SHARE * free)), forward.page_bytes)
+    pages = memory_bytes // forward.page_bytes
+    if forward.group is not None:
+        fewest = torch.tensor(pages, device=forward.device)
+        torch.distributed.all_reduce(fewest, torch.distributed.ReduceOp.MIN, group=forward.group)
+        pages = int(fewest)
+    if pages < 1:
+        raise ConfigError(
+            f"{memory_bytes / 2**20:.2f} MiB of memory for the drafter's cache hold no page, which takes "
+            f"{forward.page_bytes / 2**20:.2f} MiB: give more"
+        )
+    return pages

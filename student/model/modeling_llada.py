@@ -252,7 +252,7 @@ class LladaForMaskedDiffusion(PreTrainedModel):
         [prefix | block] under `AnchoredLayout`, at the cost of C + G tokens instead of T + C + G.
 
         Args:
-            slots: B different slots of the cache, on the host, as the lengths are: the scheduler knows them.
+            slots: B different requests of the cache, on the host, as the lengths are: the scheduler knows them.
             clean_ids_BxC: right-padded; C may be 0.
             clean_lengths: B, how many of each row are tokens.
             block_length: G; 0 only appends.
@@ -261,17 +261,17 @@ class LladaForMaskedDiffusion(PreTrainedModel):
         Raises:
             ValueError: if a prefix and its block do not fit into the cache or the config's maximum length.
         """
-        slots, clean_lengths = _host_list(slots), _host_list(clean_lengths)
-        step = cache.begin(slots, clean_lengths, block_length, self.config.max_sequence_length)
-        device = clean_ids_BxC.device
-        batch, new = len(slots), step.new_length
+        step = cache.begin(
+            _host_list(slots), _host_list(clean_lengths), block_length, self.config.max_sequence_length
+        )
         if block_ids_BxG is None:
-            block_ids_BxG = torch.full((batch, block_length), self.config.mask_token_id, device=device)
-        input_ids = torch.cat((clean_ids_BxC[:, :new].to(torch.int64), block_ids_BxG), dim=1)
-        plan = AttentionPlan("sdpa", mask_Bx1xLxL=step.mask_Bx1xLxT, extend=step.extend)
-        hidden = self._run(input_ids, step.position_ids_BxL, plan)
+            block_ids_BxG = clean_ids_BxC.new_full((len(step.slots), block_length), self.config.mask_token_id)
+        rows = zip(clean_ids_BxC.to(torch.int64), step.clean.tolist(), block_ids_BxG.to(torch.int64), strict=True)
+        ids_N = torch.cat([part for clean, length, block in rows for part in (clean[:length], block)])
+        plan = AttentionPlan("sdpa", mask_Bx1xLxL=step.mask_BxLxT()[:, None], extend=step.extend)
+        hidden = self._run(ids_N[step.padded_BL], step.positions_N[step.padded_BL], plan)
         cache.commit(step)
-        return hidden[:, new:]
+        return hidden.flatten(0, 1)[step.unpadded_N[step.block_BG]]
 
     def _run(self, input_ids_BxL: Tensor, position_ids_BxL: Tensor, plan: AttentionPlan) -> Tensor:
         transformer = self.model.transformer

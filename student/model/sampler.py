@@ -192,7 +192,7 @@ def _draft(model: LladaForMaskedDiffusion, sequence: Tensor, settings: SamplerSe
     def of_block(start: int) -> BlockLogits:
         def logits_of(block: Tensor) -> Tensor:
             # The first step of a block appends what was decoded since the last; the others append nothing.
-            new = sequence[:, int(cache.lengths[0]) : start]
+            new = sequence[:, cache.length(0) : start]
             hidden = model.draft_hidden_states(
                 cache, slots, new, [new.shape[1]] * batch, settings.block_length, block_ids_BxG=block
             )

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from shared.errors import CheckpointError, VocabularyError
+from shared.errors import CheckpointError, ConfigError, VocabularyError
 from shared.tokenizer.vocabulary import load_tokenizer
 from student.drafting.bridge import ByteBridge
+from student.drafting.forward import DraftForward
 from student.drafting.propose import Drafter
 from student.model.configuration_llada import LladaConfig
 from student.model.modeling_llada import LladaForMaskedDiffusion
+from student.model.prefix_cache import PrefixCache, pages_for
 from tests.student.drafting.conftest import CORPUS, STUDENT_ROLES, Side, train_byte_level
 
 BLOCK = 6
@@ -48,6 +50,15 @@ def small_bridge(small_teacher: Side, student_side: Side) -> ByteBridge:
     return ByteBridge(small_teacher.vocabulary, small_teacher.encoder, student_side.vocabulary, student_side.encoder)
 
 
+def forward_of(model: LladaForMaskedDiffusion, bridge: ByteBridge, max_tokens: int = 512) -> DraftForward:
+    return DraftForward(model, bridge.draftable_ids, "float32", max_tokens)
+
+
+@pytest.fixture(scope="module")
+def forward(model: LladaForMaskedDiffusion, small_bridge: ByteBridge) -> DraftForward:
+    return forward_of(model, small_bridge)
+
+
 @pytest.fixture(scope="module")
 def conversations(small_teacher: Side) -> dict[str, np.ndarray]:
     return {
@@ -62,12 +73,12 @@ def prompt_length(ids: np.ndarray, side: Side) -> int:
 
 
 def test_proposes_the_argmax_of_the_masked_block(
-    model: LladaForMaskedDiffusion, small_bridge: ByteBridge, conversations: dict[str, np.ndarray]
+    model: LladaForMaskedDiffusion, forward: DraftForward, small_bridge: ByteBridge, conversations: dict[str, np.ndarray]
 ) -> None:
     """Against the plain forward of [context | masks] under the training layout."""
     from student.model.attention import AnchoredLayout
 
-    drafter = Drafter(model, small_bridge, 4, BLOCK, keep_extendable=True)
+    drafter = Drafter(forward, small_bridge, 4, BLOCK, keep_extendable=True)
     for name, ids in conversations.items():
         context = small_bridge.translate(ids)
         clean = len(context.student_ids)
@@ -82,18 +93,18 @@ def test_proposes_the_argmax_of_the_masked_block(
         assert drafter.propose([name], [ids]) == [small_bridge.to_teacher(context, drafted, keep_extendable=True)[:4]]
 
 
-@pytest.mark.parametrize("slots", [16, 3, 1])
+@pytest.mark.parametrize("pages", [200, 20, 9])
 def test_cached_and_uncached_proposals_are_the_same(
-    model: LladaForMaskedDiffusion,
+    forward: DraftForward,
     small_bridge: ByteBridge,
     small_teacher: Side,
     conversations: dict[str, np.ndarray],
-    slots: int,
+    pages: int,
 ) -> None:
     """Requests that advance by one to five tokens, join late, leave, come back, step back and change places."""
-    rng = np.random.default_rng(slots)
-    cached = Drafter(model, small_bridge, 4, BLOCK, slots=slots)
-    uncached = Drafter(model, small_bridge, 4, BLOCK, cached=False)
+    rng = np.random.default_rng(pages)
+    cached = Drafter(forward, small_bridge, 4, BLOCK, memory_bytes=pages * forward.page_bytes, in_turns=True)
+    uncached = Drafter(forward, small_bridge, 4, BLOCK, cached=False)
     at = {name: prompt_length(ids, small_teacher) for name, ids in conversations.items()}
     proposed = 0
     for _ in range(16):
@@ -112,27 +123,27 @@ def test_cached_and_uncached_proposals_are_the_same(
 
 
 @pytest.fixture
-def fed(model: LladaForMaskedDiffusion, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+def fed(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """Clean tokens of each row of every forward."""
     forwards: list[list[int]] = []
-    forward = model.draft_hidden_states
+    call = DraftForward.__call__
 
-    def spy(cache, slots, clean_ids, lengths, block):  # type: ignore[no-untyped-def]
-        forwards.append(list(lengths))
-        return forward(cache, slots, clean_ids, lengths, block)
+    def spy(self, cache, slots, new_ids, block):  # type: ignore[no-untyped-def]
+        forwards.append([len(ids) for ids in new_ids])
+        return call(self, cache, slots, new_ids, block)
 
-    monkeypatch.setattr(model, "draft_hidden_states", spy)
+    monkeypatch.setattr(DraftForward, "__call__", spy)
     return forwards
 
 
 def test_steady_state_feeds_only_what_is_new(
-    model: LladaForMaskedDiffusion,
+    forward: DraftForward,
     small_bridge: ByteBridge,
     conversations: dict[str, np.ndarray],
     fed: list[list[int]],
 ) -> None:
     """One forward a call, of a few columns, however long the contexts are."""
-    drafter = Drafter(model, small_bridge, 4, BLOCK)
+    drafter = Drafter(forward, small_bridge, 4, BLOCK)
     names = list(conversations)[:2]
     drafter.propose(names, [conversations[name][:30] for name in names])
     first = len(fed)
@@ -144,7 +155,7 @@ def test_steady_state_feeds_only_what_is_new(
 
 
 def test_requests_whose_ids_move_are_found_by_their_contexts(
-    model: LladaForMaskedDiffusion,
+    forward: DraftForward,
     small_bridge: ByteBridge,
     small_teacher: Side,
     conversations: dict[str, np.ndarray],
@@ -152,7 +163,7 @@ def test_requests_whose_ids_move_are_found_by_their_contexts(
 ) -> None:
     """Ids are rows of a batch that is shuffled at every call, requests pause: no more is fed than with lasting ids."""
     rng = np.random.default_rng(1)
-    by_row, by_name = (Drafter(model, small_bridge, 4, BLOCK) for _ in range(2))
+    by_row, by_name = (Drafter(forward, small_bridge, 4, BLOCK) for _ in range(2))
     at = {name: prompt_length(ids, small_teacher) for name, ids in conversations.items()}
     tokens = {by_row: 0, by_name: 0}
     for _ in range(12):
@@ -171,10 +182,10 @@ def test_requests_whose_ids_move_are_found_by_their_contexts(
 
 
 def test_equal_contexts_keep_their_ids(
-    model: LladaForMaskedDiffusion, small_bridge: ByteBridge, conversations: dict[str, np.ndarray], fed: list[list[int]]
+    forward: DraftForward, small_bridge: ByteBridge, conversations: dict[str, np.ndarray], fed: list[list[int]]
 ) -> None:
     """Several samples of one prompt: each goes on from its own tokens, and where one leaves, the others are found."""
-    drafter = Drafter(model, small_bridge, 4, BLOCK)
+    drafter = Drafter(forward, small_bridge, 4, BLOCK)
     prompt, texts = conversations["request-0"][:20], list(conversations.values())
     first, second = (np.concatenate([prompt, text[-20:]]) for text in texts[1:3])
     drafter.propose([0, 1], [prompt, prompt])
@@ -186,53 +197,112 @@ def test_equal_contexts_keep_their_ids(
 
 
 def test_the_company_changes_nothing(
-    model: LladaForMaskedDiffusion, small_bridge: ByteBridge, conversations: dict[str, np.ndarray]
+    forward: DraftForward, small_bridge: ByteBridge, conversations: dict[str, np.ndarray]
 ) -> None:
-    together = Drafter(model, small_bridge, 4, BLOCK).propose(list(conversations), list(conversations.values()))
-    alone = [Drafter(model, small_bridge, 4, BLOCK).propose([n], [ids])[0] for n, ids in conversations.items()]
+    together = Drafter(forward, small_bridge, 4, BLOCK).propose(list(conversations), list(conversations.values()))
+    alone = [Drafter(forward, small_bridge, 4, BLOCK).propose([n], [ids])[0] for n, ids in conversations.items()]
     assert together == alone
     assert all(len(draft) <= 4 for draft in together)
 
 
-def test_a_context_that_does_not_fit_gets_no_draft(
+def test_a_context_longer_than_the_model_gets_no_draft(
     model: LladaForMaskedDiffusion, small_bridge: ByteBridge, conversations: dict[str, np.ndarray]
 ) -> None:
-    unbounded = Drafter(model, small_bridge, 4, BLOCK, keep_extendable=True)
-    drafts = unbounded.propose(list(conversations), list(conversations.values()))
+    def drafter_of(max_tokens: int) -> Drafter:
+        return Drafter(forward_of(model, small_bridge, max_tokens), small_bridge, 4, BLOCK, keep_extendable=True)
+
+    drafts = drafter_of(512).propose(list(conversations), list(conversations.values()))
     ids, draft = next((i, d) for i, d in zip(conversations.values(), drafts, strict=True) if d)
     room = len(small_bridge.translate(ids).student_ids) + BLOCK
-    assert Drafter(model, small_bridge, 4, BLOCK, max_context_tokens=room - 1, keep_extendable=True).propose(
-        [0], [ids]
-    ) == [[]]
-    assert Drafter(model, small_bridge, 4, BLOCK, max_context_tokens=room, keep_extendable=True).propose(
-        [0], [ids]
-    ) == [draft]
+    assert drafter_of(room - 1).propose([0], [ids]) == [[]]
+    assert drafter_of(room).propose([0], [ids]) == [draft]
     # One such request does not keep the others from being drafted for, and it may shrink and go on.
-    drafter = Drafter(model, small_bridge, 4, BLOCK, max_context_tokens=room - 1, keep_extendable=True)
+    drafter = drafter_of(room - 1)
     shorter = ids[:-6]
-    fresh = Drafter(model, small_bridge, 4, BLOCK, keep_extendable=True).propose([0], [shorter])
+    fresh = drafter_of(512).propose([0], [shorter])
     assert drafter.propose([1, 0], [shorter, ids]) == [fresh[0], []]
+    assert drafter.counts == {"drafted": 1, "too_long": 1, "no_room": 0}
     assert drafter.propose([0], [shorter]) == fresh
 
 
-def test_memory_is_bounded_by_slots(
-    model: LladaForMaskedDiffusion, small_bridge: ByteBridge, conversations: dict[str, np.ndarray]
+@pytest.mark.parametrize("pages", [1, 7, 12, 30])
+def test_a_tight_budget_gives_the_same_drafts_or_none(
+    forward: DraftForward,
+    small_bridge: ByteBridge,
+    small_teacher: Side,
+    conversations: dict[str, np.ndarray],
+    pages: int,
 ) -> None:
-    drafter = Drafter(model, small_bridge, 4, BLOCK, slots=3)
+    """Requests come, advance, pause, step back and end; the pool stays as it was made and no page is lost."""
+    rng = np.random.default_rng(pages)
+    tight = Drafter(forward, small_bridge, 4, BLOCK, memory_bytes=pages * forward.page_bytes + 1)
+    unbounded = Drafter(forward, small_bridge, 4, BLOCK, cached=False)
+    storage = [layer.data_ptr() for layer in tight.cache.layers]
+    at = {name: prompt_length(ids, small_teacher) for name, ids in conversations.items()}
+    asked = 0
+    for _ in range(25):
+        names = [name for name in conversations if rng.random() < 0.6]
+        rng.shuffle(names)
+        for name in names:
+            step = int(rng.integers(1, 6)) if rng.random() < 0.9 else -int(rng.integers(0, 20))
+            at[name] = int(np.clip(at[name] + step, 1, len(conversations[name])))
+        contexts = [conversations[name][: at[name]] for name in names]
+        before = tight.counts["no_room"]
+        drafts = tight.propose(names, contexts)
+        expected = unbounded.propose(names, contexts)
+        assert all(draft in ([], full) for draft, full in zip(drafts, expected, strict=True))
+        without = sum(draft != full for draft, full in zip(drafts, expected, strict=True))
+        assert without <= tight.counts["no_room"] - before, "every request that was passed over is counted"
+        asked += len(names)
+        if rng.random() < 0.2:
+            tight.release(names[:1])
+        held = sum(tight.cache.held_pages(slot) for slot in tight._requests)
+        assert held + tight.cache.free_pages == tight.cache.pages == pages
+    assert [layer.data_ptr() for layer in tight.cache.layers] == storage
+    assert tight.counts["drafted"] + tight.counts["no_room"] == asked
+    assert tight.counts["no_room"] > 0
+    assert pages < 5 or tight.counts["drafted"] > 0
+
+
+def test_the_oldest_requests_keep_their_room(
+    forward: DraftForward, small_bridge: ByteBridge, conversations: dict[str, np.ndarray], fed: list[list[int]]
+) -> None:
+    """Three at a time in a pool for two: the newcomer is passed over, call after call, and nobody starts anew."""
     ids = conversations["request-1"]
-    expected = drafter.propose(["first"], [ids])[0]
-    for wave in range(4):
-        names = [f"{wave}-{number}" for number in range(5)]
-        assert drafter.propose(names, [ids] * 5) == [expected] * 5
-    assert drafter._cache.slots == 3
-    assert len(drafter._requests) == 3
+    pages = pages_for(len(small_bridge.translate(ids).student_ids) + BLOCK)
+    drafter = Drafter(forward, small_bridge, 4, BLOCK, memory_bytes=2 * pages * forward.page_bytes)
+    expected = Drafter(forward, small_bridge, 4, BLOCK).propose([0], [ids])[0]
+    for length in range(len(ids) - 8, len(ids)):
+        drafter.propose(["a", "b"], [ids[:length]] * 2)
+    fed.clear()
+    assert drafter.propose(["c", "b", "a"], [ids] * 3) == [[], expected, expected]
+    assert max(map(max, fed)) < 10
+    assert drafter.counts["no_room"] == 1
+    # Where one of them is not asked for, its room goes to the newcomer.
+    assert drafter.propose(["c", "b"], [ids] * 2) == [expected] * 2
+
+
+def test_a_budget_below_one_page_is_refused(forward: DraftForward, small_bridge: ByteBridge) -> None:
+    with pytest.raises(ConfigError, match="hold no page, which takes 0.01 MiB"):
+        Drafter(forward, small_bridge, 4, BLOCK, memory_bytes=forward.page_bytes - 1)
+
+
+def test_requests_that_are_no_longer_served_are_forgotten(
+    forward: DraftForward, small_bridge: ByteBridge, conversations: dict[str, np.ndarray]
+) -> None:
+    drafter = Drafter(forward, small_bridge, 4, BLOCK)
+    ids = conversations["request-1"]
+    for wave in range(20):
+        drafter.propose([f"{wave}-{number}" for number in range(5)], [ids[: 20 + wave]] * 5)
+    assert len(drafter._requests) <= 5 + 64
 
 
 def test_the_request_not_seen_for_longest_is_forgotten(
-    model: LladaForMaskedDiffusion, small_bridge: ByteBridge, conversations: dict[str, np.ndarray], fed: list[list[int]]
+    forward: DraftForward, small_bridge: ByteBridge, conversations: dict[str, np.ndarray], fed: list[list[int]]
 ) -> None:
-    drafter = Drafter(model, small_bridge, 4, BLOCK, slots=2)
     a, b, c = (ids[:40] for ids in list(conversations.values())[:3])
+    pages = max(pages_for(len(small_bridge.translate(ids).student_ids) + BLOCK) for ids in (a, b, c))
+    drafter = Drafter(forward, small_bridge, 4, BLOCK, memory_bytes=2 * pages * forward.page_bytes)
     drafter.propose([0, 1], [a, b])
     drafter.propose([1, 0], [b, c])
     fed.clear()
@@ -246,9 +316,9 @@ def test_the_request_not_seen_for_longest_is_forgotten(
 
 
 def test_another_teachers_tokens_are_refused_and_change_nothing(
-    model: LladaForMaskedDiffusion, small_bridge: ByteBridge, conversations: dict[str, np.ndarray]
+    forward: DraftForward, small_bridge: ByteBridge, conversations: dict[str, np.ndarray]
 ) -> None:
-    drafter = Drafter(model, small_bridge, 4, BLOCK)
+    drafter = Drafter(forward, small_bridge, 4, BLOCK)
     ids = conversations["request-2"]
     expected = drafter.propose(["a", "b"], [ids[:40], ids[:40]])
     with pytest.raises(VocabularyError, match="outside the teacher's vocabulary"):
@@ -263,7 +333,7 @@ def test_from_student_checks_what_it_is_given(
 
     train_tokenizer(CORPUS, 400).save_pretrained(tmp_path / "student")
     teacher = small_teacher.vocabulary
-    drafter = Drafter.from_student(model, tmp_path / "student", teacher, small_teacher.directory, 4)
+    drafter = Drafter.from_student(model, tmp_path / "student", teacher, small_teacher.directory, 4, way="float32")
     assert drafter.block_length == BLOCK
     other = train_byte_level(tmp_path / "other", 600, list(STUDENT_ROLES.values())[:-1])
     with pytest.raises(VocabularyError, match=teacher.fingerprint[:12]):
@@ -274,31 +344,35 @@ def test_from_student_checks_what_it_is_given(
     large = train_byte_level(tmp_path / "large", 900, list(STUDENT_ROLES.values()))
     large_side = ByteBridge(teacher, small_teacher.encoder, *load_tokenizer(large, STUDENT_ROLES))
     with pytest.raises(CheckpointError, match="rows"):
-        Drafter(model, large_side, 4, BLOCK)
+        forward_of(model, large_side)
 
 
-class OracleStudent:
+class OracleForward:
     """A student that knows the answers, and sees only what it is fed: its slots hold the tokens instead of keys."""
+
+    group, device, page_bytes, max_tokens = None, torch.device("cpu"), 1, 512
 
     def __init__(self, config: LladaConfig, side: Side, answers: dict[bytes, bytes]) -> None:
         self.config, self.side, self.answers = config, side, answers
-        self.head_weight = torch.eye(config.embedding_size)
         self.held: dict[int, list[int]] = {}
 
-    def draft_hidden_states(self, cache, slots, clean_ids, lengths, block):  # type: ignore[no-untyped-def]
-        hidden = torch.zeros(len(slots), block, self.config.embedding_size)
+    def cache(self, pages: int) -> PrefixCache:
+        return PrefixCache(self.config, pages, torch.float32, "cpu")
+
+    def __call__(self, cache, slots, new_ids, block):  # type: ignore[no-untyped-def]
+        drafts = []
         end = self.side.vocabulary.roles["end_of_turn"]
-        for row, (slot, length) in enumerate(zip(slots, lengths, strict=True)):
-            kept = self.held.get(slot, [])[: int(cache.lengths[slot])]
-            ids = self.held[slot] = kept + clean_ids[row, :length].tolist()
-            cache.lengths[slot] = len(ids)
+        for slot, new in zip(slots, new_ids, strict=True):
+            kept = self.held.get(slot, [])[: cache.length(slot)]
+            ids = self.held[slot] = kept + new.tolist()
             header = len(ids) - ids[::-1].index(self.side.vocabulary.roles["end_header"])
             said = self.side.vocabulary.decode(ids[header:])
             answer = self.answers[self.side.vocabulary.decode(ids[:header])]
             assert answer.startswith(said), "the slot holds another request's tokens"
             rest = [*self.side.encoder.encode(answer[len(said) :]).tolist(), end]
-            hidden[row, torch.arange(block), torch.tensor((rest + [end] * block)[:block])] = 1.0
-        return hidden
+            drafts.append((rest + [end] * block)[:block])
+        cache.commit(cache.begin(slots, [len(new) for new in new_ids], block, self.max_tokens))
+        return drafts
 
 
 def test_a_student_that_is_right_is_accepted(
@@ -315,8 +389,8 @@ def test_a_student_that_is_right_is_accepted(
     for ids in conversations.values():
         header = prompt_length(ids, small_teacher) - 1
         answers[small_teacher.vocabulary.decode(ids[:header])] = small_teacher.vocabulary.decode(ids[header:])
-    oracle = OracleStudent(model.config, student_side, answers)
-    drafter = Drafter(oracle, small_bridge, 4, 12, slots=3)  # type: ignore[arg-type]
+    oracle = OracleForward(model.config, student_side, answers)
+    drafter = Drafter(oracle, small_bridge, 4, 12, memory_bytes=30, in_turns=True)  # type: ignore[arg-type]
     at = {name: prompt_length(ids, small_teacher) for name, ids in conversations.items()}
     drafts = proposed = accepted = 0
     while active := [name for name in stored if at[name] < len(stored[name])]:

@@ -1,0 +1,211 @@
+"""LLaDA's draft forward for a handful of rows: what `LladaForMaskedDiffusion.draft_hidden_states` and the head compute.
+
+That is the plain version, which this one is tested against. Here, per call: one copy to the device; per layer four
+products (q, k and v are one, gate and up are one) in the way that is fastest on this device (`products.py`), no padding
+rows, keys and values written and read by one operation each; then the head over the tokens that can be drafted, and its
+argmax. Query heads that share a key head are rows of one product, so keys are never repeated.
+
+Under tensor parallelism (`parallel.py`) each rank has some heads, some of the MLP's width and a range of the
+vocabulary; it adds up after attention, MLP and embedding, and the argmax is that of all ranks' best tokens.
+
+Legend: B requests, G block length, N tokens of all requests, L of the longest row, T keys, D width, F MLP width, H query
+heads, K key heads, A = H + 2K, E head width, S tokens that can be drafted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from shared.errors import CheckpointError
+from student.drafting.products import Linear, Way, activation_dtype, fused, local, rows_of, separate
+from student.model.modeling_llada import rotary_tables
+from student.model.prefix_cache import DraftStep, PrefixCache, page_bytes
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from student.model.modeling_llada import LladaForMaskedDiffusion
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    attn_norm: Tensor
+    qkv: Linear
+    attn_out: Linear
+    ff_norm: Tensor
+    gate_up: Linear
+    ff_out: Linear
+
+
+class DraftForward:
+    """The argmax of a masked block after each request's context.
+
+    Args:
+        model: on its device; weights may be shared out by `parallel.shard`.
+        draftable: int64 [S], ascending: student ids that may be drafted.
+        way: how products are computed (`products.fastest_way`); null reads the modules of a model that is in training,
+            in its own type, and leaves their weights where they are.
+        max_tokens: longest context, block included.
+        group: that shares the weights out.
+
+    Raises:
+        CheckpointError: if `draftable` has ids that the model has no rows for.
+    """
+
+    def __init__(
+        self,
+        model: LladaForMaskedDiffusion,
+        draftable: NDArray[np.int64],
+        way: Way | None,
+        max_tokens: int,
+        group: ProcessGroup | None = None,
+    ) -> None:
+        self.config, self.max_tokens, self.group = model.config, max_tokens, group
+        rows = model.head_weight.shape[0]
+        if draftable.max() >= rows:
+            raise CheckpointError(
+                f"the student's tokenizer has the id {draftable.max()} but its model only {rows} rows; "
+                "they are not of one checkpoint"
+            )
+        transformer = model.model.transformer
+        table = local(transformer["wte"].weight).detach()
+        head = local(model.head_weight).detach()
+        self.device = table.device
+        self.dtype = table.dtype if way is None else activation_dtype(way)
+        self._table = table.to(self.dtype)
+        self._first_row = 0
+        if group is not None:
+            rank, size = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
+            self._first_row = rank * -(-rows // size)  # as torch.chunk shares rows out
+        mine = draftable[(draftable >= self._first_row) & (draftable < self._first_row + len(head))]
+        self._draftable_S = torch.from_numpy(mine).to(self.device)
+        self._head = rows_of(way, head, self._draftable_S - self._first_row)
+
+        def product(*modules: nn.Module) -> Linear:
+            return separate(modules) if way is None else fused(way, modules)
+
+        def norm(module: nn.Module) -> Tensor:
+            return module.weight if way is None else module.weight.detach().to(self.dtype)  # type: ignore[return-value,union-attr,operator]
+
+        self._layers = [
+            _Layer(
+                norm(block.attn_norm),
+                product(block.q_proj, block.k_proj, block.v_proj),
+                product(block.attn_out),
+                norm(block.ff_norm),
+                product(block.ff_proj, block.up_proj),
+                product(block.ff_out),
+            )
+            for block in transformer["blocks"]
+        ]
+        self._last_norm = norm(transformer["ln_f"])
+        # Numbers of their own: every read of a config's attribute takes microseconds.
+        self._width, self._eps, self._mask_id = self.config.head_dim, self.config.rms_norm_eps, self.config.mask_token_id
+        block = transformer["blocks"][0]
+        self.kv_heads, self._heads = (
+            local(projection.weight).shape[0] // self._width for projection in (block.k_proj, block.q_proj)
+        )
+        self._attention_is_shared = self._heads < self.config.n_heads
+        cos, sin = rotary_tables(self.config, torch.arange(max_tokens, device=self.device)[None])
+        # x cos + rotate_half(x) sin, with rotate_half a roll by half and its minus sign in the sines.
+        sign = torch.ones(self._width, device=self.device)
+        sign[: self._width // 2] = -1
+        self._cos_sin = torch.stack((cos[0, 0], sin[0, 0] * sign), dim=1)[:, :, None]  # positions x 2 x 1 x E
+
+    @property
+    def page_bytes(self) -> int:
+        """Of a page of the cache on this rank."""
+        return page_bytes(self.config, self.dtype, self.kv_heads)
+
+    def cache(self, pages: int) -> PrefixCache:
+        """An empty cache of so many pages."""
+        return PrefixCache(self.config, pages, self.dtype, self.device, self.kv_heads)
+
+    @torch.inference_mode()
+    def __call__(
+        self, cache: PrefixCache, slots: Sequence[int], new_ids: Sequence[NDArray[np.integer]], block_length: int
+    ) -> list[list[int]]:
+        """Append `new_ids` to the requests in `slots`; the best token at every place of their blocks, [B][G].
+
+        Raises:
+            ValueError: if the tokens do not fit into the cache.
+        """
+        step = cache.begin(slots, [len(ids) for ids in new_ids], block_length, self.max_tokens)
+        masks = np.full(block_length, self._mask_id, np.int64)
+        ids_N = torch.from_numpy(np.concatenate([part for ids in new_ids for part in (ids, masks)]).astype(np.int64))
+        hidden_NxD = self._run(ids_N.to(self.device, non_blocking=True), step)
+        drafted = self._argmax(self._normed(hidden_NxD[step.block_BG.flatten()], self._last_norm))
+        cache.commit(step)
+        result: list[list[int]] = drafted.view(step.block_BG.shape).tolist()
+        return result
+
+    def _run(self, ids_N: Tensor, step: DraftStep) -> Tensor:
+        groups = self._heads // self.kv_heads
+        x_NxD = self._embed(ids_N)
+        cos_Nx1xE, sin_Nx1xE = self._cos_sin[step.positions_N].unbind(1)
+        mask = torch.zeros((), dtype=self.dtype, device=self.device).masked_fill(~step.mask_BxLxT(), -torch.inf)
+        mask_Bx1xRxT = mask.repeat(1, groups, 1)[:, None]
+        for number, layer in enumerate(self._layers):
+            qkv_NxAxE = layer.qkv(self._normed(x_NxD, layer.attn_norm)).view(len(x_NxD), -1, self._width)
+            turned = qkv_NxAxE[:, : self._heads + self.kv_heads]
+            rolled = turned.roll(self._width // 2, -1)
+            turned.copy_(torch.addcmul(turned * cos_Nx1xE, rolled, sin_Nx1xE))
+            step.write(number, qkv_NxAxE[:, self._heads :].unflatten(1, (2, -1)))
+            seen_NxD = self._attend(qkv_NxAxE[:, : self._heads], step.read(number), mask_Bx1xRxT, step)
+            x_NxD = x_NxD + self._sum(layer.attn_out(seen_NxD), self._attention_is_shared)
+            gate_NxF, up_NxF = layer.gate_up(self._normed(x_NxD, layer.ff_norm)).chunk(2, dim=-1)
+            x_NxD = x_NxD + self._sum(layer.ff_out(F.silu(gate_NxF).mul_(up_NxF)))
+        return x_NxD
+
+    def _attend(self, q_NxHxE: Tensor, kv_BxTx2xKxE: Tensor, mask_Bx1xRxT: Tensor, step: DraftStep) -> Tensor:
+        """Attention of every token, NxD. R = H / K x L: the query heads of one key head, one after the other."""
+        batch, longest = step.padded_BL.shape
+        groups = self._heads // self.kv_heads
+        if step.is_ragged:
+            q_NxHxE = q_NxHxE[step.padded_BL.flatten()]
+        q_BxKxRxE = (
+            q_NxHxE.reshape(batch, longest, self.kv_heads, groups, -1).permute(0, 2, 3, 1, 4).flatten(2, 3)
+        )
+        k_BxKxTxE, v_BxKxTxE = kv_BxTx2xKxE.permute(2, 0, 3, 1, 4)
+        out_BxKxRxE = F.scaled_dot_product_attention(q_BxKxRxE, k_BxKxTxE, v_BxKxTxE, attn_mask=mask_Bx1xRxT)
+        out_BxLxD = out_BxKxRxE.unflatten(2, (groups, longest)).permute(0, 3, 1, 2, 4).flatten(2)
+        out = out_BxLxD.flatten(0, 1)
+        return out[step.unpadded_N] if step.is_ragged else out
+
+    def _normed(self, x_NxD: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(x_NxD, weight.shape, weight, self._eps)
+
+    def _embed(self, ids_N: Tensor) -> Tensor:
+        if self.group is None:
+            return F.embedding(ids_N, self._table)
+        row_N = ids_N - self._first_row
+        is_mine_N = (row_N >= 0) & (row_N < len(self._table))
+        return self._sum(F.embedding(row_N * is_mine_N, self._table) * is_mine_N[:, None])
+
+    def _sum(self, part: Tensor, is_shared: bool = True) -> Tensor:
+        """The sum over ranks of what each of them has computed in part."""
+        if self.group is not None and is_shared:
+            torch.distributed.all_reduce(part, group=self.group)
+        return part
+
+    def _argmax(self, hidden_NxD: Tensor) -> Tensor:
+        """The draftable token with the largest logit, the lowest of equal ones, [N]."""
+        if self.group is None:
+            return self._draftable_S[self._head(hidden_NxD).argmax(-1)]
+        if len(self._draftable_S):
+            best_N, index_N = self._head(hidden_NxD).double().max(-1)
+            mine_Nx2 = torch.stack((best_N, self._draftable_S[index_N].double()), dim=-1)
+        else:
+            mine_Nx2 = torch.full((len(hidden_NxD), 2), -torch.inf, dtype=torch.float64, device=self.device)
+        all_RxNx2 = [torch.empty_like(mine_Nx2) for _ in range(torch.distributed.get_world_size(self.group))]
+        torch.distributed.all_gather(all_RxNx2, mine_Nx2, group=self.group)
+        logits_RxN, ids_RxN = torch.stack(all_RxNx2).unbind(-1)
+        return ids_RxN.gather(0, logits_RxN.argmax(0, keepdim=True))[0].long()

@@ -1,0 +1,115 @@
+"""The forward for few rows against the plain one, in every way of computing it, and shared out over ranks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from student.drafting import products
+from student.drafting.forward import DraftForward
+from student.drafting.products import Way
+from student.model.modeling_llada import LladaForMaskedDiffusion, PrefixCache
+from tests.fixtures.ranks import run_ranks
+from tests.fixtures.tiny_model import MASK, tiny_config, tiny_model
+from tests.student.drafting.parallel_worker import CASES, drafts
+
+BLOCK = 4
+DRAFTABLE = np.setdiff1d(np.arange(MASK), [3, 50])
+
+
+def plain(model: LladaForMaskedDiffusion, cache: PrefixCache, slots: list[int], new: list[np.ndarray]) -> torch.Tensor:
+    ids = torch.zeros(len(new), max(map(len, new)), dtype=torch.int64)
+    for row, tokens in zip(ids, new, strict=True):
+        row[: len(tokens)] = torch.from_numpy(tokens)
+    with torch.no_grad():
+        logits = model.logits(model.draft_hidden_states(cache, slots, ids, [len(t) for t in new], BLOCK))
+    undraftable = torch.ones(logits.shape[-1], dtype=torch.bool)
+    undraftable[torch.from_numpy(DRAFTABLE)] = False
+    return logits.masked_fill(undraftable, -torch.inf)
+
+
+@pytest.mark.parametrize("way", [*products.available_ways(torch.device("cpu")), None])
+@pytest.mark.parametrize("tied", [False, True])
+def test_drafts_are_those_of_the_plain_forward(way: Way | None, tied: bool) -> None:
+    """Requests alone and together, of equal and unequal progress, cut back in between; in half precision a choice
+    may differ where the plain logits are close."""
+    model = tiny_model(init_std=0.3, weight_tying=tied)
+    reference = tiny_model(init_std=0.3, weight_tying=tied)
+    forward = DraftForward(model, DRAFTABLE, way, 256)
+    cache, plain_cache = forward.cache(60), PrefixCache.allocate(reference.config, 4, 200, torch.float32, "cpu")
+    rng = np.random.default_rng(0)
+    tolerance = {"bfloat16": 0.5, "float16_weights": 0.02}.get(way or "", 1e-4)
+    equal = total = 0
+    for slots in ([7], [7], [2, 7, 9], [9, 2], [7], [2, 9, 7]):
+        new = [rng.integers(4, 110, rng.integers(0, 20)).astype(np.int32) for _ in slots]
+        drafted = torch.tensor(forward(cache, slots, new, BLOCK))
+        logits = plain(reference, plain_cache, slots, new)
+        lost = logits.max(-1).values - logits.gather(-1, drafted[..., None])[..., 0]
+        assert lost.max() <= tolerance
+        equal, total = equal + int((lost == 0).sum()), total + lost.numel()
+        shorter = int(cache.length(slots[0]) * 0.7)
+        cache.truncate(slots[0], shorter)
+        plain_cache.truncate(slots[0], shorter)
+    assert equal >= (total if tolerance < 1e-3 else 0.8 * total)
+
+
+def test_fused_weights_are_the_models_own() -> None:
+    """Nothing is held twice and the model computes as before; a model in training keeps its weights where they are."""
+    model = tiny_model()
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        before, addresses = model(ids).logits, [p.data_ptr() for p in model.parameters()]
+        DraftForward(model, DRAFTABLE, None, 256)
+        assert [p.data_ptr() for p in model.parameters()] == addresses
+        DraftForward(model, DRAFTABLE, "float32", 256)
+        assert torch.equal(model(ids).logits, before)
+    block = model.model.transformer["blocks"][0]
+    assert block.k_proj.weight.untyped_storage().data_ptr() == block.q_proj.weight.untyped_storage().data_ptr()
+
+
+def test_a_model_in_training_is_read_as_it_is_now() -> None:
+    model = tiny_model(init_std=0.3)
+    forward = DraftForward(model, DRAFTABLE, None, 256)
+    new = [np.arange(5, 25)]
+    first = forward(forward.cache(4), [0], new, BLOCK)
+    with torch.no_grad():
+        for block in model.model.transformer["blocks"]:
+            block.ff_out.weight.mul_(-1)
+    assert forward(forward.cache(4), [0], new, BLOCK) != first
+
+
+def test_the_fastest_way_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cpu")
+    products.fastest_way.cache_clear()
+    assert products.fastest_way(device) in products.available_ways(device)
+    monkeypatch.setattr(products.time, "perf_counter", lambda: pytest.fail("measured again"))
+    products.fastest_way(device)
+
+
+def test_nothing_of_the_forward_is_left_off_the_device() -> None:
+    """On the meta device every tensor of the forward must be there too: one from elsewhere raises."""
+    with torch.device("meta"):
+        model = LladaForMaskedDiffusion(tiny_config())
+    forward = DraftForward(model, DRAFTABLE, "bfloat16", 256)
+    cache = forward.cache(20)
+    with pytest.raises(NotImplementedError, match="meta"):  # only the result goes to the host, at the very end
+        forward(cache, [0, 1], [np.arange(3), np.arange(9)], BLOCK)
+    step = cache.begin([0, 1], [3, 9], BLOCK, 256)
+    hidden = forward._run(torch.zeros(12 + 2 * BLOCK, dtype=torch.int64, device="meta"), step)
+    assert forward._argmax(hidden).device.type == "meta"
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(300)
+def test_two_ranks_draft_what_one_does(tmp_path: Path) -> None:
+    run_ranks("tests.student.drafting.parallel_worker", [str(tmp_path)], 2, tmp_path / "log", timeout_s=240)
+    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    for case in CASES:
+        alone, held = drafts(case, None)
+        assert ranks[0][case][0] == ranks[1][case][0] == alone
+        # Norms are whole everywhere, attention where its heads do not divide.
+        assert max(rank[case][1] for rank in ranks) < (0.53 if case != "whole" else 0.75) * held
