@@ -11,8 +11,8 @@ of token pairs; here the pairs go through the embedding, so that rare pairs shar
 size does not grow with the vocabulary: 3 r D numbers.
 
 In training x is the observed token (all positions at once). In drafting it is the drafted one: a product of r x V a
-position, after the block's one forward. The draft is still left to right and one-hot, and its acceptance, given that all
-before was accepted, is the trained quantity.
+position, after the block's one forward. The draft is one-hot, and its acceptance where all before was accepted is the
+trained quantity.
 
 Stored as sequential_head.safetensors beside the weights: the checkpoint stays a plain LLaDA.
 """
@@ -46,13 +46,14 @@ class SequentialHead(nn.Module):
         self.out = nn.Linear(rank, width, bias=False)
         nn.init.zeros_(self.out.weight)
 
-    def inner(self, hidden_NxD: Tensor, embedded_NxD: Tensor) -> Tensor:
-        """silu(P e(x) + G h), N x r; `embedded` are the embeddings of the tokens before."""
-        return F.silu(self.previous(F.rms_norm(embedded_NxD, embedded_NxD.shape[-1:])) + self.state(hidden_NxD))
+    def of_previous(self, embedded_NxD: Tensor) -> Tensor:
+        """P e(x), N x r, of tokens' embeddings."""
+        projected: Tensor = self.previous(F.rms_norm(embedded_NxD, embedded_NxD.shape[-1:]))
+        return projected
 
     def forward(self, hidden_NxD: Tensor, embedded_NxD: Tensor) -> Tensor:
-        """The corrected states, N x D."""
-        corrected: Tensor = hidden_NxD + self.out(self.inner(hidden_NxD, embedded_NxD))
+        """The corrected states, N x D, after tokens with these embeddings."""
+        corrected: Tensor = hidden_NxD + self.out(F.silu(self.of_previous(embedded_NxD) + self.state(hidden_NxD)))
         return corrected
 
 

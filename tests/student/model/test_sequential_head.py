@@ -18,7 +18,7 @@ from student.model.tokenizer import train_tokenizer
 from student.training.module import DistillationModule
 from tests.fixtures.aligned_samples import make_sample
 from tests.fixtures.conversations import conversations
-from tests.fixtures.tiny_model import MASK, tiny_model
+from tests.fixtures.tiny_model import MASK, tiny_model, with_sequential_head
 
 ANCHORS = [0, 3, 9, 11]  # the last block goes over the response's end
 
@@ -27,13 +27,6 @@ def batch() -> MicroBatch:
     samples = [make_sample("a", 5, 12), make_sample("b", 3, 13)]
     rows = [[(sample, lay_out(sample, torch.tensor(ANCHORS).numpy(), 4, MASK)) for sample in samples]]
     return collate(rows, pad_id=1)
-
-
-def with_head(model: LladaForMaskedDiffusion) -> LladaForMaskedDiffusion:
-    head = add_sequential_head(model, 8)
-    torch.manual_seed(3)
-    torch.nn.init.normal_(head.out.weight)
-    return model
 
 
 def module(model: LladaForMaskedDiffusion) -> DistillationModule:
@@ -50,7 +43,7 @@ def test_a_new_head_changes_nothing_and_learns() -> None:
 
 
 def test_a_position_is_corrected_by_the_observed_token_before_it_and_the_first_of_a_block_by_none() -> None:
-    model = with_head(tiny_model())
+    model = with_sequential_head(tiny_model())
     made, head = batch(), model.sequential_head
     assert head is not None
     plain = module(tiny_model()).hidden_states(made)
@@ -61,9 +54,7 @@ def test_a_position_is_corrected_by_the_observed_token_before_it_and_the_first_o
     for n, (depth, block) in enumerate(zip(made.targets.depth.tolist(), made.targets.block.tolist(), strict=True)):
         h = plain[n]
         if depth > 1:
-            at = next(
-                m for m in range(n) if made.targets.block[m] == block and int(made.targets.depth[m]) == depth - 1
-            )
+            at = next(m for m in range(n) if made.targets.block[m] == block and int(made.targets.depth[m]) == depth - 1)
             e = embedding[made.targets.observed_ids[at]]
             e = e / (e.square().mean() + torch.finfo(torch.float32).eps).sqrt()
             h = h + weights["out.weight"] @ F.silu(weights["previous.weight"] @ e + weights["state.weight"] @ h)
@@ -80,7 +71,7 @@ def tokenizer() -> Any:
 
 def test_it_lies_beside_a_checkpoint_that_is_plain(tmp_path: Path, tokenizer: Any) -> None:
     ids = {"mask_token_id": tokenizer.mask_token_id, "eos_token_id": tokenizer.eos_token_id}
-    model = with_head(tiny_model(vocab_size=len(tokenizer), **ids))
+    model = with_sequential_head(tiny_model(vocab_size=len(tokenizer), **ids))
     save_student(model, tokenizer, tmp_path)
     assert not [name for name in tensor_shapes(tmp_path) if "sequential" in name]
     loaded, _ = load_student(tmp_path)
@@ -101,7 +92,7 @@ def test_it_lies_beside_a_checkpoint_that_is_plain(tmp_path: Path, tokenizer: An
 @pytest.mark.parametrize("damage", ["cut off", "another width", "other names"])
 def test_one_that_does_not_fit_is_refused(tmp_path: Path, tokenizer: Any, damage: str) -> None:
     ids = {"mask_token_id": tokenizer.mask_token_id, "eos_token_id": tokenizer.eos_token_id}
-    save_student(with_head(tiny_model(vocab_size=len(tokenizer), **ids)), tokenizer, tmp_path)
+    save_student(with_sequential_head(tiny_model(vocab_size=len(tokenizer), **ids)), tokenizer, tmp_path)
     file = tmp_path / FILE
     if damage == "cut off":
         file.write_bytes(file.read_bytes()[:-50])
