@@ -58,6 +58,11 @@ class TrainConfig(Section):
     random_masking: RandomMaskingConfig = Field(RandomMaskingConfig(), description="Of that objective.")
     depth_decay: float = Field(1.0, gt=0, le=1, description="Weight of depth d is depth_decay^(d-1).")
     block_length: PositiveInt = Field(8, description="Masked tokens per block: the longest draft, in student tokens.")
+    sequential_rank: PositiveInt | None = Field(
+        None,
+        description="Rank of a head that corrects each token of a block by the one drafted before it, trained with the "
+        "rest and stored beside the weights; null has none.",
+    )
     anchors: PositiveInt = Field(8, description="Masked blocks per sequence and forward.")
     steps: PositiveInt | None = Field(None, description="Optimizer steps; set this or epochs.")
     epochs: PositiveFloat | None = Field(None, description="Passes over the training samples; set this or steps.")

@@ -3,7 +3,8 @@
 That is the plain version, which this one is tested against. Here, per call: one copy to the device; per layer four
 products (q, k and v are one, gate and up are one) in the way that is fastest on this device (`products.py`), no padding
 rows, keys and values written and read by one operation each; then the head over the tokens that can be drafted, and its
-argmax. Query heads that share a key head are rows of one product, so keys are never repeated.
+argmax. With a sequential head (`student/model/sequential_head.py`) the argmax goes from left to right, each after the
+correction by the token before: a look-up and a product of r x S a position. Query heads that share a key head are rows of one product, so keys are never repeated.
 
 Under tensor parallelism (`parallel.py`) each rank has some heads, some of the MLP's width and a range of the
 vocabulary; it adds up after attention, MLP and embedding, and the argmax is that of all ranks' best tokens.
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from shared.errors import CheckpointError
-from student.drafting.products import Linear, Way, activation_dtype, fused, local, rows_of, separate
+from student.drafting.products import Linear, Way, activation_dtype, fused, local, of_weight, separate
 from student.model.modeling_llada import rotary_tables
 from student.model.prefix_cache import DraftStep, PrefixCache, page_bytes
 
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from student.model.modeling_llada import LladaForMaskedDiffusion
+    from student.model.sequential_head import SequentialHead
+
+
+_TABLE_ROWS = 8192  # of the embedding at a time, whose norms are a copy of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +48,15 @@ class _Layer:
     ff_norm: Tensor
     gate_up: Linear
     ff_out: Linear
+
+
+@dataclass(frozen=True, slots=True)
+class _Pairs:
+    """The sequential head in tables: what a drafted token adds, what a state adds, and logits of their sum."""
+
+    previous_VxR: Tensor
+    state: Linear
+    out: Linear
 
 
 class DraftForward:
@@ -87,7 +101,8 @@ class DraftForward:
             self._first_row = rank * -(-rows // size)  # as torch.chunk shares rows out
         mine = draftable[(draftable >= self._first_row) & (draftable < self._first_row + len(head))]
         self._draftable_S = torch.from_numpy(mine).to(self.device)
-        self._head = rows_of(way, head, self._draftable_S - self._first_row)
+        head_SxD = head.index_select(0, self._draftable_S - self._first_row)
+        self._head = of_weight(way, head_SxD)
 
         def product(*modules: nn.Module) -> Linear:
             return separate(modules) if way is None else fused(way, modules)
@@ -107,6 +122,7 @@ class DraftForward:
             for block in transformer["blocks"]
         ]
         self._last_norm = norm(transformer["ln_f"])
+        self._pairs = None if model.sequential_head is None else _pairs(model.sequential_head, table, head_SxD, way)
         # Numbers of their own: every read of a config's attribute takes microseconds.
         self._width, self._eps, self._mask_id = self.config.head_dim, self.config.rms_norm_eps, self.config.mask_token_id
         block = transformer["blocks"][0]
@@ -142,14 +158,14 @@ class DraftForward:
         masks = np.full(block_length, self._mask_id, np.int64)
         ids_N = torch.from_numpy(np.concatenate([part for ids in new_ids for part in (ids, masks)]).astype(np.int64))
         hidden_NxD = self._run(ids_N.to(self.device, non_blocking=True), step)
-        drafted = self._argmax(self._normed(hidden_NxD[step.block_BG.flatten()], self._last_norm))
+        drafted_BG = self._best(self._normed(hidden_NxD[step.block_BG], self._last_norm))
         cache.commit(step)
-        result: list[list[int]] = drafted.view(step.block_BG.shape).tolist()
+        result: list[list[int]] = drafted_BG.tolist()
         return result
 
     def _run(self, ids_N: Tensor, step: DraftStep) -> Tensor:
         groups = self._heads // self.kv_heads
-        x_NxD = self._embed(ids_N)
+        x_NxD = self._lookup(ids_N, self._table)
         cos_Nx1xE, sin_Nx1xE = self._cos_sin[step.positions_N].unbind(1)
         mask = torch.zeros((), dtype=self.dtype, device=self.device).masked_fill(~step.mask_BxLxT(), -torch.inf)
         mask_Bx1xRxT = mask.repeat(1, groups, 1)[:, None]
@@ -183,12 +199,13 @@ class DraftForward:
     def _normed(self, x_NxD: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x_NxD, weight.shape, weight, self._eps)
 
-    def _embed(self, ids_N: Tensor) -> Tensor:
+    def _lookup(self, ids_N: Tensor, table: Tensor) -> Tensor:
+        """Rows of a table, of which each rank has those of its range of the vocabulary."""
         if self.group is None:
-            return F.embedding(ids_N, self._table)
+            return F.embedding(ids_N, table)
         row_N = ids_N - self._first_row
-        is_mine_N = (row_N >= 0) & (row_N < len(self._table))
-        return self._sum(F.embedding(row_N * is_mine_N, self._table) * is_mine_N[:, None])
+        is_mine_N = (row_N >= 0) & (row_N < len(table))
+        return self._sum(F.embedding(row_N * is_mine_N, table) * is_mine_N[:, None])
 
     def _sum(self, part: Tensor, is_shared: bool = True) -> Tensor:
         """The sum over ranks of what each of them has computed in part."""
@@ -196,16 +213,38 @@ class DraftForward:
             torch.distributed.all_reduce(part, group=self.group)
         return part
 
-    def _argmax(self, hidden_NxD: Tensor) -> Tensor:
-        """The draftable token with the largest logit, the lowest of equal ones, [N]."""
+    def _best(self, hidden_BxGxD: Tensor) -> Tensor:
+        """The draft, [B, G]: at every position the token with the largest logit."""
+        logits_BxGxS = self._head(hidden_BxGxD)
+        if self._pairs is None:
+            return self._argmax(logits_BxGxS)
+        state_BxGxR = self._pairs.state(hidden_BxGxD)
+        drafted = [self._argmax(logits_BxGxS[:, 0])]
+        for depth in range(1, logits_BxGxS.shape[1]):
+            before_BxR = self._lookup(drafted[-1], self._pairs.previous_VxR)
+            correction_BxS = self._pairs.out(F.silu(before_BxR + state_BxGxR[:, depth]))
+            drafted.append(self._argmax(logits_BxGxS[:, depth] + correction_BxS))
+        return torch.stack(drafted, dim=1)
+
+    def _argmax(self, logits: Tensor) -> Tensor:
+        """The draftable token with the largest of [..., S] logits, the lowest of equal ones."""
         if self.group is None:
-            return self._draftable_S[self._head(hidden_NxD).argmax(-1)]
+            return self._draftable_S[logits.argmax(-1)]
         if len(self._draftable_S):
-            best_N, index_N = self._head(hidden_NxD).double().max(-1)
-            mine_Nx2 = torch.stack((best_N, self._draftable_S[index_N].double()), dim=-1)
+            best, index = logits.double().max(-1)
+            mine = torch.stack((best, self._draftable_S[index].double()), dim=-1)
         else:
-            mine_Nx2 = torch.full((len(hidden_NxD), 2), -torch.inf, dtype=torch.float64, device=self.device)
-        all_RxNx2 = [torch.empty_like(mine_Nx2) for _ in range(torch.distributed.get_world_size(self.group))]
-        torch.distributed.all_gather(all_RxNx2, mine_Nx2, group=self.group)
-        logits_RxN, ids_RxN = torch.stack(all_RxNx2).unbind(-1)
-        return ids_RxN.gather(0, logits_RxN.argmax(0, keepdim=True))[0].long()
+            mine = torch.full((*logits.shape[:-1], 2), -torch.inf, dtype=torch.float64, device=self.device)
+        all_ranks = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size(self.group))]
+        torch.distributed.all_gather(all_ranks, mine, group=self.group)
+        logits_of_rank, ids_of_rank = torch.stack(all_ranks).unbind(-1)
+        return ids_of_rank.gather(0, logits_of_rank.argmax(0, keepdim=True))[0].long()
+
+
+@torch.no_grad()
+def _pairs(own: SequentialHead, table_VxD: Tensor, head_SxD: Tensor, way: Way | None) -> _Pairs:
+    dtype = table_VxD.dtype if way is None else activation_dtype(way)
+    of_parts = [own.of_previous(part.to(own.previous.weight.dtype)) for part in table_VxD.split(_TABLE_ROWS)]
+    weight_SxR = head_SxD.to(own.out.weight.dtype) @ own.out.weight
+    state = own.state if way is None else fused(way, [own.state])
+    return _Pairs(torch.cat(of_parts).to(dtype), state, of_weight(way, weight_SxR))

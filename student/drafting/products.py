@@ -99,10 +99,9 @@ def separate(modules: Sequence[nn.Module]) -> Linear:
     return apply
 
 
-def rows_of(way: Way | None, weight_VxD: Tensor, rows: Tensor) -> Linear:
-    """The product with a copy of some rows of a weight, such as the head's of the tokens that can be drafted."""
-    chosen = weight_VxD.detach().index_select(0, rows)
-    return functools.partial(F.linear, weight=chosen) if way is None else _linear(way, chosen)
+def of_weight(way: Way | None, weight: Tensor) -> Linear:
+    """The product with a weight that is no module's, such as the head's rows of the tokens that can be drafted."""
+    return functools.partial(F.linear, weight=weight) if way is None else _linear(way, weight)
 
 
 def local(weight: Tensor) -> Tensor:

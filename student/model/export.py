@@ -66,6 +66,7 @@ def load_student(
     import torch
 
     from student.model.modeling_llada import LladaForMaskedDiffusion
+    from student.model.sequential_head import load_sequential_head
 
     directory = Path(directory)
     config = read_config(directory)
@@ -78,6 +79,7 @@ def load_student(
             dtype=dtype or "auto",
             attn_implementation=attention or ("flex_attention" if torch.cuda.is_available() else "sdpa"),
         )
+    load_sequential_head(model, directory)
     return model, tokenizer
 
 
@@ -97,8 +99,11 @@ def save_student(
     Raises:
         CheckpointError: if `state_dict` is not the model's (its keys are listed), or the tokenizer does not fit.
     """
+    from student.model.sequential_head import save_sequential_head, take_sequential_head
+
     directory = Path(directory)
     weights = merge_lora(model, dict(model.state_dict() if state_dict is None else state_dict))
+    draft_head = take_sequential_head(weights)
     check_state({name: tuple(tensor.shape) for name, tensor in weights.items()}, model.config, directory)
     check_tokenizer(tokenizer, model.config, directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -111,6 +116,7 @@ def save_student(
     model.config.dtype = dtype
     model.config.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+    save_sequential_head(draft_head, directory)
     for name in MODELLING_FILES:
         shutil.copyfile(Path(__file__).with_name(name), directory / name)
 

@@ -156,6 +156,8 @@ class LladaForMaskedDiffusion(PreTrainedModel):
     def __init__(self, config: LladaConfig) -> None:
         super().__init__(config)
         self.model = LladaModel(config)
+        self.sequential_head: Any = None
+        """A draft head that lies beside the checkpoint, in a file of its own; `hidden_states` leave it out."""
         self.post_init()
 
     @property

@@ -5,6 +5,7 @@ The loss runs inside the engine's forward, because under ZeRO-3 the head's weigh
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from student.data.batch import MicroBatch
@@ -25,10 +26,17 @@ class DistillationModule(nn.Module):
         self.settings = settings
 
     def hidden_states(self, batch: MicroBatch) -> Tensor:
-        """[N, D] final hidden states of the supervised positions."""
+        """[N, D] final hidden states of the supervised positions, with what the sequential head adds to them."""
         layout = AnchoredLayout(batch.document_ids, batch.block_ids, batch.position_ids)
         hidden_BxLxD = self.model.hidden_states(batch.input_ids, layout=layout, position_ids=batch.position_ids)
-        return hidden_BxLxD.flatten(0, 1).index_select(0, batch.supervised)
+        hidden_NxD = hidden_BxLxD.flatten(0, 1).index_select(0, batch.supervised)
+        if self.model.sequential_head is None:
+            return hidden_NxD
+        # Positions of a block are consecutive: from depth 2 on the token before is the one of the position before.
+        targets = batch.targets
+        embedded_NxD = self.model.get_input_embeddings()(targets.observed_ids.roll(1))
+        corrected_NxD = self.model.sequential_head(hidden_NxD, embedded_NxD)
+        return torch.where(targets.depth[:, None] > 1, corrected_NxD, hidden_NxD)
 
     def forward(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """The loss summed over the micro-batch's targets, and `LossTerms.sums` for the log."""

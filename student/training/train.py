@@ -219,6 +219,7 @@ def build(
 
     from student.model.export import load_student
     from student.model.lora import add_lora
+    from student.model.sequential_head import add_sequential_head
     from student.planning.plan import step_flops
     from student.training.engine import build_engine, partitioned_loading
     from student.training.loop import TrainingRun
@@ -242,6 +243,8 @@ def build(
     del partitioned
     if config.student.lora:
         add_lora(model, config.student.lora)
+    if config.train.sequential_rank:
+        add_sequential_head(model, config.train.sequential_rank)
     if config.train.activation_checkpointing:
         model.gradient_checkpointing_enable()
     if config.train.compile and torch.cuda.is_available() and zero_stage(settings) < 3:

@@ -1,4 +1,7 @@
-"""`make bench`: every benchmark in turn, each in a process of its own; tables on the screen, JSON in `runs/bench/`."""
+"""`make bench`: every benchmark in turn, each in a process of its own; tables on the screen, JSON in `runs/bench/`.
+
+The ablation of training takes a night and is started by itself: `python -m tests.benchmarks.bench_training`.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
+OVERNIGHT = {"bench_training"}
 
 
 def main() -> int:
@@ -15,6 +19,8 @@ def main() -> int:
     failed = []
     for path in sorted(HERE.glob("bench_*.py")):
         name = path.stem
+        if name in OVERNIGHT:
+            continue
         print(f"\n== {name}", flush=True)
         command = [sys.executable, "-m", f"tests.benchmarks.{name}", "--json", str(results / f"{name}.json")]
         if subprocess.run(command).returncode:

@@ -11,14 +11,21 @@ import torch
 
 from student.drafting.forward import DraftForward
 from student.drafting.parallel import shard
-from tests.fixtures.tiny_model import tiny_model
+from tests.fixtures.tiny_model import tiny_model, with_sequential_head
 
-CASES = {"shared": {"n_heads": 4, "n_kv_heads": 2}, "whole": {"n_heads": 4, "n_kv_heads": 1}, "tied": {"weight_tying": True}}
+CASES = {
+    "shared": {"n_heads": 4, "n_kv_heads": 2},
+    "whole": {"n_heads": 4, "n_kv_heads": 1},
+    "tied": {"weight_tying": True},
+    "sequential": {},
+}
 
 
 def drafts(case: str, group: torch.distributed.ProcessGroup | None) -> tuple[list[list[list[int]]], int]:
     """What three requests of unequal progress are drafted in three calls, and the numbers that the layers hold."""
     model = tiny_model(init_std=0.3, mlp_hidden_size=90, **CASES[case])
+    if case == "sequential":
+        with_sequential_head(model)
     if group is not None:
         shard(model, group)
     forward = DraftForward(model, np.arange(1, 117), "float32", 256, group)

@@ -13,8 +13,9 @@ from student.drafting import products
 from student.drafting.forward import DraftForward
 from student.drafting.products import Way
 from student.model.modeling_llada import LladaForMaskedDiffusion, PrefixCache
+from student.model.sequential_head import add_sequential_head
 from tests.fixtures.ranks import run_ranks
-from tests.fixtures.tiny_model import MASK, tiny_config, tiny_model
+from tests.fixtures.tiny_model import MASK, tiny_config, tiny_model, with_sequential_head
 from tests.student.drafting.parallel_worker import CASES, drafts
 
 BLOCK = 4
@@ -57,6 +58,32 @@ def test_drafts_are_those_of_the_plain_forward(way: Way | None, tied: bool) -> N
     assert equal >= (total if tolerance < 1e-3 else 0.8 * total)
 
 
+@pytest.mark.parametrize("way", [*products.available_ways(torch.device("cpu")), None])
+def test_with_a_sequential_head_each_token_follows_the_one_before(way: Way | None) -> None:
+    """Against the head's own module, fed with the tokens that were drafted."""
+    model, reference = (with_sequential_head(tiny_model(init_std=0.3)) for _ in range(2))
+    forward = DraftForward(model, DRAFTABLE, way, 256)
+    cache, plain_cache = forward.cache(60), PrefixCache.allocate(reference.config, 4, 200, torch.float32, "cpu")
+    rng = np.random.default_rng(0)
+    tolerance = {"bfloat16": 1.0, "float16_weights": 0.05}.get(way or "", 1e-4)
+    differs = 0
+    for slots in ([7], [2, 7, 9], [9, 2]):
+        new = [rng.integers(4, 110, rng.integers(3, 20)).astype(np.int32) for _ in slots]
+        drafted = torch.tensor(forward(cache, slots, new, BLOCK))
+        ids = torch.zeros(len(new), max(map(len, new)), dtype=torch.int64)
+        for row, tokens in zip(ids, new, strict=True):
+            row[: len(tokens)] = torch.from_numpy(tokens)
+        with torch.no_grad():
+            hidden = reference.draft_hidden_states(plain_cache, slots, ids, [len(t) for t in new], BLOCK)
+            embedded = reference.get_input_embeddings()(drafted[:, :-1])
+            corrected = torch.cat((hidden[:, :1], reference.sequential_head(hidden[:, 1:], embedded)), dim=1)
+            logits, uncorrected = (reference.logits(states)[..., DRAFTABLE] for states in (corrected, hidden))
+        chosen = torch.from_numpy(np.searchsorted(DRAFTABLE, drafted.numpy()))
+        assert (logits.max(-1).values - logits.gather(-1, chosen[..., None])[..., 0]).max() <= tolerance
+        differs += int((uncorrected.argmax(-1) != chosen).sum())
+    assert differs > 3
+
+
 def test_fused_weights_are_the_models_own() -> None:
     """Nothing is held twice and the model computes as before; a model in training keeps its weights where they are."""
     model = tiny_model()
@@ -94,13 +121,14 @@ def test_nothing_of_the_forward_is_left_off_the_device() -> None:
     """On the meta device every tensor of the forward must be there too: one from elsewhere raises."""
     with torch.device("meta"):
         model = LladaForMaskedDiffusion(tiny_config())
+        add_sequential_head(model, 8)
     forward = DraftForward(model, DRAFTABLE, "bfloat16", 256)
     cache = forward.cache(20)
     with pytest.raises(NotImplementedError, match="meta"):  # only the result goes to the host, at the very end
         forward(cache, [0, 1], [np.arange(3), np.arange(9)], BLOCK)
     step = cache.begin([0, 1], [3, 9], BLOCK, 256)
     hidden = forward._run(torch.zeros(12 + 2 * BLOCK, dtype=torch.int64, device="meta"), step)
-    assert forward._argmax(hidden).device.type == "meta"
+    assert forward._best(hidden[step.block_BG]).device.type == "meta"
 
 
 @pytest.mark.distributed

@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from student.model.sequential_head import SequentialHead
 from tests.student.drafting.verification import Draft, FactorizedDraft, OneHotDraft, Target, verify
 
 V = 3
@@ -142,6 +144,30 @@ def test_one_hot_verification_is_lossless_for_the_best_of_several(seed: int, len
         candidates = list(itertools.product(range(V), repeat=length))
         best = max(candidates, key=lambda c: np.prod([target((*context, *c[:i]))[t] for i, t in enumerate(c)]))
         return [(OneHotDraft(best), 1.0)]
+
+    assert distance(output_distribution(drafter, target, LENGTH), sequence_distribution(target, LENGTH)) < 1e-12
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 3))
+def test_one_hot_verification_is_lossless_for_the_sequential_head(seed: int, length: int) -> None:
+    """Logits of a block, and a correction of each position by the token drafted before it: the argmax from left to
+    right, made by the head's own module."""
+    target = random_target(seed)
+    torch.manual_seed(seed % 2**31)
+    head = SequentialHead(4, 2)
+    torch.nn.init.normal_(head.out.weight)
+    vocabulary_VxD = torch.randn(V, 4)
+
+    def drafter(context: tuple[int, ...]) -> list[tuple[Draft, float]]:
+        states_GxD = torch.randn(length, 4, generator=torch.Generator().manual_seed(seed + len(context)))
+        tokens: list[int] = []
+        with torch.no_grad():
+            for state_D in states_GxD:
+                if tokens:
+                    state_D = head(state_D[None], vocabulary_VxD[tokens[-1:]])[0]
+                tokens.append(int((vocabulary_VxD @ state_D).argmax()))
+        return [(OneHotDraft(tuple(tokens)), 1.0)]
 
     assert distance(output_distribution(drafter, target, LENGTH), sequence_distribution(target, LENGTH)) < 1e-12
 
