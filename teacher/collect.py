@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from shared.config import PipelineConfig
 from shared.console import progress
@@ -26,7 +26,14 @@ from shared.dataset.records import Record
 from shared.errors import ConfigError, PromptError
 from shared.tokenizer.vocabulary import Vocabulary
 from teacher.capture import response_columns, to_distributions
-from teacher.checkpoints import check_checkpoint, ensure_checkpoint, fingerprint, load_tokenizer, vocabulary_size
+from teacher.checkpoints import (
+    check_checkpoint,
+    ensure_checkpoint,
+    fingerprint,
+    hub_commit,
+    load_tokenizer,
+    vocabulary_size,
+)
 from teacher.engine import Answer, Engine, Request, engine_version, prepare_environment
 from teacher.interrupts import lasting_interrupts
 from teacher.prompts import Prompt, Renderer, load_prompts, prompts_fingerprint, split_prompts
@@ -37,6 +44,8 @@ log = logging.getLogger(__name__)
 
 _MOST_NAMED = 20
 """Prompts that a message names."""
+_PLACEMENT = frozenset({"distributed_executor_backend", "nnodes", "node_rank", "master_addr", "master_port"})
+"""Arguments of vLLM that say where it runs, not what it computes."""
 _ADVICE = (
     "restore the earlier settings to finish or keep this dataset; another `name` starts a new one, for which every "
     "response is generated again"
@@ -260,10 +269,9 @@ def run(config: PipelineConfig, units: Sequence[Unit], renderer: Renderer, promp
     """Bring the dataset of `config` to hold exactly `units`; `kind` is `collect` or `score`."""
     engine_version()
     model = ensure_checkpoint(config.teacher)
-    tokenizer_dir = model if isinstance(model, Path) else fetch_tokenizer(config, renderer)
-    vocabulary = Vocabulary.from_tokenizer(tokenizer_dir)
+    vocabulary = Vocabulary.from_tokenizer(model)
     provenance = provenance_of(config, vocabulary, renderer, prompts_sha256, kind)
-    writer = DatasetWriter(config.shards_dir, provenance, vocabulary, tokenizer_dir, advice=_ADVICE)
+    writer = DatasetWriter(config.shards_dir, provenance, vocabulary, model, advice=_ADVICE)
     names = [unit.name for unit in units]
     missing = [unit for unit in units if unit.name not in writer.committed]
     log.info("%d of %d units are there, %d to %s", len(units) - len(missing), len(units), len(missing), kind)
@@ -320,23 +328,15 @@ def _work(
     return collector.tokens, time.monotonic() - started
 
 
-def fetch_tokenizer(config: PipelineConfig, renderer: Renderer) -> Path:
-    """A hub teacher's tokenizer as files in the run's directory."""
-    directory = config.run_dir / "teacher-tokenizer"
-    renderer.tokenizer.save_pretrained(directory)
-    return directory
-
-
 def provenance_of(
     config: PipelineConfig, vocabulary: Vocabulary, renderer: Renderer, prompts_sha256: str, kind: str
 ) -> Provenance:
     """What decides the content of the dataset, and who made it when."""
     teacher, collect = config.teacher, config.collect
-    local = Path(teacher.model)
     return Provenance(
         teacher=teacher.model,
-        revision=teacher.revision,
-        teacher_fingerprint=fingerprint(local) if local.exists() else None,
+        revision=hub_commit(teacher) or teacher.revision,
+        teacher_fingerprint=fingerprint(teacher),
         tokenizer_fingerprint=vocabulary.fingerprint,
         chat_template_fingerprint=renderer.template_fingerprint,
         engine="vllm",
@@ -356,11 +356,20 @@ def provenance_of(
             "template_arguments": collect.template_arguments,
             "rendered": collect.rendered,
             "rendered_probe": renderer.probe,
+            **_departures(config),
         },
         git_commit=_git_commit(),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         config=config.model_dump(mode="json"),
     )
+
+
+def _departures(config: PipelineConfig) -> dict[str, Any]:
+    """Settings that change the content and that most collections leave as they are; these are not named then."""
+    teacher = config.teacher
+    further = {name: value for name, value in teacher.engine_args.items() if name.replace("-", "_") not in _PLACEMENT}
+    settings = {"quantization": teacher.quantization, "engine_args": further}
+    return {name: value for name, value in settings.items() if value}
 
 
 def _git_commit() -> str | None:

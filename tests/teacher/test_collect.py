@@ -25,7 +25,7 @@ from teacher import collect as collecting
 from teacher.capture import Columns
 from teacher.collect import Collector, check_top_k, prepare, provenance_of
 from teacher.engine import Answer, Request
-from teacher.numpy_rows import ColumnBuffer
+from teacher.engine.numpy_rows import ColumnBuffer
 from teacher.plan import Assumptions, estimate
 from teacher.prompts import prompts_fingerprint
 from teacher.summary import Summary, summarize
