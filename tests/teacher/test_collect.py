@@ -217,7 +217,7 @@ def test_too_large_a_k_is_refused_by_the_vocabularys_size(make_config: Maker) ->
 def test_all_prompts_that_fill_the_context_are_named_with_their_lengths(make_config: Maker) -> None:
     texts = [json.dumps({"id": f"p-{i}", "skill": "sums", "prompt": "word " * i}) for i in (200, 1, 300, 250)]
     with pytest.raises(PromptError) as error:
-        prepare(make_config(prompts="\n".join(texts)))
+        prepare(make_config(prompts="\n".join(texts), collect__overlong="refuse"))
     message = str(error.value)
     assert message.startswith("3 of 4 prompts have 128 tokens or more")
     named = re.findall(r"'p-(\d+)' \((\d+)\)", message)

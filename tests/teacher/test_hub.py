@@ -139,7 +139,7 @@ def refusing_hub(code: str, status: int) -> Iterator[str]:
     [
         (
             "GatedRepo", 403,
-            r"tiny at .* is gated .* accept its terms at https://huggingface.co/someone/tiny, .*`hf auth login`.*HF_TOKEN",
+            r"is gated .* accept its terms at https://huggingface.co/someone/tiny, .*`hf auth login`.*HF_TOKEN",
         ),
         ("RepoNotFound", 404, r"nor a repository that can be seen on the hub.*`hf auth login`"),
         ("RevisionNotFound", 404, r"no such branch, tag or commit; correct teacher\.revision"),
