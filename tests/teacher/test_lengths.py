@@ -1,4 +1,4 @@
-"""Prompts that are too long cost themselves, not the collection; lengths are kept where measuring them takes minutes."""
+"""Prompts that are too long cost only themselves; lengths are kept where measuring them takes minutes."""
 
 from __future__ import annotations
 

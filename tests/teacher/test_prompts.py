@@ -27,7 +27,7 @@ GOOD = '{"id": "a", "skill": "sums", "prompt": "1 + 1?"}'
         ("\n  \n", "is empty"),
         (GOOD + "\n{oops", "line 2 is not JSON"),
         ("[1]", "entry 0 holds 1, expected an object"),
-        ('{"id": "", "prompt": "x"}', "line 1: id is '', expected text that is not empty"),
+        ('{"id": "", "prompt": "x"}', "line 1: id is '', expected one that is not empty"),
         ('{"id": 7, "prompt": "x"}', "line 1: id is 7, expected text"),
         ('{"id": "a", "prompt": " "}', "prompt is ' ', expected text that is not blank"),
         ('{"id": "a", "prompt": NaN}', "prompt is nan, expected text"),
@@ -40,7 +40,7 @@ GOOD = '{"id": "a", "skill": "sums", "prompt": "1 + 1?"}'
         ('{"id": "a", "messages": [{"role": "system", "content": " "}]}', "messages holds no text in any turn"),
         (
             '{"id": "a", "messages": [{"role": "human", "content": "x"}]}',
-            r"\[0\].role is 'human', .*did you mean 'user'",
+            "role is 'human', .*did you mean 'user'",
         ),
         ('{"id": "a", "messages": [{"role": "wizard", "content": "x"}]}', "role is 'wizard', expected one of system, "),
         ('{"id": "a", "promt": "x"}', "unknown key 'promt', .*; did you mean 'prompt'"),

@@ -72,7 +72,7 @@ def test_ids_come_from_the_content_and_repeats_are_asked_once(tmp_path: Path, ca
     again = {prompt.content: prompt.id for prompt in load(tmp_path / "b.txt")}
     assert all(again.get(prompt.content, prompt.id) == prompt.id for prompt in first)
     # Fixed: another id is another sample to every dataset that there is.
-    assert first[0].id == "PLACEHOLDER"
+    assert first[0].id == "d9b37987d1a4140fd988"
 
 
 def test_one_conversation_under_two_ids_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -151,9 +151,7 @@ def test_a_source_that_cannot_be_read_is_refused(
 
 def test_tables_without_prompts_and_missing_splits_are_named(tmp_path: Path) -> None:
     sources = write_all(tmp_path)
-    with pytest.raises(
-        PromptError, match=r"has the columns question, answer, score, expected prompt or messages; name"
-    ):
+    with pytest.raises(PromptError, match=r"has the columns question, answer, score, expected prompt or messages"):
         load(sources["parquet"] | {"column": None})
     with pytest.raises(PromptError, match=r"it has the splits test, not 'train'"):
         load(sources["split of a dataset"] | {"split": "train"})
