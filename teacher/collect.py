@@ -34,7 +34,7 @@ from teacher.checkpoints import (
     load_tokenizer,
     vocabulary_size,
 )
-from teacher.engine import Answer, Engine, Request, engine_version, prepare_environment
+from teacher.engine import Answer, Request, open_engine, prepare_environment, version_of
 from teacher.interrupts import lasting_interrupts
 from teacher.prompts import Prompt, Renderer, load_sources, prompts_fingerprint, split_prompts
 from teacher.prompts.lengths import FittingPrompts, fit_prompts
@@ -240,7 +240,7 @@ def collect(config: PipelineConfig) -> Summary:
 
 def run(config: PipelineConfig, units: Sequence[Unit], renderer: Renderer, prompts_sha256: str, kind: str) -> Summary:
     """Bring the dataset of `config` to hold exactly `units`; `kind` is `collect` or `score`."""
-    engine_version()
+    version = version_of(config.teacher)
     model = ensure_checkpoint(config.teacher)
     vocabulary = Vocabulary.from_tokenizer(model)
     provenance = provenance_of(config, vocabulary, renderer, prompts_sha256, kind)
@@ -253,15 +253,10 @@ def run(config: PipelineConfig, units: Sequence[Unit], renderer: Renderer, promp
     if missing:
         with lasting_interrupts() as check_interrupt:
             started = time.monotonic()
-            engine = Engine(
-                config.teacher,
-                str(model),
-                config.collect.top_k,
-                score_tokens=config.collect.score_tokens if kind == "score" else None,
-            )
+            engine = open_engine(config, score=kind == "score")
             log.info(
                 "vLLM %s is up after %.0f s: %s, head in %s, rows captured through %s",
-                engine_version(), time.monotonic() - started, config.teacher.dtype, engine.head_dtype, engine.capture,
+                version, time.monotonic() - started, config.teacher.dtype, engine.head_dtype, engine.capture,
             )  # fmt: skip
             try:
                 if config.collect.measure_capture and kind == "collect":
@@ -313,7 +308,7 @@ def provenance_of(
         tokenizer_fingerprint=vocabulary.fingerprint,
         chat_template_fingerprint=renderer.template_fingerprint,
         engine="vllm",
-        engine_version=engine_version(),
+        engine_version=version_of(teacher),
         dtype=teacher.dtype,
         head_dtype="float32" if teacher.fp32_head else teacher.dtype,
         top_k=collect.top_k,

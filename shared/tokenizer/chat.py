@@ -118,11 +118,10 @@ class ChatEncoder:
         kept = len(encoding.ids) - tokens
         return text[: encoding.offsets[kept][0]] if 0 < kept < len(encoding.ids) else text if kept > 0 else ""
 
-    @property
-    def user_header(self) -> str:
-        """What the template writes before the words of a conversation's first user turn."""
-        assert self.template is not None
-        return self.template.probe["user"].partition(QUESTION)[0]
+    def user_header(self, system_prompt: str | None = None) -> str:
+        """What the template writes before the words of a conversation's first user turn; errors as `prompt`."""
+        system = [] if system_prompt is None else [Message("system", system_prompt)]
+        return self._render([*system, Message("user", QUESTION)]).partition(QUESTION)[0]
 
     def marked(self, messages: Sequence[Message], rendered: bool | None = None) -> tuple[str, str]:
         """The conversation's text, and the same as the tokenizer takes it: special tokens in a form no text can have.

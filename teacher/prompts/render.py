@@ -112,10 +112,13 @@ class Renderer:
         except PromptError as error:
             raise PromptError(f"prompt {prompt.id!r}: {error}") from error
 
-    @property
-    def user_header(self) -> str:
-        """All that the template writes before the words of a conversation's first user turn."""
-        return self._chat.user_header
+    def encode_user_header(self, system_prompt: str | None) -> NDArray[np.int32]:
+        """Token ids of all that the template writes before the words of a conversation's first user turn.
+
+        Raises:
+            PromptError: if the template refuses a system turn.
+        """
+        return self._chat.encode(self._chat.user_header(system_prompt))
 
     def encode_response(self, prompt: Prompt) -> NDArray[np.int32]:
         """Token ids of a given response, with the end-of-turn token where it is finished.
