@@ -97,6 +97,7 @@ class ServiceEngine:
         """
         waiting = iter(requests)
         tasks: set[asyncio.Task[Answer]] = set()
+        done: set[asyncio.Task[Answer]] = set()
         exhausted = False
         try:
             while True:
@@ -112,7 +113,7 @@ class ServiceEngine:
                 for task in done:
                     yield task.result()
         finally:
-            self._cancel(tasks)
+            self._cancel(tasks | done)
 
     def close(self) -> None:
         """Close the connections; the servers go on."""
@@ -197,7 +198,9 @@ class ServiceEngine:
             reraise=True,
         )
         try:
-            return await tries(attempt)
+            async for trial in tries:
+                with trial:
+                    return await attempt()
         except passing as error:
             raise ServiceError(
                 f"no server of teacher.service.urls ({', '.join(self._service.urls)}) answered for "
@@ -404,7 +407,7 @@ def server_version(service: ServiceConfig) -> str:
             for url in service.urls:
                 try:
                     async with session.get(f"{url}/version") as response:
-                        return str((await response.json())["version"]).partition("+")[0]
+                        return str((await response.json(content_type=None))["version"]).partition("+")[0]
                 except (TimeoutError, aiohttp.ClientError, OSError, ValueError, KeyError, TypeError) as error:
                     seen.append(f"{url}: {error or type(error).__name__}")
         raise ServiceError(

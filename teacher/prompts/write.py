@@ -188,7 +188,8 @@ def _write(
                 if barren == _BARREN_ROUNDS:
                     raise ConfigError(
                         f"the last {barren * _ROUND} drafts gave no new prompt, {len(drafts.texts)} of "
-                        f"{settings.count} are there; raise collect.write_prompts.temperature or max_prompt_tokens, or lower count"
+                        f"{settings.count} are there; raise temperature or max_prompt_tokens of "
+                        "collect.write_prompts, or lower count"
                     )
         finally:
             engine.close()
