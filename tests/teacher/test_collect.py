@@ -169,6 +169,21 @@ def test_a_template_that_reads_the_clock_is_refused_before_anything_is_written(
     assert not config.run_dir.exists()
 
 
+def test_a_tokenizer_without_a_template_is_refused(make_config: Maker, tmp_path: Path) -> None:
+    config = with_template(make_config(), tmp_path, "")
+    (Path(config.teacher.model) / "chat_template.jinja").unlink()
+    with pytest.raises(ConfigError, match=r"has no single chat template; add chat_template\.jinja to the checkpoint"):
+        prepare(config)
+
+
+def test_a_quantized_teacher_and_its_arguments_are_another_dataset(make_config: Maker) -> None:
+    collector_of(make_config(), ScriptedEngine(top_k=8))
+    placed = make_config(teacher__engine_args={"distributed_executor_backend": "ray"})
+    collector_of(placed, ScriptedEngine(top_k=8))  # where it runs does not matter
+    with pytest.raises(DatasetError, match=r"details.quantization: nothing there, 'fp8' here"):
+        collector_of(make_config(teacher__quantization="fp8"), ScriptedEngine(top_k=8))
+
+
 def test_another_rendering_of_the_same_template_is_refused(make_config: Maker, tmp_path: Path) -> None:
     """The template and its arguments are the same, and what it writes is not: here a token of the tokenizer's."""
     template = "{{ pad_token }}" + TEMPLATE

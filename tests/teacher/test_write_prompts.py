@@ -40,9 +40,7 @@ class Writer:
 
 
 @pytest.fixture
-def run(
-    make_config: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., tuple[write.Drafts, Writer]]:
+def run(make_config: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     tokenizer = load_renderer(make_config()).tokenizer
 
     def run(texts: list[str | None], count: int, seed: int = 0) -> tuple[write.Drafts, Writer]:
