@@ -35,9 +35,11 @@ class Answer:
     Attributes:
         response_ids: int32 [T]; the given ones where a response was scored.
         columns: T rows where a prompt was answered, P + T - 1 where a response was scored; None if not captured.
+        error: why there is no answer, where there is none.
     """
 
     key: str
     response_ids: NDArray[np.int32]
     finish_reason: FinishReason
     columns: Columns | None
+    error: str | None = None

@@ -63,10 +63,7 @@ def server_command(teacher: TeacherConfig, host: str, port: int) -> ServerComman
     if not is_cpu_build():
         del settings["model"]
         start.append(model)
-    variables = environment(teacher)
-    # A server's engine is a process of its own in any case.
-    variables.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
-    return ServerCommand([*start, *(flag for item in settings.items() for flag in _flag(*item))], variables)
+    return ServerCommand([*start, *(flag for item in settings.items() for flag in _flag(*item))], environment(teacher))
 
 
 def _flag(name: str, value: object) -> list[str]:

@@ -44,6 +44,10 @@ _UNQUANTIZED = frozenset({"auto", "float32", "float16", "bfloat16", "half", "flo
 _FLAGS = "`teacher serve CONFIG` prints the command of a server with the right flags"
 
 
+class _RefusedError(ServiceError):
+    """The server is well and refuses this request."""
+
+
 class _UnavailableError(Exception):
     """The server cannot answer now; it, or another one, may later."""
 
@@ -92,8 +96,10 @@ class ServiceEngine:
     def stream(self, requests: Iterable[Request], capture: bool = True) -> Iterator[Answer]:
         """Answer `requests`, which are taken as there is room, in the order in which they finish.
 
+        A request that a server refuses is answered with an `error`.
+
         Raises:
-            ServiceError: if a server refuses a request or answers what is no answer, or none is up for too long.
+            ServiceError: if a server answers what is no answer, or is not as it must be, or none is up for too long.
         """
         waiting = iter(requests)
         tasks: set[asyncio.Task[Answer]] = set()
@@ -139,7 +145,10 @@ class ServiceEngine:
         await asyncio.gather(*(self._retry(lambda server=server: self._ready(server)) for server in self._servers))
 
     async def _answer(self, request: Request, capture: bool) -> Answer:
-        choice = await self._retry(lambda: self._ask(self._body(request, capture)))
+        try:
+            choice = await self._retry(lambda: self._ask(self._body(request, capture)))
+        except _RefusedError as error:
+            return Answer(request.key, np.zeros(0, np.int32), "unknown", None, error=str(error))
         try:
             if request.response_ids is not None:
                 rows = choice["prompt_logprobs"][1:]
@@ -251,7 +260,8 @@ class ServiceEngine:
         if status in (401, 403):
             raise ServiceError(f"{server.url} answered {status}: set {API_KEY} to the key that it was started with")
         if status != 200:
-            raise ServiceError(f"{server.url}{path} answered {status}: {_message(text)}")
+            refusal = _RefusedError if status in (400, 413, 422) else ServiceError
+            raise refusal(f"{server.url}{path} answered {status}: {_message(text)}")
         try:
             return text if path == "/metrics" else json.loads(text)
         except ValueError as error:

@@ -138,6 +138,17 @@ def test_a_server_in_trouble_is_asked_again(script: Script, tiny_checkpoint: Pat
     engine.close()
 
 
+def test_a_request_that_is_refused_costs_only_itself(script: Script, tiny_checkpoint: Path) -> None:
+    engine = ServiceEngine(teacher_of(tiny_checkpoint, script.url), top_k=4)
+    script.statuses = [200, 400]
+    answers = list(engine.stream(requests(5)))
+    engine.close()
+    assert [answer.error for answer in answers if answer.error is not None] == [
+        f"{script.url}/v1/completions answered 400: no such luck"
+    ]
+    assert sum(answer.columns is not None for answer in answers) == 4
+
+
 def test_the_other_server_takes_over_and_a_returning_one_is_checked_again(
     script: Script, tiny_checkpoint: Path
 ) -> None:
