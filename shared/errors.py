@@ -33,6 +33,10 @@ class CheckpointError(UserError):
     """A model checkpoint is missing, incomplete or does not fit its configuration."""
 
 
+class ServiceError(UserError):
+    """A server of the teacher cannot be reached, or is not one whose answers can be collected."""
+
+
 class AlignmentError(UserError):
     """Stored distributions do not belong to the text that they are stored with."""
 

@@ -14,6 +14,7 @@ import json
 import re
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -40,17 +41,39 @@ def read_values(path: Path, kind: type[UserError], example: str) -> Iterator[tup
     Raises:
         kind: if the file cannot be read, is not JSON (naming the place), or holds nothing.
     """
+    with _opened(path, kind, example) as file:
+        space, start = "", file.read(1)
+        while start and start.isspace():
+            space, start = space + start, file.read(1)
+        if start == "[":
+            yield from _of_list(path, file, kind, example)
+        elif start:
+            yield from _of_lines(path, start + file.readline(), file, space.count("\n") + 1, kind, example)
+        else:
+            raise kind(f"{path} is empty: it holds no entries; expected {example}")
+
+
+def read_lines(path: Path, kind: type[UserError], example: str) -> Iterator[tuple[str, str]]:
+    """The lines of a text file that are not blank, without their ends, each with `FILE line N`.
+
+    Raises:
+        kind: if the file cannot be read, is not text, or is empty.
+    """
+    with _opened(path, kind, example) as file:
+        number = None
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield f"{path} line {number}", line.rstrip("\n")
+        if number is None:
+            raise kind(f"{path} is empty: it holds no lines; expected {example}")
+
+
+@contextmanager
+def _opened(path: Path, kind: type[UserError], example: str) -> Iterator[TextIO]:
+    """The file as text; what goes wrong with it inside the block is a `kind`."""
     try:
         with _open(path) as file:
-            space, start = "", file.read(1)
-            while start and start.isspace():
-                space, start = space + start, file.read(1)
-            if start == "[":
-                yield from _of_list(path, file, kind, example)
-            elif start:
-                yield from _of_lines(path, start + file.readline(), file, space.count("\n") + 1, kind, example)
-            else:
-                raise kind(f"{path} is empty: it holds no entries; expected {example}")
+            yield file
     except UnicodeDecodeError as error:
         raise kind(f"{path} is not UTF-8 text at byte {error.start}: {error.reason}; save it as UTF-8") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:

@@ -5,11 +5,14 @@ It imports no vLLM. The teacher's engine and the student's each add what only th
 
 from __future__ import annotations
 
+import difflib
 import importlib.metadata
 import os
+from collections.abc import Collection
 from typing import Any
 
 from shared.config import TeacherConfig
+from shared.errors import ConfigError
 
 
 def engine_arguments(teacher: TeacherConfig, dtype: str | None = None) -> dict[str, Any]:
@@ -27,14 +30,49 @@ def engine_arguments(teacher: TeacherConfig, dtype: str | None = None) -> dict[s
         "pipeline_parallel_size": teacher.pipeline_parallel,
         "max_model_len": teacher.max_sequence_tokens,
         "max_num_seqs": teacher.max_num_seqs,
+        "enable_prefix_caching": teacher.prefix_caching,
         "gpu_memory_utilization": teacher.gpu_memory_utilization,
         "enforce_eager": teacher.enforce_eager,
         # A quantized KV cache makes decoding and scoring disagree by up to half a nat.
         "kv_cache_dtype": "auto",
     }
+    if teacher.quantization is not None:
+        arguments["quantization"] = teacher.quantization
+    if teacher.prefill_tokens is not None:
+        arguments["max_num_batched_tokens"] = teacher.prefill_tokens
+    further = {name.replace("-", "_"): value for name, value in teacher.engine_args.items()}
     if teacher.fp32_head and dtype != "float32":
-        arguments["hf_overrides"] = {"head_dtype": "float32"}
-    return arguments
+        further["hf_overrides"] = {"head_dtype": "float32", **further.get("hf_overrides", {})}
+    return arguments | further
+
+
+def check_engine_args(teacher: TeacherConfig, known: Collection[str]) -> None:
+    """Raises `ConfigError` where `teacher.engine_args` has a name that is not one of vLLM's, which are `known`."""
+    for name in teacher.engine_args:
+        if name.replace("-", "_") not in known:
+            near = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "`vllm serve --help` lists them"
+            raise ConfigError(f"teacher.engine_args.{name} is not an argument of this vLLM; {hint}")
+
+
+def check_devices(teacher: TeacherConfig, gpus: int) -> None:
+    """Raises `ConfigError` where the teacher is spread over more GPUs than the `gpus` of this machine.
+
+    Pipeline stages may be on other machines, which vLLM then reaches through Ray or its own launch of many nodes.
+    """
+    tensor, pipeline = teacher.tensor_parallel, teacher.pipeline_parallel
+    if tensor > gpus:
+        raise ConfigError(
+            f"teacher.tensor_parallel is {tensor}, but vLLM sees {gpus} GPU(s) on this machine; set it to a "
+            f"divisor of {gpus}, and teacher.pipeline_parallel to the number of machines that share the model"
+        )
+    one_machine = not {"distributed_executor_backend", "nnodes"} & {k.replace("-", "_") for k in teacher.engine_args}
+    if one_machine and tensor * pipeline > gpus:
+        raise ConfigError(
+            f"teacher.tensor_parallel {tensor} x teacher.pipeline_parallel {pipeline} needs {tensor * pipeline} GPUs, "
+            f"vLLM sees {gpus} on this machine; lower them, or span machines with "
+            "teacher.engine_args: {distributed_executor_backend: ray}"
+        )
 
 
 def environment(teacher: TeacherConfig) -> dict[str, str]:

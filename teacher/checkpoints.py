@@ -1,4 +1,7 @@
-"""The teacher's checkpoint on this machine, converted once from GGUF where that is what a package ships.
+"""The teacher's checkpoint on this machine: a directory, a snapshot of a hub repository, or a conversion from GGUF.
+
+A hub name is resolved to one commit at its first use, and everything after that (tokenizer, vocabulary, provenance, the
+weights that vLLM fetches) is of this commit, whatever happens to the branch meanwhile.
 
 GGUF weights are dequantized by transformers and saved as a plain safetensors checkpoint in bfloat16, with the
 tokenizer and chat template that the same file carries. It costs some seconds and four bytes a parameter of
@@ -18,6 +21,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -27,24 +31,37 @@ from shared.errors import CheckpointError
 log = logging.getLogger(__name__)
 
 
-def ensure_checkpoint(teacher: TeacherConfig) -> Path | str:
-    """The checkpoint that `teacher.model` names: its directory, converted first where `teacher.gguf` says so.
+_SNAPSHOT_FILES = ["*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt"]
+"""What of a hub repository is fetched here: all but the weights, which vLLM fetches wherever its ranks are."""
 
-    Returns a hub name unchanged: fetching it is vLLM's and transformers' business.
+
+def ensure_checkpoint(teacher: TeacherConfig) -> Path:
+    """The directory of the checkpoint that `teacher.model` names, converted first where `teacher.gguf` says so.
+
+    Of a hub name it is the snapshot in the hub's cache, with the tokenizer and the configuration and without weights.
 
     Raises:
-        CheckpointError: if the directory is missing or holds no config.json, or the GGUF file is missing or
-            cannot be converted.
+        CheckpointError: if the directory is missing or holds no config.json, the GGUF file is missing or cannot be
+            converted, or the hub's repository cannot be fetched.
     """
     directory = Path(teacher.model)
     check_checkpoint(teacher)
     if teacher.gguf is not None and not directory.exists():
         convert_gguf(locate_gguf(teacher.gguf), directory)
-    return directory if directory.exists() else teacher.model
+    return _directory(teacher)
+
+
+def hub_commit(teacher: TeacherConfig) -> str | None:
+    """The commit that a hub name stands for; None for a directory of this machine.
+
+    Raises:
+        CheckpointError: if the repository cannot be fetched.
+    """
+    return None if _is_local(teacher) else _fetch_snapshot(teacher.model, teacher.revision).name
 
 
 def check_checkpoint(teacher: TeacherConfig) -> None:
-    """Check that `ensure_checkpoint` has something to work with, and write nothing.
+    """Check that `ensure_checkpoint` has something to work with, and write nothing outside of the hub's cache.
 
     Raises:
         CheckpointError: as `ensure_checkpoint`.
@@ -63,6 +80,8 @@ def check_checkpoint(teacher: TeacherConfig) -> None:
             f"teacher.model {teacher.model} does not exist; point it at a checkpoint directory, or set teacher.gguf "
             "to a GGUF file that it can be converted from"
         )
+    else:
+        _fetch_snapshot(teacher.model, teacher.revision)
 
 
 def locate_gguf(name: str) -> Path:
@@ -98,27 +117,18 @@ def vocabulary_size(teacher: TeacherConfig) -> int:
         CheckpointError: as `ensure_checkpoint`, or if the configuration names no vocabulary.
     """
     check_checkpoint(teacher)
-    config = Path(teacher.model) / "config.json"
-    if config.is_file():
-        try:
-            tree = json.loads(config.read_text())
-        except ValueError as error:
-            raise CheckpointError(f"{config} is not JSON: {error}; copy the checkpoint again") from error
-        size = tree.get("vocab_size") or tree.get("text_config", {}).get("vocab_size")
-    elif teacher.gguf is not None:
+    if teacher.gguf is not None and not Path(teacher.model).exists():
         from gguf import GGUFReader
 
         field = GGUFReader(str(locate_gguf(teacher.gguf))).get_field("tokenizer.ggml.tokens")
         size = None if field is None else len(field.data)
     else:
-        from transformers import AutoConfig
-
+        config = _directory(teacher) / "config.json"
         try:
-            size = AutoConfig.from_pretrained(teacher.model, revision=teacher.revision).get_text_config().vocab_size
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"teacher.model {teacher.model} is no directory here and cannot be fetched: {error}"
-            ) from error
+            tree = json.loads(config.read_text())
+        except ValueError as error:
+            raise CheckpointError(f"{config} is not JSON: {error}; copy the checkpoint again") from error
+        size = tree.get("vocab_size") or tree.get("text_config", {}).get("vocab_size")
     if not isinstance(size, int):
         raise CheckpointError(f"teacher.model {teacher.model} states the vocab_size {size!r}, expected a number")
     return size
@@ -135,7 +145,7 @@ def load_tokenizer(teacher: TeacherConfig) -> Any:
 
     try:
         if teacher.gguf is None or Path(teacher.model).exists():
-            return AutoTokenizer.from_pretrained(teacher.model, revision=teacher.revision)
+            return AutoTokenizer.from_pretrained(_directory(teacher))
         source = locate_gguf(teacher.gguf)
         tokenizer = AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name)
     except (OSError, ValueError) as error:
@@ -144,10 +154,18 @@ def load_tokenizer(teacher: TeacherConfig) -> Any:
     return tokenizer
 
 
-def fingerprint(model: Path) -> str:
-    """sha256 over config.json and every weight file's name, size and header: names, shapes and dtypes of tensors."""
-    digest = hashlib.sha256((model / "config.json").read_bytes())
-    for file in sorted(model.glob("*.safetensors")):
+def fingerprint(teacher: TeacherConfig) -> str:
+    """sha256 over config.json and what stands for the weights.
+
+    Of a hub name that is its commit, which names the content of every file; of a directory, every weight file's name,
+    size and header: names, shapes and dtypes of tensors.
+    """
+    directory, commit = _directory(teacher), hub_commit(teacher)
+    digest = hashlib.sha256((directory / "config.json").read_bytes())
+    if commit is not None:
+        digest.update(commit.encode())
+        return digest.hexdigest()
+    for file in sorted(directory.glob("*.safetensors")):
         with file.open("rb") as handle:
             digest.update(f"{file.name}:{file.stat().st_size}".encode() + handle.read(1 << 20))
     return digest.hexdigest()
@@ -183,6 +201,62 @@ def convert_gguf(source: Path, destination: Path) -> None:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         _name_end_of_turn(partial, tokenizer)
+
+
+def _is_local(teacher: TeacherConfig) -> bool:
+    return Path(teacher.model).exists() or teacher.gguf is not None
+
+
+def _directory(teacher: TeacherConfig) -> Path:
+    return Path(teacher.model) if _is_local(teacher) else _fetch_snapshot(teacher.model, teacher.revision)
+
+
+@lru_cache
+def _fetch_snapshot(name: str, revision: str | None) -> Path:
+    """The small files of a hub repository, in the hub's cache; the directory's name is their commit.
+
+    Resolved once a process, so that a branch that moves while it runs gives it no files of two commits.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    shown = name if revision is None else f"{name} at teacher.revision {revision}"
+    log_in = "`hf auth login`, or set HF_TOKEN to a token of an account that may read it"
+    try:
+        directory = Path(snapshot_download(name, revision=revision, allow_patterns=_SNAPSHOT_FILES))
+    except GatedRepoError as error:
+        raise CheckpointError(
+            f"teacher.model {shown} is gated and this machine has no access: accept its terms at "
+            f"https://huggingface.co/{name}, then log in with {log_in}"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"teacher.model {shown} is neither a directory here nor a repository that can be seen on the hub; correct "
+            f"the name or, if it is private, log in with {log_in}"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise CheckpointError(
+            f"teacher.model {shown}: the repository has no such branch, tag or commit; correct teacher.revision"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise CheckpointError(
+            f"teacher.model {shown} is not in the hub's cache and the hub cannot be reached; fetch it where there is "
+            f"a network (`hf download {name}`, then copy the cache), or point teacher.model at a directory"
+        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        raise CheckpointError(f"teacher.model {shown} cannot be fetched: {error}") from error
+    if not (directory / "config.json").is_file():
+        raise CheckpointError(
+            f"teacher.model {shown}: its snapshot {directory} holds no config.json, expected a checkpoint in the "
+            "format of transformers; name such a repository"
+        )
+    return directory
 
 
 def _is_hub_name(name: str) -> bool:

@@ -54,6 +54,34 @@ def plan(
     stdout.print(estimate(load_config(config, overrides), assumptions).table())
 
 
+@app.command()
+def serve(
+    config: ConfigArgument,
+    overrides: SetOption = None,
+    start: Annotated[bool, typer.Option("--run", help="Start the server in place of printing its command.")] = False,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is all of the machine's.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    log_level: LogLevelOption = "info",
+) -> None:
+    """Print the command of a vLLM server of the teacher, for `teacher.service` of a collection, or start it."""
+    configure_logging(log_level)
+    from teacher.engine.serve import server_command
+
+    command = server_command(load_config(config, overrides).teacher, host, port)
+    if start:
+        command.run()
+    stdout.print(str(command), markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def write_prompts(config: ConfigArgument, overrides: SetOption = None, log_level: LogLevelOption = "info") -> None:
+    """Let the teacher write prompts of its own (`collect.write_prompts`); run it again to resume."""
+    configure_logging(log_level)
+    from teacher.prompts.write import write_prompts as write
+
+    stdout.print(write(load_config(config, overrides)).table())
+
+
 def main() -> None:
     run(app)
 

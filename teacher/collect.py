@@ -16,27 +16,35 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from shared.config import PipelineConfig
 from shared.console import progress
 from shared.dataset.manifest import UnitEntry
 from shared.dataset.reader import Dataset, DatasetWriter, Manifest, Provenance
 from shared.dataset.records import Record
-from shared.errors import ConfigError, PromptError
+from shared.errors import ConfigError
 from shared.tokenizer.vocabulary import Vocabulary
 from teacher.capture import response_columns, to_distributions
-from teacher.checkpoints import check_checkpoint, ensure_checkpoint, fingerprint, load_tokenizer, vocabulary_size
-from teacher.engine import Answer, Engine, Request, engine_version, prepare_environment
+from teacher.checkpoints import (
+    check_checkpoint,
+    ensure_checkpoint,
+    fingerprint,
+    hub_commit,
+    load_tokenizer,
+    vocabulary_size,
+)
+from teacher.engine import Answer, Request, open_engine, prepare_environment, version_of
 from teacher.interrupts import lasting_interrupts
-from teacher.prompts import Prompt, Renderer, load_prompts, prompts_fingerprint, split_prompts
+from teacher.prompts import Prompt, Renderer, load_sources, prompts_fingerprint, split_prompts
+from teacher.prompts.lengths import FittingPrompts, fit_prompts
 from teacher.summary import Summary, measure_capture, read_summary, summarize
 from teacher.units import Task, Unit, cut_units
 
 log = logging.getLogger(__name__)
 
-_MOST_NAMED = 20
-"""Prompts that a message names."""
+_PLACEMENT = frozenset({"distributed_executor_backend", "nnodes", "node_rank", "master_addr", "master_port"})
+"""Arguments of vLLM that say where it runs, not what it computes."""
 _ADVICE = (
     "restore the earlier settings to finish or keep this dataset; another `name` starts a new one, for which every "
     "response is generated again"
@@ -47,10 +55,17 @@ _ADVICE = (
 class Plan:
     """What a config asks for, checked: nothing is written and no engine started until this exists."""
 
-    prompts: list[Prompt]
+    fitting: FittingPrompts
     units: list[Unit]
     renderer: Renderer
-    prompt_tokens: dict[str, int]
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        return self.fitting.prompts
+
+    @property
+    def prompt_tokens(self) -> dict[str, int]:
+        return self.fitting.tokens
 
 
 class AnsweringEngine(Protocol):
@@ -187,17 +202,17 @@ def prepare(config: PipelineConfig) -> Plan:
     """
     collect = config.collect
     prepare_environment(config.teacher)
-    prompts = load_prompts(collect.prompts, collect.system_prompt)
+    prompts = load_sources(collect)
     check_top_k(config)
     renderer = load_renderer(config)
-    prompt_tokens = check_lengths(prompts, renderer, config)
-    units = cut_units(split_prompts(prompts, collect.held_out), collect, config.seed)
+    fitting = fit_prompts(prompts, renderer, config)
+    units = cut_units(split_prompts(fitting.prompts, collect.held_out), collect, config.seed)
     if not units:
         raise ConfigError(
-            f"collect.decoding is for the splits {[d.split for d in collect.decoding]}, but no prompt of "
-            f"{collect.prompts} is in one of them; change collect.held_out (now {collect.held_out})"
+            f"collect.decoding is for the splits {[d.split for d in collect.decoding]}, but no prompt "
+            f"is in one of them; change collect.held_out (now {collect.held_out})"
         )
-    return Plan(prompts, units, renderer, prompt_tokens)
+    return Plan(fitting, units, renderer)
 
 
 def load_renderer(config: PipelineConfig) -> Renderer:
@@ -216,54 +231,20 @@ def check_top_k(config: PipelineConfig) -> None:
         )
 
 
-def check_lengths(prompts: Sequence[Prompt], renderer: Renderer, config: PipelineConfig) -> dict[str, int]:
-    """Tokens of every prompt (and its response where one is given), by id.
-
-    Raises:
-        PromptError: if prompts leave no room for an answer, naming them with their lengths, the longest first.
-    """
-    room = config.teacher.max_sequence_tokens
-    longest = max(decoding.max_response_tokens for decoding in config.collect.decoding)
-    lengths: dict[str, int] = {}
-    for prompt in prompts:
-        lengths[prompt.id] = len(renderer.render(prompt).ids)
-        if prompt.response is not None:
-            lengths[prompt.id] += len(renderer.encode_response(prompt))
-    too_long = sorted((name for name in lengths if lengths[name] >= room), key=lambda name: -lengths[name])
-    if too_long:
-        named = ", ".join(f"{name!r} ({lengths[name]})" for name in too_long[:_MOST_NAMED])
-        others = f" and {len(too_long) - _MOST_NAMED} others" if len(too_long) > _MOST_NAMED else ""
-        raise PromptError(
-            f"{len(too_long)} of {len(prompts)} prompts have {room} tokens or more, responses to score included, and "
-            f"teacher.max_sequence_tokens is {room}: {named}{others}; shorten them or take them out, or raise "
-            f"teacher.max_sequence_tokens to {lengths[too_long[0]] + longest}, with room for an answer"
-        )
-    cut = sum(length + longest > room for length in lengths.values() if prompts[0].response is None)
-    if cut:
-        log.warning(
-            "%d prompts leave less room than max_response_tokens (%d) below teacher.max_sequence_tokens (%d): their "
-            "answers may be cut short",
-            cut,
-            longest,
-            room,
-        )
-    return lengths
-
-
 def collect(config: PipelineConfig) -> Summary:
     """Collect everything that `config` asks for and is not there yet; resumes where it was interrupted."""
     plan = prepare(config)
+    plan.fitting.save(config.run_dir)
     return run(config, plan.units, plan.renderer, prompts_fingerprint(plan.prompts), kind="collect")
 
 
 def run(config: PipelineConfig, units: Sequence[Unit], renderer: Renderer, prompts_sha256: str, kind: str) -> Summary:
     """Bring the dataset of `config` to hold exactly `units`; `kind` is `collect` or `score`."""
-    engine_version()
+    version = version_of(config.teacher)
     model = ensure_checkpoint(config.teacher)
-    tokenizer_dir = model if isinstance(model, Path) else fetch_tokenizer(config, renderer)
-    vocabulary = Vocabulary.from_tokenizer(tokenizer_dir)
+    vocabulary = Vocabulary.from_tokenizer(model)
     provenance = provenance_of(config, vocabulary, renderer, prompts_sha256, kind)
-    writer = DatasetWriter(config.shards_dir, provenance, vocabulary, tokenizer_dir, advice=_ADVICE)
+    writer = DatasetWriter(config.shards_dir, provenance, vocabulary, model, advice=_ADVICE)
     names = [unit.name for unit in units]
     missing = [unit for unit in units if unit.name not in writer.committed]
     log.info("%d of %d units are there, %d to %s", len(units) - len(missing), len(units), len(missing), kind)
@@ -272,15 +253,10 @@ def run(config: PipelineConfig, units: Sequence[Unit], renderer: Renderer, promp
     if missing:
         with lasting_interrupts() as check_interrupt:
             started = time.monotonic()
-            engine = Engine(
-                config.teacher,
-                str(model),
-                config.collect.top_k,
-                score_tokens=config.collect.score_tokens if kind == "score" else None,
-            )
+            engine = open_engine(config, score=kind == "score")
             log.info(
                 "vLLM %s is up after %.0f s: %s, head in %s, rows captured through %s",
-                engine_version(), time.monotonic() - started, config.teacher.dtype, engine.head_dtype, engine.capture,
+                version, time.monotonic() - started, config.teacher.dtype, engine.head_dtype, engine.capture,
             )  # fmt: skip
             try:
                 if config.collect.measure_capture and kind == "collect":
@@ -320,27 +296,19 @@ def _work(
     return collector.tokens, time.monotonic() - started
 
 
-def fetch_tokenizer(config: PipelineConfig, renderer: Renderer) -> Path:
-    """A hub teacher's tokenizer as files in the run's directory."""
-    directory = config.run_dir / "teacher-tokenizer"
-    renderer.tokenizer.save_pretrained(directory)
-    return directory
-
-
 def provenance_of(
     config: PipelineConfig, vocabulary: Vocabulary, renderer: Renderer, prompts_sha256: str, kind: str
 ) -> Provenance:
     """What decides the content of the dataset, and who made it when."""
     teacher, collect = config.teacher, config.collect
-    local = Path(teacher.model)
     return Provenance(
         teacher=teacher.model,
-        revision=teacher.revision,
-        teacher_fingerprint=fingerprint(local) if local.exists() else None,
+        revision=hub_commit(teacher) or teacher.revision,
+        teacher_fingerprint=fingerprint(teacher),
         tokenizer_fingerprint=vocabulary.fingerprint,
         chat_template_fingerprint=renderer.template_fingerprint,
         engine="vllm",
-        engine_version=engine_version(),
+        engine_version=version_of(teacher),
         dtype=teacher.dtype,
         head_dtype="float32" if teacher.fp32_head else teacher.dtype,
         top_k=collect.top_k,
@@ -356,11 +324,34 @@ def provenance_of(
             "template_arguments": collect.template_arguments,
             "rendered": collect.rendered,
             "rendered_probe": renderer.probe,
+            **_departures(config),
         },
         git_commit=_git_commit(),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         config=config.model_dump(mode="json"),
     )
+
+
+def _departures(config: PipelineConfig) -> dict[str, Any]:
+    """Settings that change the content and that most collections leave as they are; these are not named then."""
+    teacher = config.teacher
+    further = {name: value for name, value in teacher.engine_args.items() if name.replace("-", "_") not in _PLACEMENT}
+    collect = config.collect
+    own = collect.write_prompts
+    named = {str(collect.prompts), *(source.path for source in collect.sources)}
+    sources = [
+        {"path": source.path, "decoding": [rule.model_dump(mode="json") for rule in source.decoding]}
+        for source in collect.sources
+        if source.decoding
+    ]
+    settings = {
+        "quantization": teacher.quantization,
+        "engine_args": further,
+        "overlong": collect.overlong if collect.overlong != "skip" else None,
+        "sources": sources,
+        "write_prompts": own.model_dump(mode="json") if own is not None and str(own.path) in named else None,
+    }
+    return {name: value for name, value in settings.items() if value}
 
 
 def _git_commit() -> str | None:

@@ -8,13 +8,21 @@ through a forward at once (`collect.score_tokens`).
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import pyarrow.compute as pc
+
 from shared.config import PipelineConfig, Split
 from shared.dataset.reader import Dataset
 from shared.dataset.records import UNKNOWN_SAMPLING, Record
 from shared.errors import ConfigError
-from teacher.collect import check_lengths, check_top_k, load_renderer, run
+from teacher.collect import check_top_k, load_renderer, run
 from teacher.engine import prepare_environment
 from teacher.prompts import Prompt, load_prompts, prompts_fingerprint, split_prompts
+from teacher.prompts.lengths import fit_prompts
 from teacher.summary import Summary
 from teacher.units import Task, Unit, slices
 
@@ -37,14 +45,15 @@ def score(config: PipelineConfig) -> Summary:
     prompts = load_prompts(responses, config.collect.system_prompt, responses=True)
     check_top_k(config)
     renderer = load_renderer(config)
-    check_lengths(prompts, renderer, config)
-    splits = split_prompts(prompts, config.collect.held_out)
+    fitting = fit_prompts(prompts, renderer, config)
+    splits = split_prompts(fitting.prompts, config.collect.held_out)
     units = [
         Unit(f"{split}-given-{number:05d}", tuple(_task(prompt, split) for prompt in chosen))
         for split, members in splits.items()
         for number, chosen in enumerate(slices(members, config.collect.unit_prompts))
     ]
-    return run(config, units, renderer, prompts_fingerprint(prompts), kind="score")
+    fitting.save(config.run_dir)
+    return run(config, units, renderer, prompts_fingerprint(fitting.prompts), kind="score")
 
 
 def _score_dataset(config: PipelineConfig, dataset: Dataset) -> Summary:
@@ -58,20 +67,61 @@ def _score_dataset(config: PipelineConfig, dataset: Dataset) -> Summary:
         )
     if config.shards_dir.resolve() == (config.collect.responses or config.shards_dir).resolve():
         raise ConfigError(f"{config.shards_dir} would be scored into itself; give this run another name")
-    records = [record for record in dataset.records(distributions=False) if len(record.response_ids)]
-    longest = max(len(record.prompt_ids) + len(record.response_ids) for record in records)
+    units, longest = _stored_units(dataset, config.collect.unit_prompts)
+    if not units:
+        raise ConfigError(f"{config.collect.responses} holds only empty responses; there is nothing to score")
     if longest >= config.teacher.max_sequence_tokens:
         raise ConfigError(
             f"{config.collect.responses} has {longest} tokens in a prompt and its response, "
             f"teacher.max_sequence_tokens is {config.teacher.max_sequence_tokens}; raise it to {longest + 1}"
         )
-    units = []
-    for split in dict.fromkeys(record.split for record in records):
-        members = [record for record in records if record.split == split]
-        for number, chosen in enumerate(slices(members, config.collect.unit_prompts)):
-            tasks = tuple(Task(r.sample_id, _prompt_of(r), r.split, r.sampling, r) for r in chosen)
-            units.append(Unit(f"{split}-scored-{number:05d}", tasks))
     return run(config, units, renderer, dataset.manifest.provenance, kind="score")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTasks(Collection[Task]):
+    """Responses of one split of a stored unit, `start` to `start + count` of those that are not empty.
+
+    They are read when they are iterated over, so that a dataset of any size is scored in the memory of a few units.
+    """
+
+    dataset: Dataset
+    unit: str
+    split: str
+    start: int
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[Task]:
+        stored = self.dataset.records(split=self.split, distributions=False, unit=self.unit)
+        told = (record for record in stored if len(record.response_ids))
+        for record in islice(told, self.start, self.start + self.count):
+            yield Task(record.sample_id, _prompt_of(record), record.split, record.sampling, record)
+
+    def __contains__(self, task: object) -> bool:
+        return any(task == own for own in self)
+
+
+def _stored_units(dataset: Dataset, size: int) -> tuple[list[Unit], int]:
+    """Units that score the dataset's own, those larger than `size` in parts, and the tokens of the longest text."""
+    units: list[Unit] = []
+    numbers: Counter[str] = Counter()
+    longest = 0
+    for stored in dataset.manifest.units:
+        counts: Counter[str] = Counter()
+        for table in dataset.tables(["split", "prompt_ids", "response_ids"], unit=stored.unit):
+            responses = pc.list_value_length(table["response_ids"]).to_numpy()
+            texts = responses + pc.list_value_length(table["prompt_ids"]).to_numpy()
+            longest = max(longest, int(texts[responses > 0].max(initial=0)))
+            counts.update(split for split, n in zip(table["split"].to_pylist(), responses, strict=True) if n)
+        for split, count in counts.items():
+            for start in range(0, count, size):
+                tasks = StoredTasks(dataset, stored.unit, split, start, min(size, count - start))
+                units.append(Unit(f"{split}-scored-{numbers[split]:05d}", tasks))
+                numbers[split] += 1
+    return units, longest
 
 
 def _task(prompt: Prompt, split: Split) -> Task:

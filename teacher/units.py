@@ -6,7 +6,7 @@ config alone, so every worker on every machine cuts the same units and can take 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -35,24 +35,35 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """Named work: unit names are file names, and sort in the order of collection within split and rule."""
+    """Named work: unit names are file names, and sort in the order of collection within split and rule.
+
+    Attributes:
+        tasks: in a fixed order; they may be read from disk each time that they are iterated over.
+    """
 
     name: str
-    tasks: tuple[Task, ...]
+    tasks: Collection[Task]
 
 
 def cut_units(splits: dict[Split, list[Prompt]], collect: CollectConfig, seed: int) -> list[Unit]:
-    """The units of `collect.decoding`, rule after rule; prompts keep the order that their split has.
+    """The units of the decoding rules, rule after rule; prompts keep the order that their split has.
+
+    A rule is that of `collect.decoding` or of a prompt's source; sources that share a split and tag share its units.
 
     A response's random seed follows from (seed, sample id), so it depends neither on its neighbors in the batch nor
     on what was collected before.
     """
     units = []
-    for decoding in collect.decoding:
-        prompts = splits[decoding.split]
-        for number, chosen in enumerate(slices(prompts, collect.unit_prompts)):
-            tasks = tuple(_tasks(chosen, decoding, seed))
-            units.append(Unit(f"{decoding.split}-{decoding.tag}-{number:05d}", tasks))
+    rules = [rule for rules in (collect.decoding, *(source.decoding for source in collect.sources)) for rule in rules]
+    for split, tag in dict.fromkeys((rule.split, rule.tag) for rule in rules):
+        asked = [
+            (prompt, rule)
+            for prompt in splits[split]
+            for rule in prompt.decoding or collect.decoding
+            if (rule.split, rule.tag) == (split, tag)
+        ]
+        for number, chosen in enumerate(slices(asked, collect.unit_prompts)):
+            units.append(Unit(f"{split}-{tag}-{number:05d}", tuple(_tasks(chosen, seed))))
     return units
 
 
@@ -67,8 +78,8 @@ def slices(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
         yield items[start : start + size]
 
 
-def _tasks(prompts: Sequence[Prompt], decoding: DecodingConfig, seed: int) -> Iterator[Task]:
-    for prompt in prompts:
+def _tasks(asked: Sequence[tuple[Prompt, DecodingConfig]], seed: int) -> Iterator[Task]:
+    for prompt, decoding in asked:
         for number in range(decoding.samples):
             sample_id = f"{prompt.id}:{decoding.tag}:{number}"
             chosen_seed = None if decoding.rule == "greedy" else sampling_seed(seed, sample_id)

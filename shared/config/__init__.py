@@ -5,7 +5,7 @@ are strict: an unknown key is an error that names the keys that exist. Derived v
 overrides, never stored.
 """
 
-from shared.config.collect import CollectConfig, DecodingConfig, Split
+from shared.config.collect import CollectConfig, DecodingConfig, SourceConfig, Split, WritePromptsConfig
 from shared.config.evaluate import EvaluateConfig
 from shared.config.load import CHANGED_KEYS, apply_override, dump_config, load_config
 from shared.config.pipeline import PipelineConfig
@@ -13,7 +13,7 @@ from shared.config.prepare import PrepareConfig
 from shared.config.section import Section
 from shared.config.speculate import SpeculateConfig
 from shared.config.student import LoraConfig, StudentConfig, StudentTokenizerConfig
-from shared.config.teacher import TeacherConfig
+from shared.config.teacher import ServiceConfig, TeacherConfig
 from shared.config.train import LossName, ObjectivesConfig, RandomMaskingConfig, TrainConfig
 
 __all__ = [
@@ -28,12 +28,15 @@ __all__ = [
     "PrepareConfig",
     "RandomMaskingConfig",
     "Section",
+    "ServiceConfig",
+    "SourceConfig",
     "SpeculateConfig",
     "Split",
     "StudentConfig",
     "StudentTokenizerConfig",
     "TeacherConfig",
     "TrainConfig",
+    "WritePromptsConfig",
     "apply_override",
     "dump_config",
     "load_config",

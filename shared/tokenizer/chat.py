@@ -97,13 +97,44 @@ class ChatEncoder:
             PromptError: if the template refuses the conversation, or it may or may not be rendered already.
             ConfigError: if the template reads the clock.
         """
+        text, marked = self.marked(messages, rendered)
+        return RenderedPrompt(text, np.array(self._backend.encode(marked, add_special_tokens=False).ids, np.int32))
+
+    def count_tokens(self, marked: Sequence[str]) -> list[int]:
+        """Tokens of each of the second texts of `marked`, all cores sharing the batch."""
+        return [len(encoding.ids) for encoding in self._backend.encode_batch_fast(marked, add_special_tokens=False)]
+
+    def takes_as_rendered(self, messages: Sequence[Message], rendered: bool | None = None) -> bool:
+        """Whether the conversation is text that is rendered already.
+
+        Raises:
+            PromptError: if it may or may not be.
+        """
+        return self._is_rendered(messages, self._rendered if rendered is None else rendered)
+
+    def cut(self, text: str, tokens: int) -> str:
+        """`text`, in which special tokens are text, without its last `tokens` tokens."""
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        kept = len(encoding.ids) - tokens
+        return text[: encoding.offsets[kept][0]] if 0 < kept < len(encoding.ids) else text if kept > 0 else ""
+
+    def user_header(self, system_prompt: str | None = None) -> str:
+        """What the template writes before the words of a conversation's first user turn; errors as `prompt`."""
+        system = [] if system_prompt is None else [Message("system", system_prompt)]
+        return self._render([*system, Message("user", QUESTION)]).partition(QUESTION)[0]
+
+    def marked(self, messages: Sequence[Message], rendered: bool | None = None) -> tuple[str, str]:
+        """The conversation's text, and the same as the tokenizer takes it: special tokens in a form no text can have.
+
+        Args and errors as `prompt`.
+        """
         said = "".join(message.role + message.content for message in messages)
         _check_characters(said)
-        if self._is_rendered(messages, self._rendered if rendered is None else rendered):
-            return RenderedPrompt(messages[-1].content, self.encode(messages[-1].content))
+        if self.takes_as_rendered(messages, rendered):
+            return messages[-1].content, self._mark(messages[-1].content)
         text = self._render(messages)
         if self._specials.broken(said) == said:
-            return RenderedPrompt(text, self._encode(text))
+            return text, self._mark(text)
         # Special tokens in the words are broken up before the template adds its own.
         broken = self._render([Message(*map(self._specials.broken, (m.role, m.content))) for m in messages])
         if broken.replace(BREAK, "") != text:
@@ -111,7 +142,7 @@ class ChatEncoder:
                 "the chat template itself looks for special tokens in what is said, so they cannot be taken as text; "
                 f"take them out, or render the prompt yourself and set {_CHOICE}, to true"
             )
-        return RenderedPrompt(text, self._encode(broken))
+        return text, self._mark(broken)
 
     def encode(self, text: str) -> NDArray[np.int32]:
         """Ids of rendered text: special tokens in it are tokens, none is added.
@@ -120,7 +151,7 @@ class ChatEncoder:
             PromptError: if it holds characters that no text has.
         """
         _check_characters(text)
-        return self._encode(text)
+        return np.array(self._backend.encode(self._mark(text), add_special_tokens=False).ids, np.int32)
 
     def response(
         self, text: str, finished: bool = True, rows: int | None = None, rendered: bool | None = None
@@ -251,11 +282,10 @@ class ChatEncoder:
     def _text(self, piece: int | str) -> str:
         return self._file.texts[piece] if isinstance(piece, int) else piece
 
-    def _encode(self, text: str) -> NDArray[np.int32]:
+    def _mark(self, text: str) -> str:
         if self._specials.pattern:
             text = self._specials.pattern.sub(lambda match: _marked(self._specials.ids[match[0]]), text)
-        ids = self._backend.encode(text.replace(BREAK, ""), add_special_tokens=False).ids
-        return np.array(ids, np.int32)
+        return text.replace(BREAK, "")
 
     @cached_property
     def _backend(self) -> Any:

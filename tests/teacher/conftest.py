@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,24 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fast.chat_template = TEMPLATE
     fast.save_pretrained(directory)
     (directory / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": len(fast)}))
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same checkpoint with weights: a random LLaMA of two layers, which vLLM serves within seconds."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    directory = tmp_path_factory.mktemp("teacher") / "tiny-model"
+    shutil.copytree(tiny_checkpoint, directory)
+    torch.manual_seed(0)
+    size = json.loads((tiny_checkpoint / "config.json").read_text())["vocab_size"]
+    config = LlamaConfig(
+        vocab_size=size, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, bos_token_id=None, eos_token_id=2, initializer_range=0.2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(directory)
     return directory
 
 

@@ -25,7 +25,7 @@ from teacher import collect as collecting
 from teacher.capture import Columns
 from teacher.collect import Collector, check_top_k, prepare, provenance_of
 from teacher.engine import Answer, Request
-from teacher.numpy_rows import ColumnBuffer
+from teacher.engine.numpy_rows import ColumnBuffer
 from teacher.plan import Assumptions, estimate
 from teacher.prompts import prompts_fingerprint
 from teacher.summary import Summary, summarize
@@ -169,6 +169,21 @@ def test_a_template_that_reads_the_clock_is_refused_before_anything_is_written(
     assert not config.run_dir.exists()
 
 
+def test_a_tokenizer_without_a_template_is_refused(make_config: Maker, tmp_path: Path) -> None:
+    config = with_template(make_config(), tmp_path, "")
+    (Path(config.teacher.model) / "chat_template.jinja").unlink()
+    with pytest.raises(ConfigError, match=r"has no single chat template; add chat_template\.jinja to the checkpoint"):
+        prepare(config)
+
+
+def test_a_quantized_teacher_and_its_arguments_are_another_dataset(make_config: Maker) -> None:
+    collector_of(make_config(), ScriptedEngine(top_k=8))
+    placed = make_config(teacher__engine_args={"distributed_executor_backend": "ray"})
+    collector_of(placed, ScriptedEngine(top_k=8))  # where it runs does not matter
+    with pytest.raises(DatasetError, match=r"details.quantization: nothing there, 'fp8' here"):
+        collector_of(make_config(teacher__quantization="fp8"), ScriptedEngine(top_k=8))
+
+
 def test_another_rendering_of_the_same_template_is_refused(make_config: Maker, tmp_path: Path) -> None:
     """The template and its arguments are the same, and what it writes is not: here a token of the tokenizer's."""
     template = "{{ pad_token }}" + TEMPLATE
@@ -217,7 +232,7 @@ def test_too_large_a_k_is_refused_by_the_vocabularys_size(make_config: Maker) ->
 def test_all_prompts_that_fill_the_context_are_named_with_their_lengths(make_config: Maker) -> None:
     texts = [json.dumps({"id": f"p-{i}", "skill": "sums", "prompt": "word " * i}) for i in (200, 1, 300, 250)]
     with pytest.raises(PromptError) as error:
-        prepare(make_config(prompts="\n".join(texts)))
+        prepare(make_config(prompts="\n".join(texts), collect__overlong="refuse"))
     message = str(error.value)
     assert message.startswith("3 of 4 prompts have 128 tokens or more")
     named = re.findall(r"'p-(\d+)' \((\d+)\)", message)

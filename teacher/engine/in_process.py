@@ -1,65 +1,34 @@
-"""The teacher in vLLM: the only file of this package that imports it.
+"""The teacher in vLLM, in this process: the only file of this package that imports it.
 
 Requests stream through one engine: as many as keep it full are in flight, the next ones enter as others finish, and
 answers come back in the order in which they finish. So a unit's end costs no throughput.
 
-Logprobs are captured as numpy rows (`teacher.numpy_rows`) where a short answer and a short score, captured so and by
-vLLM's own `FlatLogprobs`, come out equal at start; through `FlatLogprobs` elsewhere.
+Logprobs are captured as numpy rows (`teacher.engine.numpy_rows`) where a short answer and a short score, captured so
+and by vLLM's own `FlatLogprobs`, come out equal at start; through `FlatLogprobs` elsewhere.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import logging
 import os
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from shared.config import TeacherConfig
 from shared.dataset.records import FinishReason, Sampling
-from shared.errors import AlignmentError, CheckpointError, MissingExtraError
-from shared.vllm_settings import engine_arguments, environment
-from teacher import numpy_rows
+from shared.errors import AlignmentError, CheckpointError, ConfigError, MissingExtraError
+from shared.vllm_settings import check_devices, check_engine_args, engine_arguments, environment, is_cpu_build
 from teacher.capture import Columns, reshape_flat
+from teacher.checkpoints import hub_commit
+from teacher.engine import numpy_rows
+from teacher.engine.requests import Answer, Request
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One prompt to answer, or, where `response_ids` is given, one response to score.
-
-    Attributes:
-        key: unique among the requests in flight.
-        prompt_ids: int32 [P]. response_ids: int32 [T].
-        ignore_end: decode to `sampling.max_tokens` whatever the model says; for measuring.
-    """
-
-    key: str
-    prompt_ids: NDArray[np.int32]
-    sampling: Sampling
-    response_ids: NDArray[np.int32] | None = None
-    ignore_end: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What came back.
-
-    Attributes:
-        response_ids: int32 [T]; the given ones where a response was scored.
-        columns: T rows where a prompt was answered, P + T - 1 where a response was scored; None if not captured.
-    """
-
-    key: str
-    response_ids: NDArray[np.int32]
-    finish_reason: FinishReason
-    columns: Columns | None
 
 
 def engine_version() -> str:
@@ -82,7 +51,7 @@ class Engine:
     """A loaded teacher.
 
     Args:
-        model: checkpoint directory or hub name.
+        model: checkpoint directory; of a hub name, its snapshot, whose weights vLLM fetches.
         top_k: candidates per token, K.
         score_tokens: set for scoring: tokens per forward. Each needs a float32 row of the vocabulary, several times
             over: 1,024 tokens of a vocabulary of 128k take about 2 GB.
@@ -90,23 +59,34 @@ class Engine:
     Raises:
         MissingExtraError: if vLLM is not installed.
         CheckpointError: if vLLM refuses the checkpoint or the settings.
+        ConfigError: if there are fewer GPUs than the settings ask for, or vLLM has no such argument.
     """
 
     def __init__(self, teacher: TeacherConfig, model: str, top_k: int, score_tokens: int | None = None) -> None:
         engine_version()
+        if teacher.data_parallel > 1:
+            raise ConfigError(
+                f"teacher.data_parallel is {teacher.data_parallel}, but the engine in this process is one copy of the "
+                "model; set it to 1 and start as many collectors, or collect through `teacher serve` (teacher.service)"
+            )
         prepare_environment(teacher)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             from vllm import EngineArgs, SamplingParams
             from vllm.sampling_params import RequestOutputKind
             from vllm.v1.engine.llm_engine import LLMEngine
+        check_engine_args(teacher, {field.name for field in dataclasses.fields(EngineArgs)})
+        if not is_cpu_build():
+            import torch
+
+            check_devices(teacher, torch.cuda.device_count())
         self._sampling_params = SamplingParams
         self._final_only = RequestOutputKind.FINAL_ONLY
         self._top_k = top_k
         # Scoring computes the vocabulary's logprobs of every prompt token: few requests at a time bound the memory.
         self._in_flight = 8 if score_tokens is not None else 2 * teacher.max_num_seqs
         arguments = engine_arguments(teacher) | {
-            "model": model,
+            **_location(teacher, model),
             "max_logprobs": -1,
             "logprobs_mode": "raw_logprobs",
             "disable_log_stats": True,
@@ -230,6 +210,14 @@ class Engine:
             log.warning("numpy rows differ from those of FlatLogprobs: using FlatLogprobs, which is slower")
             self.use_flat_logprobs()
         list(self.stream(requests))  # what the first use compiles is not part of the first unit
+
+
+def _location(teacher: TeacherConfig, directory: str) -> dict[str, Any]:
+    """Where vLLM finds the checkpoint: a hub name at its commit, which the machine of every rank can fetch itself."""
+    commit = hub_commit(teacher)
+    if commit is None:
+        return {"model": directory}
+    return {"model": teacher.model, "revision": commit, "tokenizer_revision": commit}
 
 
 def _as_columns(container: Any, rows: int) -> Columns:

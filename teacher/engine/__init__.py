@@ -1,0 +1,17 @@
+"""The teacher behind one interface: `stream` takes requests and gives answers with their logprob columns."""
+
+from teacher.engine.in_process import Engine, engine_version, prepare_environment
+from teacher.engine.open import open_engine, version_of
+from teacher.engine.requests import Answer, Request
+from teacher.engine.service import ServiceEngine
+
+__all__ = [
+    "Answer",
+    "Engine",
+    "Request",
+    "ServiceEngine",
+    "engine_version",
+    "open_engine",
+    "prepare_environment",
+    "version_of",
+]
