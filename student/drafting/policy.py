@@ -34,7 +34,7 @@ Ints = NDArray[np.int64]
 MAKERS = ("llada", "lookup")
 LLADA, LOOKUP = 0, 1
 
-EXPLORED = 0.02
+EXPLORED = 0.015
 """Share of the time that may be spent on what is not expected to pay."""
 FIRST_PLAIN = 3
 """Steps without a draft at the start: what a draft has to beat."""
@@ -51,17 +51,19 @@ _TAIL = 4  # last tokens that tell a request from another of its length
 
 
 class Fit:
-    """Time as a + Σ b_i x_i with no negative b, over the last measurements.
+    """Time as a + Σ b_i x_i over the last measurements, with no negative b but those that may be.
 
     The fit is made twice, and the second time a measurement counts for at most 1.5 times what the first says, so that a
     pause of the machine moves little. Where the x never varied, the fit is as flat as what was seen allows: what was
     not tried looks cheap. It is made anew after some measurements, not after each: it takes longer than all else here.
 
     Args:
-        inputs: number of x. groups: of measurements; each keeps its last `_WINDOW`.
+        inputs: number of x. signed: so many of them, the last, may have a negative b.
+        groups: of measurements; each keeps its last `_WINDOW`.
     """
 
-    def __init__(self, inputs: int, groups: int = 1) -> None:
+    def __init__(self, inputs: int, signed: int = 0, groups: int = 1) -> None:
+        self._positive = inputs - signed
         self._seen_GxWx = np.zeros((groups, _WINDOW, 1 + inputs))
         self._counts_G = np.zeros(groups, np.int64)
         self._coefficients: Floats | None = None
@@ -89,25 +91,26 @@ class Fit:
         seconds, inputs = seen[:, 0], seen[:, 1:]
         scale = np.maximum(inputs.max(0), 1e-9)
         columns = np.column_stack([np.ones(len(inputs)), inputs / scale])
-        coefficients = _no_negative(columns, seconds)
-        coefficients = _no_negative(columns, np.minimum(seconds, 1.5 * columns @ coefficients))
+        coefficients = _least_squares(columns, seconds, self._positive)
+        coefficients = _least_squares(columns, np.minimum(seconds, 1.5 * columns @ coefficients), self._positive)
         coefficients[1:] /= scale
         return coefficients
 
 
-def _no_negative(columns: Floats, seconds: Floats) -> Floats:
-    """Least squares; a slope that would be negative is zero."""
+def _least_squares(columns: Floats, seconds: Floats, positive: int) -> Floats:
+    """Of the coefficients after the first, the constant, the next `positive` are zero where they would be negative."""
     coefficients = np.zeros(columns.shape[1])
     used = list(range(columns.shape[1]))
     while True:
-        # A little ridge on the slopes, not on the constant: they are zero where nothing speaks for them.
+        # A little ridge on all but the constant: they are zero where nothing speaks for them.
         X = columns[:, used]
         gram = X.T @ X + np.diag([0.0, *[1e-3] * (len(used) - 1)])
         solved = np.linalg.solve(gram, X.T @ seconds)
-        if len(used) == 1 or (solved[1:] >= 0).all():
+        negative = [place for place, x in enumerate(used) if 1 <= x <= positive and solved[place] < 0]
+        if not negative:
             coefficients[used] = solved
             return coefficients
-        used.pop(1 + int(solved[1:].argmin()))
+        used.pop(min(negative, key=lambda place: float(solved[place])))
 
 
 class Acceptance:
@@ -203,7 +206,8 @@ class Policy:
     def __init__(self, rows: int, draft_tokens: int, *, enabled: bool = True) -> None:
         self.draft_tokens, self.enabled = draft_tokens, enabled
         self.acceptance = Acceptance(rows, draft_tokens)
-        self.step, self.draft = Fit(2, groups=2), Fit(2)
+        self.step, self.draft = Fit(3, signed=2, groups=3), Fit(2)
+        """Seconds by (tokens, some drafts of which not all are whole, whole drafts for all), by (tokens read, rows)."""
         self.refused_R = np.zeros(rows, bool)
         """Requests for which drafting failed; set by the caller, kept here because rows move."""
         self._length_R = np.zeros(rows, np.int64)
@@ -246,7 +250,8 @@ class Policy:
         self._compare_found(new_R, lengths_R, tokens_RxL)
         if rows and (source_R >= 0).all() and (new_R > 0).all():  # nothing but decoding
             drafted = int(self._given_R[:rows].sum())
-            self.step.record(seconds, rows + drafted, float(drafted > 0), group=int(drafted > 0))
+            kind = self._kind(drafted, rows)
+            self.step.record(seconds, rows + drafted, float(kind == 1), float(kind == 2), group=int(kind))
             self._plain += not drafted
             self._since_plain = self._since_plain + 1 if drafted else 0
             self._budget += EXPLORED * seconds
@@ -339,7 +344,7 @@ class Policy:
         if self.acceptance.tries(LLADA) < FIRST_DRAFTS and open_R.any():
             return self._with_whole_draft(Plan(longer_R, np.zeros(rows, np.int64), "measuring"), open_R)
         plan, rate = self._best(survival_RxMxK, expected_RxM)
-        plain = going / self.step(going, 0.0)
+        plain = going / self._step_seconds(0)
         if plan.tokens_R.any():
             marginal = rate < CLEAR * plain and self._since_plain >= PLAIN_EVERY
             if marginal and self._budget >= (rate / plain - 1) * going / plain:
@@ -350,8 +355,7 @@ class Policy:
     def _best(self, survival_RxMxK: Floats, expected_RxM: Floats) -> tuple[Plan, float]:
         """The fastest of: the lookup alone, and with it LLaDA for the rows where it is expected to gain most."""
         rows = len(survival_RxMxK)
-        drafted = np.arange(rows * self.draft_tokens + 1)
-        step = self.step(self._going + drafted, (drafted > 0).astype(float))
+        step = self._step_seconds(np.arange(rows * self.draft_tokens + 1))
         lookup_RxK = survival_RxMxK[:, LOOKUP]
         lengths, rate = best_lengths(lookup_RxK, self._going, step, 0.0)
         plan = Plan(np.full(rows, LOOKUP), lengths)
@@ -388,9 +392,18 @@ class Policy:
         tokens_R[row], maker_R[row] = self.draft_tokens, LLADA
         return Plan(maker_R, tokens_R, plan.reason, explores)
 
+    def _kind(self, drafted: Any, rows: int) -> Any:
+        """Of a step with so many drafted tokens: 0 none, 1 some, 2 whole drafts for all (a CUDA graph may exist)."""
+        return np.where(drafted == 0, 0, np.where(drafted < rows * self.draft_tokens, 1, 2))
+
+    def _step_seconds(self, drafted: Any) -> Any:
+        """Expected time of the next step with so many drafted tokens."""
+        kind = self._kind(drafted, self._going)
+        return self.step(self._going + drafted, (kind == 1).astype(float), (kind == 2).astype(float))
+
     def _added(self, tokens: int) -> float:
         """Seconds that so many drafted tokens add to a step."""
-        return float(self.step(self._going + tokens, float(tokens > 0)) - self.step(self._going, 0.0))
+        return float(self._step_seconds(tokens) - self._step_seconds(0))
 
     def _unread(self, rows: Ints) -> Ints:
         unread: Ints = self._length_R[rows] - self._read_R[rows]
@@ -404,7 +417,7 @@ class Policy:
             horizon: `HORIZON` counts the contexts whole.
         """
         if not len(self.draft):
-            return float(self.step(self._going, 0.0))
+            return float(self._step_seconds(0))
         unread = self._unread(rows)
         usual = np.minimum(unread, self.draft_tokens + 1)
         tokens = usual + (unread - usual) * horizon / HORIZON

@@ -17,7 +17,8 @@ LENGTH = 400
 
 @dataclass
 class Engine:
-    """A target whose step takes `fixed + token · tokens` seconds (and `graph` more with a draft), and drafters.
+    """A target whose step takes `fixed + token · tokens` seconds, `graph` more with a draft, `piecewise` more where
+    there are not whole drafts for all; and drafters.
 
     Attributes:
         right: chance that a token of LLaDA is right, by request. draft: (a call, a row, a token that is read) seconds.
@@ -30,6 +31,7 @@ class Engine:
     fixed: float = 0.05
     token: float = 0.001
     graph: float = 0.0
+    piecewise: float = 0.0
     draft: tuple[float, float, float] = (0.01, 0.001, 0.0002)
     found: float = 0.0
     found_right: float = 0.0
@@ -54,6 +56,7 @@ class Engine:
         for _ in range(steps):
             drafted = int(given.sum())
             step = self.fixed + self.token * (self.rows + drafted) + self.graph * (drafted > 0)
+            step += self.piecewise * (drafted < self.rows * K)
             step *= 1 + self.noise * rng.standard_normal() if self.noise else 1
             for row in range(self.rows):
                 chance = self.right if maker[row] == LLADA else self.found_right
@@ -119,7 +122,7 @@ def test_a_student_that_is_always_wrong_costs_three_percent_at_most(
 @pytest.mark.parametrize("rows", [1, 8, 32])
 @pytest.mark.parametrize("noise", [0.0, 0.05])
 def test_a_student_that_is_always_right_drafts_every_time(rows: int, noise: float) -> None:
-    speed, engine = ratio(rows=rows, right=1.0, noise=noise, token=0.0005)
+    speed, engine = ratio(rows=rows, right=1.0, noise=noise, token=0.0005, draft=(0.01, 0.0005, 0.0001))
     assert speed > CLEAR
     assert all(engine.whole)
 
@@ -137,9 +140,18 @@ def test_it_is_as_good_as_the_better_of_always_and_never(right: float, rows: int
 
 def test_a_lost_graph_is_part_of_a_drafts_cost() -> None:
     """Where any drafted token costs a CUDA graph, a fair student does not pay, and is not used."""
-    speed, engine = ratio(right=0.5, graph=0.06)
+    speed, engine = ratio(1200, right=0.5, graph=0.06)
     assert speed > 0.97
     assert share_drafted(engine) < 0.2
+
+
+def test_whole_drafts_are_made_where_only_they_have_a_graph() -> None:
+    """A fair student pays where all drafts are whole, and no shorter ones do."""
+    speed, engine = ratio(rows=4, right=0.6, piecewise=0.03)
+    assert speed > 1.3
+    assert np.mean(engine.whole) > 0.9
+    late = [plan.tokens_R for plan in engine.plans[100:]]
+    assert np.mean([set(tokens.tolist()) <= {0, K} for tokens in late]) > 0.9
 
 
 def test_it_finds_its_way_back() -> None:
@@ -217,7 +229,7 @@ def test_acceptance_is_the_share_of_tries() -> None:
 
 
 def test_times_are_fitted_and_outliers_move_little() -> None:
-    fit = Fit(2, groups=2)
+    fit = Fit(2, signed=1, groups=2)
     for tokens in (1, 4, 8, 32) * 10:
         fit.record(0.05 + 0.002 * tokens, tokens, float(tokens > 1), group=int(tokens > 1))
     assert fit(16, 1.0) == pytest.approx(0.082, rel=0.02)
