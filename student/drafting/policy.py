@@ -65,28 +65,29 @@ class Fit:
     def __init__(self, inputs: int, signed: int = 0, groups: int = 1) -> None:
         self._positive = inputs - signed
         self._seen_GxWx = np.zeros((groups, _WINDOW, 1 + inputs))
-        self._counts_G = np.zeros(groups, np.int64)
+        self.counts = np.zeros(groups, np.int64)
+        """Measurements of each group."""
         self._coefficients: Floats | None = None
         self._fitted_G = np.zeros(groups, np.int64)
 
     def __len__(self) -> int:
-        return int(self._counts_G.sum())
+        return int(self.counts.sum())
 
     def record(self, seconds: float, *x: float, group: int = 0) -> None:
-        self._seen_GxWx[group, self._counts_G[group] % _WINDOW] = (seconds, *x)
-        self._counts_G[group] += 1
-        if (8 * (self._counts_G - self._fitted_G) >= np.minimum(self._fitted_G, _WINDOW)).any():
+        self._seen_GxWx[group, self.counts[group] % _WINDOW] = (seconds, *x)
+        self.counts[group] += 1
+        if (8 * (self.counts - self._fitted_G) >= np.minimum(self._fitted_G, _WINDOW)).any():
             self._coefficients = None
 
     def __call__(self, *x: Any) -> Any:
         """Seconds at x: numbers or arrays. Needs a measurement."""
         if self._coefficients is None:
             self._coefficients = self._solve()
-            self._fitted_G = self._counts_G.copy()
+            self._fitted_G = self.counts.copy()
         return sum((b * value for b, value in zip(self._coefficients[1:], x, strict=True)), self._coefficients[0])
 
     def _solve(self) -> Floats:
-        kept = np.minimum(self._counts_G, _WINDOW)
+        kept = np.minimum(self.counts, _WINDOW)
         seen = np.concatenate([group[:count] for group, count in zip(self._seen_GxWx, kept, strict=True)])
         seconds, inputs = seen[:, 0], seen[:, 1:]
         scale = np.maximum(inputs.max(0), 1e-9)
@@ -217,7 +218,7 @@ class Policy:
         self._asked_R, self._given_R, self._maker_R = np.zeros((3, rows), np.int64)
         self._found_RxK = np.full((rows, draft_tokens), -1, np.int64)
         self._rows, self._going = 0, 0
-        self._budget = 0.0
+        self._budget, self._explored = 0.0, 0
         self._plain, self._since_plain = 0, 0
 
     # --- what happened ----------------------------------------------------------------------------------
@@ -373,16 +374,21 @@ class Policy:
         return plan, rate
 
     def _exploring(self, plan: Plan, open_R: NDArray[np.bool_]) -> Plan | None:
-        """The plan with a whole draft of LLaDA, if the budget has it and no draft of LLaDA in it is whole."""
+        """The plan with a whole draft of LLaDA, if the budget has it and no draft of LLaDA in it is whole. Every fourth
+        is for all requests, which costs more and tells what only such a step can."""
         if not open_R.any() or (plan.tokens_R[plan.llada_rows] == self.draft_tokens).any():
             return None
-        longer = self._with_whole_draft(plan, open_R, explores=True)
-        tokens = int(longer.tokens_R.sum())
-        step = self._added(tokens)
-        whole = step + self._draft_seconds(longer.llada_rows, HORIZON)
+        if self._explored % 4 == 3:
+            tried = Plan(np.full(len(open_R), LLADA), np.where(open_R, self.draft_tokens, 0), plan.reason, True)
+        else:
+            tried = self._with_whole_draft(plan, open_R, explores=True)
+        whole = self._added(int(tried.tokens_R.sum())) + self._draft_seconds(tried.llada_rows, HORIZON)
         # Not what is saved up while nothing could be tried: one try, and then the next from new savings.
         self._budget = min(self._budget, 2 * whole)
-        return longer if self._budget >= whole else None
+        if self._budget < whole:
+            return None
+        self._explored += 1
+        return tried
 
     def _with_whole_draft(self, plan: Plan, open_R: NDArray[np.bool_], *, explores: bool = False) -> Plan:
         """The plan with a whole draft of LLaDA for the row whose context it has read farthest."""
@@ -399,6 +405,9 @@ class Policy:
     def _step_seconds(self, drafted: Any) -> Any:
         """Expected time of the next step with so many drafted tokens."""
         kind = self._kind(drafted, self._going)
+        some, whole = self.step.counts[1:]
+        if not some or not whole:  # what was not measured is like the other
+            kind = np.where(kind == 0, 0, 1 if some else 2)
         return self.step(self._going + drafted, (kind == 1).astype(float), (kind == 2).astype(float))
 
     def _added(self, tokens: int) -> float:
