@@ -175,6 +175,23 @@ def speculate(config: ConfigArgument, overrides: SetOption = None, log_level: Lo
 
 
 @app.command()
+def serve(
+    config: ConfigArgument,
+    further: Annotated[
+        list[str] | None, typer.Argument(metavar="[-- ARGS]", help="For vLLM, e.g. --port 8001.")
+    ] = None,
+    overrides: SetOption = None,
+    start: Annotated[bool, typer.Option("--run", help="Start the server; else its command is printed.")] = False,
+    log_level: LogLevelOption = "info",
+) -> None:
+    """The vLLM server of the teacher with the trained student as its drafter."""
+    configure_logging(log_level)
+    from student.drafting.serve import serve as serve_teacher
+
+    raise typer.Exit(serve_teacher(load_config(config, overrides), further or (), start=start))
+
+
+@app.command()
 def report(config: ConfigArgument, overrides: SetOption = None, log_level: LogLevelOption = "info") -> None:
     """Gather what the stages measured into report.json, index.html and a short summary."""
     configure_logging(log_level)

@@ -1,10 +1,10 @@
 """`student speculate`: real speculative decoding of the held-out prompts, and the same without a draft.
 
-vLLM serves the teacher twice, each time in a process of its own: with the trained student as its draft model, then
-alone. Both decode the same prompts greedily. Reported are vLLM's own acceptance metrics, wall-clock tokens per second
-of both, and whether the outputs are the same. Where one differs, the second engine scores both candidates at the first
-differing token, which tells a numerical tie from a wrong output. Costs two loads of the teacher and
-2 x prompts x max_response_tokens tokens.
+vLLM serves the teacher in one process after another: with the trained student as its draft model, with its own drafts
+(`ngram`, `suffix`), and alone at its best settings. Each decodes the same prompts greedily, with many requests in
+flight (throughput) and some of them one at a time (latency). Reported are vLLM's own acceptance metrics, wall-clock
+tokens per second, and whether the outputs are the same. Where one differs, the last engine scores both candidates at
+the first differing token, which tells a numerical tie from a wrong output.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import os
 import subprocess
 import sys
 from collections import deque
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,16 @@ from shared.errors import CheckpointError, DatasetError, MissingExtraError, Voca
 from shared.files import write_json
 from shared.tokenizer.vocabulary import Vocabulary
 from shared.vllm_settings import engine_arguments, environment
-from student.drafting.serve import Difference, Job, Result, read_result
+from student.drafting.decode import LATENCY, THROUGHPUT, Decoded, Difference, Job, Pass, Result, read_result
+from student.drafting.lookup import LONGEST, SHORTEST
 from student.drafting.vllm_proposer import OPTIONS_KEY
 from student.lineage import IDENTITY, require_current_model, speculation_identity
 
 logger = logging.getLogger(__name__)
+
+WITH_DRAFT, BASELINE = "with_draft", "baseline"
+VLLMS_OWN = ("ngram", "suffix")
+LLADA_ALONE = f"{LATENCY}_llada_alone"
 
 # Two logits this close may change places with the shape of the batch: some units in the last place of a logit
 # between 16 and 32 (bfloat16 keeps 8 bits, float16 11, float32 24, accumulated over a forward).
@@ -49,9 +55,9 @@ def speculate(config: PipelineConfig) -> dict[str, Any]:
     """
     dataset = Dataset.open(config.shards_dir)
     prompts = held_out_prompts(dataset, config.speculate.max_prompts, config.teacher.max_sequence_tokens)
-    student = _check_student(config)
+    student = check_student(config)
     require_current_model(config)
-    _check_teacher(config, dataset)
+    check_teacher(config, dataset)
     if importlib.util.find_spec("vllm") is None:
         raise MissingExtraError(
             "speculative decoding needs vLLM, which is not installed; `make setup` installs it, and so does "
@@ -60,22 +66,42 @@ def speculate(config: PipelineConfig) -> dict[str, Any]:
     directory = config.run_dir / "speculate"
     identity = speculation_identity(config)
     engine = shared_arguments(config)
-    variables = _environment(config)
-    drafting = engine | drafter_arguments(config, dataset, student)
-    drafted = run(_job(config, dataset, drafting, prompts), directory / "with_draft", "with the draft", variables)
-    alone = _job(config, dataset, engine, prompts, compare_with=directory / "with_draft.json")
-    baseline = run(alone, directory / "baseline", "without the draft", variables)
-    result = summarize(drafted, baseline, list(prompts), _dtype(config)) | {IDENTITY: identity}
+    roles = dataset.vocabulary.roles
+    stop = sorted({roles[role] for role in ("end_of_turn", "end_of_text") if role in roles})
+    files: dict[str, Path] = {}
+    results: dict[str, Result] = {}
+    for name, arguments, passes in variants(config, dataset, student):
+        job = Job(engine | arguments, list(prompts.values()), config.speculate.max_response_tokens, stop, passes)
+        if name == BASELINE:
+            job = replace(job, compare_with=[str(file) for file in files.values()])
+        files[name] = directory / f"{name}.json"
+        results[name] = run(job, directory / name, name.replace("_", " "), _environment(config))
+    result = summarize(results, list(prompts), _dtype(config)) | {IDENTITY: identity}
     write_json(config.run_dir / "speculate.json", result)
-    logger.info(
-        "acceptance length %.3f over %d drafts, outputs %s, %.1f tokens/s against %.1f without the draft",
-        result["acceptance_length"] or float("nan"),
-        result["drafts"],
-        "identical" if result["outputs_identical"] else f"differ in {len(result['differences'])}",
-        result["tokens_per_s"],
-        result["baseline_tokens_per_s"],
-    )
+    logger.info("%s", headline(result, config.speculate.max_num_seqs))
     return result
+
+
+def variants(
+    config: PipelineConfig, dataset: Dataset, student: Path
+) -> Iterator[tuple[str, dict[str, Any], dict[str, Pass]]]:
+    """(name, its arguments of `vllm.LLM`, what it decodes) of each load of the teacher; the last is the baseline."""
+    settings = config.speculate
+    many, one = Pass(), Pass(one_by_one=True, prompts=settings.latency_prompts)
+    chosen = {"policy": settings.policy, "lookup": settings.lookup}
+    drafting = {THROUGHPUT: replace(many, options=chosen), LATENCY: replace(one, options=chosen)}
+    if settings.lookup:
+        drafting[LLADA_ALONE] = replace(one, options=chosen | {"lookup": False})
+    yield WITH_DRAFT, drafter_arguments(config, str(student), dataset), drafting
+    for method in settings.compare:
+        if method == "suffix" and importlib.util.find_spec("arctic_inference") is None:
+            logger.info("vLLM's suffix drafts are not measured: pip install arctic-inference provides them")
+            continue
+        speculation = {"method": method, "num_speculative_tokens": settings.draft_tokens}
+        if method == "ngram":
+            speculation |= {"prompt_lookup_min": SHORTEST, "prompt_lookup_max": LONGEST}
+        yield method, {"speculative_config": speculation}, {THROUGHPUT: many, LATENCY: one}
+    yield BASELINE, {}, {THROUGHPUT: many, LATENCY: one}
 
 
 def held_out_prompts(dataset: Dataset, most: int | None, max_sequence_tokens: int) -> dict[str, list[int]]:
@@ -110,23 +136,23 @@ def shared_arguments(config: PipelineConfig) -> dict[str, Any]:
     }
 
 
-def drafter_arguments(config: PipelineConfig, dataset: Dataset, student: Path) -> dict[str, Any]:
-    """Arguments of `vllm.LLM` that make the student its draft model."""
+def drafter_arguments(config: PipelineConfig, student: str, dataset: Dataset | None = None) -> dict[str, Any]:
+    """Arguments of `vllm.LLM` that make the student its draft model.
+
+    Args:
+        dataset: whose copy of the teacher's tokenizer is taken; null takes the one that vLLM serves with.
+    """
+    options: dict[str, Any] = {"student": student, "block_length": config.train.block_length}
+    options |= {key: getattr(config.speculate, key) for key in ("max_context_tokens", "policy", "lookup")}
+    if dataset is not None:
+        options |= {"teacher_tokenizer": str(dataset.tokenizer_dir), "teacher_roles": dataset.vocabulary.roles}
     return {
         "speculative_config": {
             "method": "custom_class",
             "model": "student.drafting.vllm_proposer.LladaProposer",
             "num_speculative_tokens": config.speculate.draft_tokens,
         },
-        "additional_config": {
-            OPTIONS_KEY: {
-                "student": str(student),
-                "teacher_tokenizer": str(dataset.tokenizer_dir),
-                "teacher_roles": dataset.vocabulary.roles,
-                "block_length": config.train.block_length,
-                "max_context_tokens": config.speculate.max_context_tokens,
-            }
-        },
+        "additional_config": {OPTIONS_KEY: options},
     }
 
 
@@ -144,16 +170,16 @@ def run(job: Job, base: Path, name: str, environment: dict[str, str]) -> Result:
     job_file = base.with_suffix(".job.json")
     result_file.unlink(missing_ok=True)
     write_json(job_file, asdict(job))
-    command = [sys.executable, "-m", "student.drafting.serve", str(job_file), str(result_file)]
+    command = [sys.executable, "-m", "student.drafting.decode", str(job_file), str(result_file)]
     with log_file.open("w", encoding="utf-8") as log, progress() as bar:
-        task = bar.add_task(f"decoding {name}", total=len(job.prompts), note="starting vLLM")
+        task = bar.add_task(f"decoding {name}", total=None, note="starting vLLM")
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=os.environ | environment)
         try:
             assert process.stdout is not None
             for line in process.stdout:
                 if line.startswith("progress "):
-                    _, done, _total, note = line.rstrip("\n").split(" ", 3)
-                    bar.update(task, completed=int(done), note=note)
+                    _, done, total, note = line.rstrip("\n").split(" ", 3)
+                    bar.update(task, completed=int(done), total=int(total), note=note)
                 else:
                     log.write(line)
         finally:
@@ -168,33 +194,77 @@ def run(job: Job, base: Path, name: str, environment: dict[str, str]) -> Result:
     return read_result(result_file)
 
 
-def summarize(drafted: Result, baseline: Result, prompt_ids: list[str], dtype: str) -> dict[str, Any]:
-    """The report's figures of two runs over the same prompts."""
-    drafts = drafted.counters.get("drafts", 0)
-    accepted = drafted.counters.get("accepted_tokens", 0)
-    differences = [_described(entry, prompt_ids, TIE[dtype]) for entry in baseline.differences]
+def summarize(results: dict[str, Result], prompt_ids: list[str], dtype: str) -> dict[str, Any]:
+    """The report's figures of all runs over the same prompts."""
+    baseline = results[BASELINE]
+    drafted = results[WITH_DRAFT].passes
+    found = [_described(entry, prompt_ids, TIE[dtype]) for entry in baseline.differences]
+    differences = [entry for entry in found if entry["with"] == WITH_DRAFT]
+
+    def figures(name: str, run: str) -> dict[str, Any] | None:
+        if name not in results:
+            return None
+        return _figures(results[name].passes[run], baseline.passes[LATENCY if run.startswith(LATENCY) else run])
+
+    latency = figures(WITH_DRAFT, LATENCY) or {}
     return {
         "rule": "greedy",
         "dtype": dtype,
-        "prompts": len(prompt_ids),
+        **(figures(WITH_DRAFT, THROUGHPUT) or {}),
+        "outputs_identical": not differences,
+        "differences": differences,
+        "differences_are_ties": all(entry["tie"] for entry in differences),
+        "baseline_async_scheduling": baseline.async_scheduling,
+        "latency": latency
+        | {
+            "llada_alone": figures(WITH_DRAFT, LLADA_ALONE if LLADA_ALONE in drafted else LATENCY),
+            **{method: figures(method, LATENCY) for method in VLLMS_OWN},
+        },
+        **{method: figures(method, THROUGHPUT) for method in VLLMS_OWN},
+    }
+
+
+def _figures(drafted: Decoded, baseline: Decoded) -> dict[str, Any]:
+    """What one pass gave, against the same without a draft."""
+    drafts, accepted = (drafted.counters.get(name, 0) for name in ("drafts", "accepted_tokens"))
+    speed, plain = (made.tokens / made.seconds for made in (drafted, baseline))
+    spent = drafted.proposer.get("seconds", {}).get("all")
+    return {
+        "prompts": len(drafted.outputs),
         "drafts": drafts,
         "draft_tokens": drafted.counters.get("draft_tokens", 0),
         "accepted_tokens": accepted,
         # A draft is one forward of the teacher: it emits what was accepted and one token more.
         "acceptance_length": 1 + accepted / drafts if drafts else None,
         "accepted_per_position": [count / drafts for count in drafted.accepted_per_position] if drafts else None,
-        "outputs_identical": not differences,
-        "differences": differences,
-        "differences_are_ties": all(entry["tie"] for entry in differences),
         "tokens": drafted.tokens,
-        "tokens_per_s": drafted.tokens / drafted.seconds,
-        "baseline_tokens_per_s": baseline.tokens / baseline.seconds,
-        "speedup": (drafted.tokens / drafted.seconds) / (baseline.tokens / baseline.seconds),
+        "tokens_per_s": speed,
+        "baseline_tokens_per_s": plain,
+        "speedup": speed / plain,
+        "drafting_share": None if spent is None else spent / drafted.seconds,
+        "proposer": drafted.proposer,
     }
+
+
+def headline(result: dict[str, Any], in_flight: int) -> str:
+    """What a person came for, in a line."""
+    latency, differences = result["latency"], result["differences"]
+    if not differences:
+        same = "identical"
+    else:
+        same = f"differ in {len(differences)}, {'all' if result['differences_are_ties'] else 'NOT all'} numerical ties"
+    return (
+        f"one request in flight: {latency['speedup']:.2f} × the speed without a draft "
+        f"({latency['tokens_per_s']:.1f} against {latency['baseline_tokens_per_s']:.1f} tokens/s; "
+        f"LLaDA alone {latency['llada_alone']['speedup']:.2f} ×); {in_flight} in flight: {result['speedup']:.2f} × "
+        f"({result['tokens_per_s']:.1f} against {result['baseline_tokens_per_s']:.1f}); outputs {same}"
+    )
 
 
 def _described(entry: Difference, prompt_ids: list[str], tie: float) -> dict[str, Any]:
     return {
+        "with": entry.file,
+        "pass": entry.run,
         "prompt_id": prompt_ids[entry.prompt],
         "position": entry.position,
         "token": entry.there,
@@ -204,32 +274,25 @@ def _described(entry: Difference, prompt_ids: list[str], tie: float) -> dict[str
     }
 
 
-def _job(
-    config: PipelineConfig,
-    dataset: Dataset,
-    engine: dict[str, Any],
-    prompts: dict[str, list[int]],
-    compare_with: Path | None = None,
-) -> Job:
-    roles = dataset.vocabulary.roles
-    return Job(
-        engine=engine,
-        prompts=list(prompts.values()),
-        max_tokens=config.speculate.max_response_tokens,
-        stop_token_ids=sorted({roles[role] for role in ("end_of_turn", "end_of_text") if role in roles}),
-        compare_with=str(compare_with) if compare_with else None,
-    )
-
-
 def _environment(config: PipelineConfig) -> dict[str, str]:
-    return environment(config.teacher) | {"VLLM_LOGGING_LEVEL": "WARNING", "TOKENIZERS_PARALLELISM": "false"}
+    return environment(config.teacher) | {
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "TOKENIZERS_PARALLELISM": "false",
+        # Our functions go to vLLM's workers by pickle, from this machine's own process to its own.
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+    }
 
 
 def _dtype(config: PipelineConfig) -> str:
     return config.speculate.dtype or config.teacher.dtype
 
 
-def _check_student(config: PipelineConfig) -> Path:
+def check_student(config: PipelineConfig) -> Path:
+    """The run's trained student.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
     from student.model.export import read_config
 
     directory = config.student_final_dir
@@ -241,8 +304,13 @@ def _check_student(config: PipelineConfig) -> Path:
     return directory
 
 
-def _check_teacher(config: PipelineConfig, dataset: Dataset) -> None:
-    """A local checkpoint must be there, and be the one that the dataset's tokens belong to."""
+def check_teacher(config: PipelineConfig, dataset: Dataset | None) -> None:
+    """A local checkpoint must be there, and be the one that the dataset's tokens belong to, where there is a dataset.
+
+    Raises:
+        CheckpointError: if it is missing.
+        VocabularyError: if its tokenizer is another one.
+    """
     directory = Path(config.teacher.model)
     if not directory.exists():
         if config.teacher.gguf is not None or directory.is_absolute() or config.teacher.model.count("/") != 1:
@@ -251,6 +319,8 @@ def _check_teacher(config: PipelineConfig, dataset: Dataset) -> None:
                 "point teacher.model at the checkpoint"
             )
         return  # a hub name: fetching it is vLLM's business
+    if dataset is None:
+        return
     served = Vocabulary.from_tokenizer(directory)
     if served.fingerprint != dataset.vocabulary.fingerprint:
         raise VocabularyError(

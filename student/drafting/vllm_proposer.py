@@ -14,13 +14,18 @@ vLLM hands over its batch, not its request ids: rows of token ids and their leng
 appended. Rows move as requests come, go, are preempted and return; the row is the id that `Drafter` gets, which finds
 a request by its context where its row has changed. The draft is one-hot, and vLLM accepts a drafted token with the
 target's probability of it (one-hot verification), so the output follows the target at every temperature.
-`vllm_sampling.py` checks vLLM's sampler before anything is drafted. This file imports nothing of vLLM.
+`vllm_sampling.py` checks vLLM's sampler before anything is drafted.
+
+Each step, `policy.py` decides for which requests a draft pays, and whether LLaDA or the lookup makes it. Nothing that
+goes wrong in here reaches vLLM: a request that fails is drafted for no more, the others go on. Every outcome is counted
+(`counters.py`). Of the tensor-parallel ranks only the one whose drafts vLLM takes has a drafter.
 """
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, fields
+import time
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -29,6 +34,9 @@ from numpy.typing import NDArray
 
 from shared.errors import CheckpointError, ConfigError
 from shared.tokenizer.vocabulary import Vocabulary
+from student.drafting.counters import Counters
+from student.drafting.lookup import Lookup
+from student.drafting.policy import LLADA, MAKERS, Policy
 from student.drafting.products import Way
 from student.drafting.propose import Drafter
 from student.lineage import warn_of_another_teacher
@@ -57,6 +65,8 @@ class DrafterOptions:
         keep_extendable: also propose a last token that further bytes could still merge.
         draft_vocabulary: draft only so many student tokens, the most frequent of the training responses; null is all.
         dtype: of the student's products, a way of `products.py`; null measures which is fastest on this device.
+        policy: draft only where it is expected to pay; false drafts for every request in every step.
+        lookup: also propose what followed the same words before in the context.
     """
 
     student: str
@@ -68,6 +78,8 @@ class DrafterOptions:
     keep_extendable: bool = False
     draft_vocabulary: int | None = None
     dtype: Way | None = None
+    policy: bool = True
+    lookup: bool = True
 
     @classmethod
     def of(cls, vllm_config: VllmConfig) -> DrafterOptions:
@@ -98,9 +110,23 @@ class LladaProposer:
         assert vllm_config.speculative_config is not None
         self.draft_tokens = int(vllm_config.speculative_config.num_speculative_tokens)
         self.max_model_len = int(vllm_config.model_config.max_model_len)
+        self.rows = int(vllm_config.scheduler_config.max_num_seqs)
         self.teacher_tokenizer = self.options.teacher_tokenizer or str(vllm_config.model_config.tokenizer)
         self.drafter: Drafter | None = None
+        self.lookup: Lookup | None = None
         self.ends: frozenset[int] = frozenset()
+        self.vocabulary = 0
+        """Ids from here on are none of the teacher's; 0 where they are not checked."""
+        self.counters = Counters()
+        self._logged: set[tuple[str, int]] = set()
+        self._ended = time.perf_counter()
+        self.reset()
+
+    def reset(self, **changes: Any) -> None:
+        """Forget what was measured and counted, and go on with other `policy` or `lookup` options."""
+        self.options = replace(self.options, **changes)
+        self.policy = Policy(self.rows, self.draft_tokens, enabled=self.options.policy)
+        self.counters.reset()
 
     def load_model(self, target: Any = None, *_args: Any, **_kwargs: Any) -> None:
         """Check vLLM's sampler and load the student onto the target's device; vLLM calls this after loading the target.
@@ -112,16 +138,18 @@ class LladaProposer:
             VocabularyError: if a tokenizer cannot be read.
         """
         import torch
+        from vllm.distributed import get_tensor_model_parallel_rank
 
         from student.drafting import vllm_sampling
 
         device = next((p.device for p in target.parameters()), None) if target is not None else None
         device = device or torch.device("cpu")
         refusal = vllm_sampling.refusal(device)
-        if refusal is None:
-            self.load_drafter(device)
-        else:
+        if refusal is not None:
             logger.error("nothing is drafted: %s, so drafts would change what the target says", refusal)
+        elif get_tensor_model_parallel_rank() == 0:  # vLLM takes the drafts of this rank (`take_draft_token_ids`)
+            self.load_drafter(device)
+            self.lookup = Lookup(self.draft_tokens, self.max_model_len)
 
     def load_drafter(self, device: torch.device) -> None:
         """Load the student. Raises as `load_model` does."""
@@ -146,6 +174,7 @@ class LladaProposer:
             keep_extendable=self.options.keep_extendable,
         )
         self.ends = frozenset(teacher.roles[role] for role in ("end_of_turn", "end_of_text") if role in teacher.roles)
+        self.vocabulary = len(teacher)
 
     def propose(
         self,
@@ -154,7 +183,7 @@ class LladaProposer:
         token_ids_cpu: NDArray[np.integer[Any]],
         slot_mappings: Any = None,  # noqa: ARG002  (vLLM passes it by name)
     ) -> list[list[int]]:
-        """Drafts for every row of vLLM's batch.
+        """Drafts for every row of vLLM's batch. Never raises.
 
         Args:
             sampled_token_ids: this step's new tokens by row; empty where a prompt is not yet read to its end.
@@ -162,18 +191,101 @@ class LladaProposer:
             token_ids_cpu: [rows, max_model_len].
         """
         drafts: list[list[int]] = [[] for _ in sampled_token_ids]
-        if self.drafter is None:  # load_model said why
+        if self.drafter is None or not drafts:  # load_model said why
             return drafts
-        rows = [
-            row
-            for row, sampled in enumerate(sampled_token_ids)
-            # A row that has just ended is still in the batch.
-            if sampled and sampled[-1] not in self.ends and num_tokens_no_spec[row] < self.max_model_len
-        ]
-        contexts = [token_ids_cpu[row, : num_tokens_no_spec[row]] for row in rows]
-        for row, draft in zip(rows, self.drafter.propose(rows, contexts), strict=True):
-            drafts[row] = draft[: self.max_model_len - int(num_tokens_no_spec[row])]
+        started = time.perf_counter()
+        try:
+            drafts = self._propose(started - self._ended, sampled_token_ids, num_tokens_no_spec, token_ids_cpu)
+        except Exception as error:
+            self._failed(error)
+            self.counters.add("undrafted", "failed", len(drafts))
+            self.policy = Policy(self.rows, self.draft_tokens, enabled=self.options.policy)
+        self._ended = time.perf_counter()
+        self.counters.add("seconds", "all", self._ended - started)
         return drafts
+
+    def _propose(
+        self, seconds: float, sampled: list[list[int]], lengths: NDArray[Any], tokens_RxL: NDArray[Any]
+    ) -> list[list[int]]:
+        """`propose`, `seconds` after the last call returned."""
+        policy, rows = self.policy, len(sampled)
+        lengths = lengths[:rows]
+        for maker, accepted in policy.observe(seconds, [len(ids) for ids in sampled], lengths, tokens_RxL):
+            if accepted:
+                self.counters.add("accepted_tokens", MAKERS[maker], int(accepted))
+        # A row that has just ended is still in the batch.
+        going_R = np.array([bool(ids) and ids[-1] not in self.ends for ids in sampled]) & (lengths < self.max_model_len)
+        found_RxK = np.full((rows, self.draft_tokens), -1)
+        if self.lookup is not None and self.options.lookup:
+            found_RxK = self.lookup.find(np.flatnonzero(going_R), lengths, tokens_RxL)
+        plan = policy.plan(int(going_R.sum()), going_R & ~policy.refused_R[:rows], found_RxK)
+
+        drafts: list[list[int]] = [[] for _ in sampled]
+        for row in np.flatnonzero(plan.maker_R != LLADA):
+            drafts[row] = found_RxK[row, : plan.tokens_R[row]].tolist()
+        llada_rows = np.array(
+            [row for row in plan.llada_rows if self._in_vocabulary(row, lengths[row], tokens_RxL)], int
+        )
+        started = time.perf_counter()
+        drafted = self._draft([(int(row), tokens_RxL[row, : lengths[row]]) for row in llada_rows])
+        for row, draft in drafted.items():
+            drafts[row] = draft[: min(plan.tokens_R[row], self.max_model_len - int(lengths[row]))]
+        given_R = np.array([len(draft) for draft in drafts])
+        spent = time.perf_counter() - started
+        policy.drafted(plan, given_R, llada_rows, spent)
+
+        if len(llada_rows):
+            self.counters.add("seconds", MAKERS[LLADA], spent)
+        for maker, name in enumerate(MAKERS):
+            made_R = given_R[(given_R > 0) & (plan.maker_R == maker)]
+            self.counters.add("drafts", name, len(made_R))
+            self.counters.add("draft_tokens", name, int(made_R.sum()))
+        undrafted_R = going_R & (given_R == 0)
+        for reason, these_R in (
+            ("refused", policy.refused_R[:rows]),
+            ("nothing to propose", plan.tokens_R > 0),
+            (plan.reason, np.ones(rows, bool)),
+        ):
+            self.counters.add("undrafted", reason, int((undrafted_R & these_R).sum()))
+            undrafted_R &= ~these_R
+        return drafts
+
+    def _in_vocabulary(self, row: int, length: int, tokens_RxL: NDArray[Any]) -> bool:
+        """Whether the drafter knows every token of the row that it has not read yet; else the request is refused."""
+        unread = tokens_RxL[row, self.policy.read(row) : length]
+        known = not self.vocabulary or (unread.min(initial=0) >= 0 and unread.max(initial=0) < self.vocabulary)
+        self.policy.refused_R[row] |= not known
+        return bool(known)
+
+    def _draft(self, contexts: list[tuple[int, NDArray[Any]]]) -> dict[int, list[int]]:
+        """LLaDA's draft by row. Where the batch fails, each row is drafted alone, and one that fails is refused."""
+        assert self.drafter is not None
+        if not contexts:
+            return {}
+        rows, ids = zip(*contexts, strict=True)
+        try:
+            return dict(zip(rows, self.drafter.propose(rows, ids), strict=True))
+        except Exception as error:
+            self._failed(error)
+            self.drafter.release(range(self.rows))  # what the failure left half done
+            if len(rows) == 1:
+                self.policy.refused_R[rows[0]] = True
+                return {}
+        drafts: dict[int, list[int]] = {}
+        for context in contexts:
+            drafts |= self._draft([context])
+        return drafts
+
+    def _failed(self, error: Exception) -> None:
+        """Count an error, and log the first of each place."""
+        self.counters.add("failures", type(error).__name__)
+        frame = error.__traceback__
+        while frame is not None and frame.tb_next is not None:
+            frame = frame.tb_next
+        place = (frame.tb_frame.f_code.co_filename, frame.tb_lineno) if frame is not None else ("", 0)
+        if place not in self._logged:
+            self._logged.add(place)
+            logger.error("drafting failed; serving goes on, and this is logged once", exc_info=error)
 
 
 def _local_tokenizer(name: str) -> Path:

@@ -100,3 +100,16 @@ def skill_bars(before: dict[str, float], after: dict[str, float], path: Path) ->
     axes.set(xlabel="acceptance length tau", title="By skill, held-out prompts")
     axes.legend(loc="lower right")
     return _save(figure, path)
+
+
+def speed_bars(speeds: dict[str, dict[str, float]], path: Path) -> Path:
+    """Tokens a second by kind of draft, a panel for each number of requests in flight."""
+    figure, panels = plt.subplots(len(speeds), figsize=(6.4, 1.8 * len(speeds) + 0.6), squeeze=False)
+    for axes, (title, by_draft) in zip(panels[:, 0], speeds.items(), strict=True):
+        plain = by_draft["no draft"]
+        colors = [BEFORE if name == "no draft" else AFTER if name.startswith("LLaDA") else SERVED for name in by_draft]
+        bars = axes.barh(list(by_draft), list(by_draft.values()), color=colors)
+        axes.bar_label(bars, [f"{speed:.1f}  ({speed / plain:.2f} ×)" for speed in by_draft.values()], padding=3)
+        axes.set(xlim=(0, 1.25 * max(by_draft.values())), title=title)
+    panels[-1, 0].set_xlabel("tokens a second")
+    return _save(figure, path)

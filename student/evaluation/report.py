@@ -43,6 +43,8 @@ SPECULATE = (
     "tokens_per_s",
     "baseline_tokens_per_s",
 )
+LATENCY = ("tokens_per_s", "baseline_tokens_per_s", "speedup")
+LLADA_ALONE = ("tokens_per_s", "speedup")
 
 
 def gather(config: PipelineConfig) -> dict[str, Any]:
@@ -57,6 +59,10 @@ def gather(config: PipelineConfig) -> dict[str, Any]:
         "train": _pick(stages["train"], TRAIN),
         "evaluate": {when: _pick(stages["evaluate"].get(when, {}), EVALUATE) for when in ("before", "after")},
         "speculate": _pick(stages["speculate"], SPECULATE),
+    }
+    latency = stages["speculate"].get("latency") or {}
+    report["speculate"]["latency"] = _pick(latency, LATENCY) | {
+        "llada_alone": _pick(latency.get("llada_alone") or {}, LLADA_ALONE)
     }
     report["evaluate"]["rule"] = stages["evaluate"].get("rule")
     report["details"] = stages
@@ -142,13 +148,39 @@ def _draw(config: PipelineConfig, report: dict[str, Any], entries: list[dict[str
         )
     before, after = (report["details"]["evaluate"].get(when) for when in ("before", "after"))
     if before and after and "tau" in before:
-        served = report["speculate"]["accepted_per_position"]
+        served = ((report["details"]["speculate"].get("latency") or {}).get("llada_alone") or {}).get(
+            "accepted_per_position"
+        )
         plots.depth_bars(before["by_depth"], after["by_depth"], served, directory / "depth.png")
         rule = report["evaluate"]["rule"]
         pictures.append(("depth.png", f"Held-out prompts, {rule} decoding: drafts whose first d tokens are accepted."))
         plots.skill_bars(before["by_skill"], after["by_skill"], directory / "skills.png")
         pictures.append(("skills.png", "Mean tokens per forward of the teacher, by the prompt's skill."))
+    if speeds := _speeds(report["details"]["speculate"]):
+        plots.speed_bars(speeds, directory / "speed.png")
+        pictures.append(("speed.png", "Decoding speed in vLLM, measured, with each kind of draft and with none."))
     return pictures
+
+
+def _speeds(speculate: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Requests in flight → kind of draft → tokens a second."""
+    latency = speculate.get("latency")
+    if not latency:
+        return {}
+    speeds = {}
+    for label, figures, drafts in (
+        ("one request in flight", latency, ("llada_alone", "ngram", "suffix")),
+        ("many in flight", speculate, ("ngram", "suffix")),
+    ):
+        named = {"no draft": figures["baseline_tokens_per_s"]}
+        named |= {name: figures[name]["tokens_per_s"] for name in reversed(drafts) if figures.get(name)}
+        speeds[label] = {_DRAFTS.get(name, name): speed for name, speed in named.items()} | {
+            "LLaDA, as configured": figures["tokens_per_s"]
+        }
+    return speeds
+
+
+_DRAFTS = {"llada_alone": "LLaDA alone", "ngram": "vLLM's ngram", "suffix": "vLLM's suffix"}
 
 
 def _page(config: PipelineConfig, report: dict[str, Any], pictures: list[tuple[str, str]]) -> str:
@@ -235,11 +267,10 @@ def _stages(config: PipelineConfig, report: dict[str, Any]) -> list[tuple[str, s
             "speculate",
             "vLLM decoded the held-out prompts greedily, with the draft and without",
             [
-                ("acceptance length", speculate["acceptance_length"]),
-                ("accepted to depth d", speculate["accepted_per_position"]),
+                *_one_in_flight(report),
+                ("many in flight: tokens/s without draft, with", _pair(speculate)),
+                ("many in flight: acceptance length", speculate["acceptance_length"]),
                 ("outputs identical", _identical(report["details"]["speculate"])),
-                ("tokens/s with draft", speculate["tokens_per_s"]),
-                ("tokens/s without", speculate["baseline_tokens_per_s"]),
             ],
         ),
     ]
@@ -247,12 +278,31 @@ def _stages(config: PipelineConfig, report: dict[str, Any]) -> list[tuple[str, s
     return [(name, f"out of date: {stale[name]}" if name in stale else what, rows) for name, what, rows in stages]
 
 
+def _one_in_flight(report: dict[str, Any]) -> list[tuple[str, Any]]:
+    latency, details = report["speculate"]["latency"], report["details"]["speculate"].get("latency") or {}
+    rows = [
+        ("one request in flight: times as fast", latency["speedup"]),
+        ("  with LLaDA alone", latency["llada_alone"]["speedup"]),
+        ("  tokens/s without draft, with", _pair(latency)),
+        ("  acceptance length", details.get("acceptance_length")),
+    ]
+    for name, label in _DRAFTS.items():
+        if found := details.get(name):
+            rows.append((f"  acceptance length of {label}", found["acceptance_length"]))
+    return rows
+
+
+def _pair(figures: dict[str, Any]) -> str | None:
+    plain, drafted = figures["baseline_tokens_per_s"], figures["tokens_per_s"]
+    return None if plain is None or drafted is None else f"{plain:.1f}, {drafted:.1f}"
+
+
 def _identical(speculate: dict[str, Any]) -> bool | str | None:
     """Whether the draft changed nothing; where outputs differ, whether each difference is a measured tie."""
     if speculate.get("outputs_identical") is not False:
         return speculate.get("outputs_identical")
     kind = "all numerical ties" if speculate["differences_are_ties"] else "NOT all numerical ties"
-    return f"{len(speculate['differences'])} of {speculate['prompts']} differ, {kind}"
+    return f"{len(speculate['differences'])} differ, {kind}"
 
 
 def _arrow(first: float | None, last: float | None) -> str | None:

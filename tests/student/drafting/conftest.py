@@ -11,6 +11,9 @@ import pytest
 
 from shared.tokenizer.vocabulary import Encoder, Vocabulary, load_tokenizer
 from student.drafting.bridge import ByteBridge
+from tests.fixtures.served_run import served_run, served_teacher
+
+__all__ = ["served_run", "served_teacher"]
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog, and then it doesn't stop: it's running still.",

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from shared.errors import ConfigError
+from student.drafting.lookup import Lookup
+from student.drafting.policy import FIRST_PLAIN
 from student.drafting.vllm_proposer import OPTIONS_KEY, DrafterOptions, LladaProposer
 from tests.fixtures.oracle_drafter import OracleProposer
 
@@ -58,7 +60,7 @@ def test_requests_are_followed_through_a_moving_batch(tmp_path: Path, same_promp
     }
     sequences = tmp_path / "sequences.json"
     sequences.write_text(json.dumps([ids.tolist() for ids in whole.values()]))
-    proposer = OracleProposer(vllm_config({OPTIONS_KEY: {"student": str(sequences)}}))
+    proposer = OracleProposer(vllm_config({OPTIONS_KEY: {"student": str(sequences), "policy": False}}))
     proposer.load_drafter()
     preempted: list[int] = []
     batch, waiting, at = Batch(4), list(whole), dict.fromkeys(whole, 5)
@@ -100,13 +102,112 @@ def test_no_draft_beyond_the_model_length_or_after_the_end(tmp_path: Path) -> No
     ids = np.arange(10, 10 + MAX_LENGTH)
     sequences = tmp_path / "sequences.json"
     sequences.write_text(json.dumps([ids.tolist()]))
-    proposer = OracleProposer(vllm_config({OPTIONS_KEY: {"student": str(sequences)}}, draft_tokens=8))
+    proposer = OracleProposer(vllm_config({OPTIONS_KEY: {"student": str(sequences), "policy": False}}, draft_tokens=8))
     proposer.load_drafter()
     tokens = ids[None].astype(np.int32)
     assert proposer.propose([[1]], np.array([MAX_LENGTH - 3]), tokens) == [ids[-3:].tolist()]
     assert proposer.propose([[1]], np.array([MAX_LENGTH]), tokens) == [[]]
     proposer.ends = frozenset({int(ids[20])})
     assert proposer.propose([[int(ids[20])]], np.array([21]), tokens) == [[]]
+
+
+class FailingDrafter:
+    """Raises for contexts that hold a certain token, alone or among others."""
+
+    def __init__(self, bad: int) -> None:
+        self.bad, self.calls, self.released = bad, 0, 0
+
+    def propose(self, rows: Any, contexts: Any) -> list[list[int]]:
+        self.calls += 1
+        if any(self.bad in ids for ids in contexts):
+            raise RuntimeError("out of memory")
+        return [[1, 2, 3] for _ in rows]
+
+    def release(self, _rows: Any) -> None:
+        self.released += 1
+
+
+def step(proposer: LladaProposer, tokens: np.ndarray, lengths: np.ndarray) -> list[list[int]]:
+    """Every request gets one token more."""
+    lengths += 1
+    return proposer.propose(
+        [[int(row[length - 1])] for row, length in zip(tokens, lengths, strict=True)], lengths, tokens
+    )
+
+
+def test_a_request_that_fails_is_drafted_for_no_more_and_the_others_are(caplog: pytest.LogCaptureFixture) -> None:
+    proposer = LladaProposer(vllm_config({OPTIONS_KEY: {"student": "none", "policy": False}}))
+    proposer.drafter = drafter = FailingDrafter(bad=77)  # type: ignore[assignment]
+    tokens = np.random.default_rng(0).integers(10, 50, (3, MAX_LENGTH)).astype(np.int32)
+    tokens[1, 5] = 77
+    lengths = np.array([10, 11, 12])
+    for _ in range(4):
+        assert step(proposer, tokens, lengths) == [[1, 2, 3], [], [1, 2, 3]]
+    assert drafter.calls == 1 + 3 + 3  # the batch, each alone, then the others together
+    assert [record.message for record in caplog.records] == [
+        "drafting failed; serving goes on, and this is logged once"
+    ]
+    assert "out of memory" in caplog.text
+    counted = proposer.counters.tree()
+    assert counted["failures"] == {"RuntimeError": 2}
+    assert counted["undrafted"] == {"refused": 4}
+    assert counted["drafts"] == {"llada": 8}
+    # The refusal goes with the request, wherever its row is, and ends with it.
+    assert step(proposer, tokens[[1, 0]], lengths[[1, 0]]) == [[], [1, 2, 3]]
+    tokens[1, 5] = 10
+    assert step(proposer, tokens, np.array([5, 6, 7])) == [[1, 2, 3]] * 3
+
+
+def test_a_token_outside_the_vocabulary_is_never_shown_to_the_drafter() -> None:
+    proposer = LladaProposer(vllm_config({OPTIONS_KEY: {"student": "none", "policy": False}}))
+    proposer.drafter, proposer.vocabulary = FailingDrafter(bad=500), 100  # type: ignore[assignment]
+    tokens = np.full((2, MAX_LENGTH), 7, np.int32)
+    tokens[0, 3] = 500
+    assert step(proposer, tokens, np.array([10, 12])) == [[], [1, 2, 3]]
+    assert proposer.counters.tree()["failures"] == {}
+    assert proposer.counters.tree()["undrafted"] == {"refused": 1}
+
+
+def test_nothing_that_goes_wrong_reaches_vllm(caplog: pytest.LogCaptureFixture) -> None:
+    proposer = LladaProposer(vllm_config({OPTIONS_KEY: {"student": "none"}}))
+    proposer.drafter = FailingDrafter(bad=77)  # type: ignore[assignment]
+    tokens = np.full((2, MAX_LENGTH), 7, np.int32)
+    for _ in range(3):
+        assert proposer.propose([[7], None], np.array([10, 12]), tokens) == [[], []]  # type: ignore[list-item]
+    too_many = np.full((9, MAX_LENGTH), 7, np.int32)
+    assert proposer.propose([[7]] * 9, np.full(9, 12), too_many) == [[]] * 9
+    assert len(caplog.records) == 2
+    assert proposer.counters.tree()["undrafted"]["failed"] == 3 * 2 + 9
+
+
+def test_the_first_steps_are_measured_without_a_draft() -> None:
+    proposer = LladaProposer(vllm_config({OPTIONS_KEY: {"student": "none"}}, max_num_seqs=64))
+    proposer.drafter = FailingDrafter(bad=77)  # type: ignore[assignment]
+    tokens, lengths = np.full((64, MAX_LENGTH), 7, np.int32), np.full(64, 10)
+    for _ in range(1 + FIRST_PLAIN):  # the first call ends the reading of the prompts
+        assert proposer.counters.tree()["drafts"] == {}
+        drafts = step(proposer, tokens, lengths)
+    assert drafts == [[1, 2, 3]] + [[]] * 63
+    assert proposer.counters.tree()["undrafted"] == {"measuring": 64 * FIRST_PLAIN + 63}
+
+
+def test_options_can_be_changed_while_serving() -> None:
+    proposer = LladaProposer(vllm_config({OPTIONS_KEY: {"student": "none"}}))
+    proposer.drafter = FailingDrafter(bad=77)  # type: ignore[assignment]
+    tokens, lengths = np.full((2, MAX_LENGTH), 7, np.int32), np.array([10, 12])
+    assert step(proposer, tokens, lengths) == [[], []]
+    proposer.reset(policy=False)
+    assert step(proposer, tokens, lengths) == [[1, 2, 3]] * 2
+    assert proposer.counters.tree()["drafts"] == {"llada": 2}
+
+
+def test_the_lookup_finds_what_vllm_finds() -> None:
+    lookup = Lookup(draft_tokens=3, max_model_len=MAX_LENGTH)
+    tokens = np.zeros((2, MAX_LENGTH), np.int32)
+    tokens[0, :12] = [5, 6, 7, 8, 9, 1, 2, 3, 4, 5, 6, 7]
+    tokens[1, :4] = [5, 6, 7, 8]
+    assert lookup.find([0, 1], np.array([12, 4], np.int32), tokens).tolist() == [[8, 9, 1], [-1, -1, -1]]
+    assert lookup.find([], np.array([12, 4], np.int32), tokens).tolist() == [[-1, -1, -1]] * 2
 
 
 @pytest.mark.parametrize("options", [None, {}, {OPTIONS_KEY: {}}, {OPTIONS_KEY: {"student": "x", "slot": 3}}])

@@ -51,7 +51,11 @@ def test_every_key_is_there_and_what_was_not_measured_is_null(tmp_path: Path) ->
         "outputs_identical",
         "tokens_per_s",
         "baseline_tokens_per_s",
+        "latency",
     }
+    unmeasured = {"tokens_per_s": None, "baseline_tokens_per_s": None, "speedup": None}
+    alone = {"tokens_per_s": None, "speedup": None}
+    assert report["speculate"]["latency"] == unmeasured | {"llada_alone": alone}
 
 
 def test_the_page_shows_its_pictures_and_says_what_was_not_measured(tmp_path: Path) -> None:
@@ -67,12 +71,27 @@ def test_the_page_shows_its_pictures_and_says_what_was_not_measured(tmp_path: Pa
     assert "<td>1 &lt; 2?</td><td>Yes, 1 &lt; 2.</td><td>Yes.</td>" in page
 
 
+def test_speeds_are_shown_by_kind_of_draft(tmp_path: Path) -> None:
+    config = load_toy(tmp_path)
+    speed = {"tokens_per_s": 25.0, "baseline_tokens_per_s": 20.0, "speedup": 1.25, "acceptance_length": 1.5}
+    alone, ngram = speed | {"speedup": 1.125, "tokens_per_s": 22.5}, speed | {"acceptance_length": 1.0625}
+    latency = speed | {"llada_alone": alone, "ngram": ngram, "suffix": None}
+    finished(config, **speed, latency=latency, ngram=ngram, suffix=None)
+    report = write_report(config)
+    assert report["speculate"]["latency"]["speedup"] == 1.25
+    assert report["speculate"]["latency"]["llada_alone"] == {"tokens_per_s": 22.5, "speedup": 1.125}
+    page = (config.report_dir / "index.html").read_text()
+    assert 'src="speed.png"' in page
+    for shown in ("1.250", "1.125", "1.062", "20.0, 25.0", "acceptance length of vLLM&#39;s ngram"):
+        assert shown in page
+
+
 @pytest.mark.parametrize(("ties", "words"), [(True, "all numerical ties"), (False, "NOT all numerical ties")])
 def test_outputs_that_differ_are_said_to(tmp_path: Path, ties: bool, words: str) -> None:
     config = load_toy(tmp_path)
     finished(config, outputs_identical=False, differences=[{}, {}], differences_are_ties=ties)
     write_report(config)
-    assert f"2 of 9 differ, {words}" in (config.report_dir / "index.html").read_text()
+    assert f"2 differ, {words}" in (config.report_dir / "index.html").read_text()
 
 
 def test_nothing_to_report_is_said(tmp_path: Path) -> None:

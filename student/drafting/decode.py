@@ -1,0 +1,284 @@
+"""Decode a list of prompts with vLLM, with a drafter or without, in a process of its own.
+
+    python -m student.drafting.decode JOB.json RESULT.json
+
+Its own process, because vLLM frees a model's memory only by ending. One load of the teacher serves several *passes*
+over the prompts: all in flight or one at a time, each with other options of the proposer. Lines `progress DONE TOTAL
+NOTE` on stdout tell the parent how far it is; all other output goes to stderr. The time of a pass is that of
+`LLM.generate` after a warm-up: no loading, no detokenization, no prefix cache.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from student.drafting.tokens import leading_matches
+
+THROUGHPUT, LATENCY = "throughput", "latency"
+"""Passes with many requests in flight, and with one; the name of a pass starts with one of these."""
+_WARM_UP_TOKENS = 12  # the proposer's first steps are measurements
+_SCORED = 20  # candidates asked for where two runs differ
+_COUNTERS = {
+    "vllm:spec_decode_num_drafts": "drafts",
+    "vllm:spec_decode_num_draft_tokens": "draft_tokens",
+    "vllm:spec_decode_num_accepted_tokens": "accepted_tokens",
+    "vllm:num_preemptions": "preemptions",
+}
+_PER_POSITION = "vllm:spec_decode_num_accepted_tokens_per_pos"
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One decoding of the prompts.
+
+    Attributes:
+        one_by_one: one request in flight; else as many as `max_num_seqs`.
+        prompts: the first so many; null is all.
+        options: of our proposer (`LladaProposer.reset`), for this pass; null where there is none.
+    """
+
+    one_by_one: bool = False
+    prompts: int | None = None
+    options: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to decode.
+
+    Attributes:
+        engine: arguments of `vllm.LLM`.
+        prompts: the teacher's token ids.
+        max_tokens: of each response. stop_token_ids: end a response; the token is kept.
+        passes: by name.
+        compare_with: result files of other engines over the same prompts. Where the outputs of one of their passes
+            differ from those of a pass of this job with as many in flight, both candidates are scored here.
+    """
+
+    engine: dict[str, Any]
+    prompts: list[list[int]]
+    max_tokens: int
+    stop_token_ids: list[int]
+    passes: dict[str, Pass]
+    compare_with: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first position at which two outputs of one prompt differ.
+
+    Attributes:
+        prompt: index. position: in the output.
+        here, there: the token of this run and of the other; null where an output has ended.
+        gap: logprob of `here` minus logprob of `there`, both after the common prefix, by this engine in one
+            forward; null where one of them has ended or is outside the best 20.
+        file, run: whose the other output is: result file and pass.
+    """
+
+    prompt: int
+    position: int
+    here: int | None
+    there: int | None
+    gap: float | None = None
+    file: str = ""
+    run: str = ""
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What came out of a pass.
+
+    Attributes:
+        outputs: token ids per prompt. seconds: wall clock of decoding all. tokens: in all outputs.
+        counters: vLLM's own metrics over the timed part: preemptions and, with a drafter, speculation.
+        accepted_per_position: drafts whose first d tokens were accepted, d = 1 …
+        proposer: what our proposer counted (`Counters.tree`).
+    """
+
+    outputs: list[list[int]]
+    seconds: float
+    tokens: int
+    counters: dict[str, int] = field(default_factory=dict)
+    accepted_per_position: list[int] = field(default_factory=list)
+    proposer: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came out of a job.
+
+    Attributes:
+        passes: by name.
+        async_scheduling: whether vLLM schedules a step while the one before it runs, which a custom proposer rules out.
+    """
+
+    passes: dict[str, Decoded]
+    differences: list[Difference] = field(default_factory=list)
+    async_scheduling: bool | None = None
+
+
+def read_result(path: Path) -> Result:
+    """A result that this module has written."""
+    tree = json.loads(path.read_text(encoding="utf-8"))
+    return Result(
+        {name: Decoded(**decoded) for name, decoded in tree["passes"].items()},
+        [Difference(**entry) for entry in tree["differences"]],
+        tree["async_scheduling"],
+    )
+
+
+def decode(job: Job) -> Result:
+    """Run the job in this process."""
+    from vllm import LLM
+
+    total = sum(len(job.prompts[: each.prompts]) for each in job.passes.values())
+    _report(0, total, "loading")
+    llm = LLM(**job.engine)
+    passes: dict[str, Decoded] = {}
+    for name, each in job.passes.items():
+        passes[name] = _decode_pass(llm, job, each, sum(len(made.outputs) for made in passes.values()), total)
+    differences = []
+    for file in job.compare_with:
+        for run, other in read_result(Path(file)).passes.items():
+            mine = passes[LATENCY if run.startswith(LATENCY) else THROUGHPUT]
+            found = first_differences(mine.outputs, other.outputs)
+            found = [replace(entry, file=Path(file).stem, run=run) for entry in found]
+            differences += _score(llm, job.prompts, mine.outputs, found)
+    return Result(passes, differences, bool(llm.llm_engine.vllm_config.scheduler_config.async_scheduling))
+
+
+def _decode_pass(llm: Any, job: Job, each: Pass, done: int, total: int) -> Decoded:
+    from vllm import SamplingParams
+    from vllm.inputs import TokensPrompt
+
+    if each.options is not None:
+        llm.collective_rpc(_reset_proposer, kwargs=each.options)
+    prompts = [TokensPrompt(prompt_token_ids=ids) for ids in job.prompts[: each.prompts]]
+    greedy: dict[str, Any] = {"temperature": 0, "stop_token_ids": job.stop_token_ids, "detokenize": False}
+    sampling = SamplingParams(max_tokens=job.max_tokens, **greedy)
+    warm_up = SamplingParams(max_tokens=_WARM_UP_TOKENS, **greedy)
+    llm.generate(prompts[: 1 if each.one_by_one else job.engine["max_num_seqs"]], warm_up, use_tqdm=False)
+    before, proposed_before = _metrics(llm), _proposed(llm)
+    _report(done, total, "decoding")
+    started = time.perf_counter()
+    if each.one_by_one:
+        responses = []
+        for number, prompt in enumerate(prompts, 1):
+            responses += llm.generate(prompt, sampling, use_tqdm=False)
+            _report(done + number, total, "one at a time")
+    else:
+        responses = llm.generate(prompts, sampling, use_tqdm=_progress_bar(done, total))
+    seconds = time.perf_counter() - started
+    after, proposed = _metrics(llm), _proposed(llm)
+    outputs = [[int(index) for index in response.outputs[0].token_ids] for response in responses]
+    return Decoded(
+        outputs,
+        seconds,
+        sum(map(len, outputs)),
+        {name: after[0][name] - before[0].get(name, 0) for name in after[0]},
+        [now - then for now, then in zip(after[1], before[1] or [0] * len(after[1]), strict=True)],
+        {
+            name: {label: count - proposed_before[name].get(label, 0) for label, count in counts.items()}
+            for name, counts in proposed.items()
+        },
+    )
+
+
+def _reset_proposer(worker: Any, **options: Any) -> None:
+    worker.model_runner.drafter.reset(**options)
+
+
+def _proposed(llm: Any) -> dict[str, dict[str, float]]:
+    """What our proposer has counted; on the rank that drafts, the others count nothing."""
+    trees: list[dict[str, dict[str, float]]] = llm.collective_rpc(_proposer_counts)
+    return max(trees, key=lambda tree: sum(map(len, tree.values())))
+
+
+def _proposer_counts(worker: Any) -> dict[str, dict[str, float]]:
+    counters = getattr(getattr(worker.model_runner, "drafter", None), "counters", None)
+    return {} if counters is None else counters.tree()
+
+
+def first_differences(outputs: list[list[int]], others: list[list[int]]) -> list[Difference]:
+    """Where each pair of outputs first differs, for the pairs that do; not scored yet."""
+    differences = []
+    for prompt, (ours, theirs) in enumerate(zip(outputs, others, strict=True)):
+        if ours != theirs:
+            position = leading_matches(ours, theirs)
+            here, there = (ids[position] if position < len(ids) else None for ids in (ours, theirs))
+            differences.append(Difference(prompt, position, here, there))
+    return differences
+
+
+def _score(llm: Any, prompts: list[list[int]], outputs: list[list[int]], found: list[Difference]) -> list[Difference]:
+    """Measure how far apart the two candidates of each difference are."""
+    from vllm import SamplingParams
+    from vllm.inputs import TokensPrompt
+
+    if not found:
+        return []
+    contexts = [
+        TokensPrompt(prompt_token_ids=prompts[entry.prompt] + outputs[entry.prompt][: entry.position])
+        for entry in found
+    ]
+    one = SamplingParams(temperature=0, max_tokens=1, logprobs=_SCORED, detokenize=False)
+    scored = []
+    for entry, response in zip(found, llm.generate(contexts, one, use_tqdm=False), strict=True):
+        candidates = response.outputs[0].logprobs[0]
+        gap = None
+        if entry.here in candidates and entry.there in candidates:
+            gap = candidates[entry.here].logprob - candidates[entry.there].logprob
+        scored.append(replace(entry, gap=gap))
+    return scored
+
+
+def _metrics(llm: Any) -> tuple[dict[str, int], list[int]]:
+    counters: dict[str, int] = {}
+    per_position: list[int] = []
+    for metric in llm.get_metrics():
+        if metric.name in _COUNTERS:
+            counters[_COUNTERS[metric.name]] = int(metric.value)
+        elif metric.name == _PER_POSITION:
+            per_position = [int(value) for value in metric.values]
+    return counters, per_position
+
+
+def _report(done: int, total: int, note: str) -> None:
+    print("progress", done, total, note, file=sys.__stdout__, flush=True)
+
+
+def _progress_bar(done: int, total: int) -> Any:
+    """vLLM draws with tqdm; this one draws nowhere and tells the parent."""
+    from tqdm import tqdm
+
+    class Reporting(tqdm):  # type: ignore[type-arg,unused-ignore]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            nowhere = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
+            # vLLM reads the bar's clock, so the bar runs even where the user's environment turns bars off.
+            super().__init__(*args, **{**kwargs, "disable": False, "file": nowhere})
+
+        def update(self, n: float | None = 1) -> bool | None:
+            moved = super().update(n)
+            _report(done + int(self.n), total, str(self.postfix or "decoding"))
+            return moved
+
+    return Reporting
+
+
+def main() -> None:
+    job_file, result_file = map(Path, sys.argv[1:])
+    tree = json.loads(job_file.read_text(encoding="utf-8"))
+    job = Job(**tree | {"passes": {name: Pass(**each) for name, each in tree["passes"].items()}})
+    from shared.files import write_json
+
+    write_json(result_file, asdict(decode(job)))
+
+
+if __name__ == "__main__":
+    main()
