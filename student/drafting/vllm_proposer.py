@@ -18,7 +18,8 @@ target's probability of it (one-hot verification), so the output follows the tar
 
 Each step, `policy.py` decides for which requests a draft pays, and whether LLaDA or the lookup makes it. Nothing that
 goes wrong in here reaches vLLM: a request that fails is drafted for no more, the others go on. Every outcome is counted
-(`counters.py`). Of the tensor-parallel ranks only the one whose drafts vLLM takes has a drafter.
+(`counters.py`). Tensor-parallel ranks share the student's weights out (`parallel.py`). The rank whose drafts vLLM takes
+plans, and tells the others for which rows; they see the same batch, so what fails on one fails on all.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from student.lineage import warn_of_another_teacher
 if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
+    from vllm.distributed.parallel_state import GroupCoordinator
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +115,10 @@ class LladaProposer:
         self.rows = int(vllm_config.scheduler_config.max_num_seqs)
         self.teacher_tokenizer = self.options.teacher_tokenizer or str(vllm_config.model_config.tokenizer)
         self.drafter: Drafter | None = None
+        self.ranks: GroupCoordinator | None = None
+        """Tensor-parallel ranks that share the student's weights out; None where there is one rank."""
+        self.leads = True
+        self._told = False
         self.lookup: Lookup | None = None
         self.ends: frozenset[int] = frozenset()
         self.vocabulary = 0
@@ -138,7 +144,7 @@ class LladaProposer:
             VocabularyError: if a tokenizer cannot be read.
         """
         import torch
-        from vllm.distributed import get_tensor_model_parallel_rank
+        from vllm.distributed import get_tp_group
 
         from student.drafting import vllm_sampling
 
@@ -147,7 +153,10 @@ class LladaProposer:
         refusal = vllm_sampling.refusal(device)
         if refusal is not None:
             logger.error("nothing is drafted: %s, so drafts would change what the target says", refusal)
-        elif get_tensor_model_parallel_rank() == 0:  # vLLM takes the drafts of this rank (`take_draft_token_ids`)
+        else:
+            group = get_tp_group()
+            self.ranks = group if group.world_size > 1 else None
+            self.leads = group.rank_in_group == 0  # vLLM takes the drafts of this rank (`take_draft_token_ids`)
             self.load_drafter(device)
             self.lookup = Lookup(self.draft_tokens, self.max_model_len)
 
@@ -172,6 +181,7 @@ class LladaProposer:
             draft_vocabulary=self.options.draft_vocabulary,
             way=self.options.dtype or "fastest",
             keep_extendable=self.options.keep_extendable,
+            group=None if self.ranks is None else self.ranks.device_group,
         )
         self.ends = frozenset(teacher.roles[role] for role in ("end_of_turn", "end_of_text") if role in teacher.roles)
         self.vocabulary = len(teacher)
@@ -193,10 +203,16 @@ class LladaProposer:
         drafts: list[list[int]] = [[] for _ in sampled_token_ids]
         if self.drafter is None or not drafts:  # load_model said why
             return drafts
+        if not self.leads:
+            self._draft(self._agreed(None), num_tokens_no_spec, token_ids_cpu)
+            return drafts
         started = time.perf_counter()
+        self._told = False
         try:
             drafts = self._propose(started - self._ended, sampled_token_ids, num_tokens_no_spec, token_ids_cpu)
         except Exception as error:
+            if not self._told:
+                self._agreed([])
             self._failed(error)
             self.counters.add("undrafted", "failed", len(drafts))
             self.policy = Policy(self.rows, self.draft_tokens, enabled=self.options.policy)
@@ -223,11 +239,10 @@ class LladaProposer:
         drafts: list[list[int]] = [[] for _ in sampled]
         for row in np.flatnonzero(plan.maker_R != LLADA):
             drafts[row] = found_RxK[row, : plan.tokens_R[row]].tolist()
-        llada_rows = np.array(
-            [row for row in plan.llada_rows if self._in_vocabulary(row, lengths[row], tokens_RxL)], int
-        )
+        chosen = [row for row in plan.llada_rows.tolist() if self._in_vocabulary(row, lengths[row], tokens_RxL)]
+        llada_rows = np.array(chosen, int)
         started = time.perf_counter()
-        drafted = self._draft([(int(row), tokens_RxL[row, : lengths[row]]) for row in llada_rows])
+        drafted = self._draft(self._agreed(chosen), lengths, tokens_RxL)
         for row, draft in drafted.items():
             drafts[row] = draft[: min(plan.tokens_R[row], self.max_model_len - int(lengths[row]))]
         given_R = np.array([len(draft) for draft in drafts])
@@ -257,14 +272,20 @@ class LladaProposer:
         self.policy.refused_R[row] |= not known
         return bool(known)
 
-    def _draft(self, contexts: list[tuple[int, NDArray[Any]]]) -> dict[int, list[int]]:
+    def _agreed(self, rows: list[int] | None) -> list[int]:
+        """The rows that the leading rank drafts for, on every rank: clocks differ, so that only one of them plans."""
+        self._told = True
+        agreed: list[int] = rows if self.ranks is None else self.ranks.broadcast_object(rows)  # type: ignore[assignment]
+        return agreed
+
+    def _draft(self, rows: list[int], lengths: NDArray[Any], tokens_RxL: NDArray[Any]) -> dict[int, list[int]]:
         """LLaDA's draft by row. Where the batch fails, each row is drafted alone, and one that fails is refused."""
         assert self.drafter is not None
-        if not contexts:
+        if not rows:
             return {}
-        rows, ids = zip(*contexts, strict=True)
         try:
-            return dict(zip(rows, self.drafter.propose(rows, ids), strict=True))
+            contexts = [tokens_RxL[row, : lengths[row]] for row in rows]
+            return dict(zip(rows, self.drafter.propose(rows, contexts), strict=True))
         except Exception as error:
             self._failed(error)
             self.drafter.release(range(self.rows))  # what the failure left half done
@@ -272,8 +293,8 @@ class LladaProposer:
                 self.policy.refused_R[rows[0]] = True
                 return {}
         drafts: dict[int, list[int]] = {}
-        for context in contexts:
-            drafts |= self._draft([context])
+        for row in rows:
+            drafts |= self._draft([row], lengths, tokens_RxL)
         return drafts
 
     def _failed(self, error: Exception) -> None:

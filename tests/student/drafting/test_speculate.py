@@ -19,6 +19,7 @@ from student.drafting.speculate import (
     LLADA_ALONE,
     TIE,
     WITH_DRAFT,
+    drafter_arguments,
     headline,
     held_out_prompts,
     run,
@@ -92,6 +93,27 @@ def test_an_untrained_student_changes_nothing(served_run: Path, served_teacher: 
     undrafted = told["latency"].proposer["undrafted"]
     assert undrafted.get("policy", 0) == 0
     assert undrafted.get("measuring", 0) <= FIRST_PLAIN + FIRST_DRAFTS
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_two_tensor_parallel_ranks_draft_together(served_run: Path, served_teacher: Path) -> None:
+    config = pipeline(served_run, served_teacher)
+    dataset = open_dataset(config)
+    prompts = list(held_out_prompts_of(config).values())
+    stop = [dataset.vocabulary.roles["end_of_turn"]]
+    engine = shared_arguments(config) | {"tensor_parallel_size": 2}
+    drafting = engine | drafter_arguments(config, str(config.student_final_dir), dataset)
+    two_cores = ENVIRONMENT | {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    passes = {"throughput": Pass(options={"policy": False, "lookup": False})}
+    drafted = run(Job(drafting, prompts, 24, stop, passes), served_run / "two_drafted", "two ranks", two_cores)
+    job = Job(engine, prompts, 24, stop, {"throughput": Pass()}, [str(served_run / "two_drafted.json")])
+    plain = run(job, served_run / "two_plain", "two ranks, no draft", two_cores)
+    counts = drafted.passes["throughput"].proposer
+    assert counts["drafts"]["llada"] > 20
+    assert not counts["failures"]
+    ties = [entry.gap is not None and abs(entry.gap) <= TIE["float32"] for entry in plain.differences]
+    assert all(ties)
 
 
 def open_dataset(config: PipelineConfig) -> Any:
