@@ -13,7 +13,11 @@ from student.drafting.forward import DraftForward
 from student.drafting.parallel import shard
 from tests.fixtures.tiny_model import tiny_model
 
-CASES = {"shared": {"n_heads": 4, "n_kv_heads": 2}, "whole": {"n_heads": 4, "n_kv_heads": 1}, "tied": {"weight_tying": True}}
+CASES = {
+    "shared": {"n_heads": 4, "n_kv_heads": 2},
+    "whole": {"n_heads": 4, "n_kv_heads": 1},
+    "tied": {"weight_tying": True},
+}
 
 
 def drafts(case: str, group: torch.distributed.ProcessGroup | None) -> tuple[list[list[list[int]]], int]:
@@ -22,9 +26,10 @@ def drafts(case: str, group: torch.distributed.ProcessGroup | None) -> tuple[lis
     if group is not None:
         shard(model, group)
     forward = DraftForward(model, np.arange(1, 117), "float32", 256, group)
-    cache, rng, made = forward.cache(30), np.random.default_rng(0), []
-    for _ in range(3):
-        made.append(forward(cache, [5, 2, 3], [rng.integers(2, 110, rng.integers(0, 30)) for _ in range(3)], 4))
+    cache, rng = forward.cache(30), np.random.default_rng(0)
+    made = [
+        forward(cache, [5, 2, 3], [rng.integers(2, 110, rng.integers(0, 30)) for _ in range(3)], 4) for _ in range(3)
+    ]
     held = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in model.parameters())
     return made, held
 
