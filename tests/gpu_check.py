@@ -37,12 +37,14 @@ from student.alignment.prepare import prepare
 from student.data.batch import MicroBatch, collate
 from student.data.blocks import choose_anchors, lay_out
 from student.data.packing import pack
+from student.drafting.forward import DraftForward
 from student.losses import chunked, dense
 from student.losses.settings import LossSettings
 from student.model.attention import AnchoredLayout, AttentionPlan, attend
 from student.model.configuration_llada import LladaConfig
 from student.model.initialize import initialize_student
 from student.model.modeling_llada import LladaForMaskedDiffusion, PrefixCache
+from student.model.prefix_cache import pages_for
 from student.training.monitor import peak_flops
 from tests.benchmarks.bench_losses import make_targets
 from tests.fixtures.aligned_samples import make_sample
@@ -389,18 +391,19 @@ def draft_latency(shapes: Shapes) -> Figures:
     return figures
 
 
-@torch.inference_mode()
 def one_draft(shapes: Shapes, model: LladaForMaskedDiffusion, requests: int, context: int) -> tuple[float, float]:
     """Milliseconds of a draft, and of the GPU's kernels in it."""
     new, block, slots = 8, shapes.block_length, list(range(requests))
-    cache = PrefixCache.allocate(model.config, requests, context + new + block, torch.bfloat16, shapes.device)
-    clean = torch.randint(2, 400, (requests, context + new), device=shapes.device)
-    model.draft_hidden_states(cache, slots, clean[:, :context], [context] * requests, 0)
+    forward = DraftForward(model, np.arange(model.config.vocab_size), "bfloat16", context + new + block)
+    cache = forward.cache(requests * pages_for(context + new + block))
+    clean = np.random.default_rng(0).integers(2, 400, (requests, context + new))
+    for slot in slots:
+        forward(cache, [slot], clean[slot : slot + 1, :context], block)
 
     def draft() -> None:
-        cache.truncate(slots, [context] * requests)
-        hidden = model.draft_hidden_states(cache, slots, clean[:, context:], [new] * requests, block)
-        (hidden @ model.head_weight.T).argmax(-1).tolist()
+        for slot in slots:
+            cache.truncate(slot, context)
+        forward(cache, slots, list(clean[:, context:]), block)
 
     seconds: list[float] = []
     for _ in range(3 + 2 * shapes.repeats):

@@ -9,8 +9,8 @@ correction by the token before: a look-up and a product of r x S a position. Que
 Under tensor parallelism (`parallel.py`) each rank has some heads, some of the MLP's width and a range of the
 vocabulary; it adds up after attention, MLP and embedding, and the argmax is that of all ranks' best tokens.
 
-Legend: B requests, G block length, N tokens of all requests, L of the longest row, T keys, D width, F MLP width, H query
-heads, K key heads, A = H + 2K, E head width, S tokens that can be drafted.
+Legend: B requests, G block length, N tokens of all requests, L of the longest row, T keys, D width, F MLP width, H
+query heads, K key heads, A = H + 2K, E head width, S tokens that can be drafted.
 """
 
 from __future__ import annotations
@@ -124,7 +124,11 @@ class DraftForward:
         self._last_norm = norm(transformer["ln_f"])
         self._pairs = None if model.sequential_head is None else _pairs(model.sequential_head, table, head_SxD, way)
         # Numbers of their own: every read of a config's attribute takes microseconds.
-        self._width, self._eps, self._mask_id = self.config.head_dim, self.config.rms_norm_eps, self.config.mask_token_id
+        self._width, self._eps, self._mask_id = (
+            self.config.head_dim,
+            self.config.rms_norm_eps,
+            self.config.mask_token_id,
+        )
         block = transformer["blocks"][0]
         self.kv_heads, self._heads = (
             local(projection.weight).shape[0] // self._width for projection in (block.k_proj, block.q_proj)
@@ -187,9 +191,7 @@ class DraftForward:
         groups = self._heads // self.kv_heads
         if step.is_ragged:
             q_NxHxE = q_NxHxE[step.padded_BL.flatten()]
-        q_BxKxRxE = (
-            q_NxHxE.reshape(batch, longest, self.kv_heads, groups, -1).permute(0, 2, 3, 1, 4).flatten(2, 3)
-        )
+        q_BxKxRxE = q_NxHxE.reshape(batch, longest, self.kv_heads, groups, -1).permute(0, 2, 3, 1, 4).flatten(2, 3)
         k_BxKxTxE, v_BxKxTxE = kv_BxTx2xKxE.permute(2, 0, 3, 1, 4)
         out_BxKxRxE = F.scaled_dot_product_attention(q_BxKxRxE, k_BxKxTxE, v_BxKxTxE, attn_mask=mask_Bx1xRxT)
         out_BxLxD = out_BxKxRxE.unflatten(2, (groups, longest)).permute(0, 3, 1, 2, 4).flatten(2)

@@ -1,9 +1,9 @@
 """How often each student token occurs in the training responses, and the tokens that are worth drafting.
 
-The head is a large part of a small drafter: 23 % of the weights that 8 layers of LLaDA-8B read. Most of its rows are for
-tokens that hardly ever come; a draft that leaves them out is another draft, and any draft is lossless (README.md of this
-folder). FR-Spec (arXiv:2502.14856) does this for autoregressive drafters, with frequencies of a corpus; here they are
-those of the teacher's own responses, counted when the student is trained and kept beside its weights.
+The head is a large part of a small drafter: 23 % of the weights that 8 layers of LLaDA-8B read. Most of its rows are
+for tokens that hardly ever come; a draft that leaves them out is another draft, and any draft is lossless (README.md of
+this folder). FR-Spec (arXiv:2502.14856) does this for autoregressive drafters, with frequencies of a corpus; here they
+are those of the teacher's own responses, counted when the student is trained and kept beside its weights.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def frequent_tokens(directory: Path, most: int) -> NDArray[np.int64]:
         counts = np.load(directory / FILE, allow_pickle=False)
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{directory / FILE} cannot be read ({error}); `student train` writes it beside the weights: train again, or "
-            "draft over the whole vocabulary (draft_vocabulary: null)"
+            f"{directory / FILE} cannot be read ({error}); `student train` writes it beside the weights: train again, "
+            "or draft over the whole vocabulary (draft_vocabulary: null)"
         ) from error
     order = np.argsort(-counts, kind="stable")[:most]
     return np.sort(order[counts[order] > 0])

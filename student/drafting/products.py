@@ -1,9 +1,9 @@
-"""Products of a handful of rows with a large matrix: which way is fastest on this device, and linear layers that use it.
+"""Products of a handful of rows with a large matrix: which way is fastest on this device, and layers that use it.
 
 A draft multiplies five to fifty rows with every weight of the model, so reading the weights is what it pays for. Ways:
 
-- `float32`, `bfloat16`: torch's own product in that type. GPUs and CPUs with AVX-512 are fastest in bfloat16. A CPU with
-  AVX2 converts every bfloat16 number first.
+- `float32`, `bfloat16`: torch's own product in that type. GPUs and CPUs with AVX-512 are fastest in bfloat16. A CPU
+  with AVX2 converts every bfloat16 number first.
 - `float16_weights` (x86 CPUs): FBGEMM's product of float32 rows with float16 weights, laid out for it when they are
   loaded. It reads half of the bytes of float32, and each row's result does not depend on the rows beside it. Dynamic
   int8 of the same library has a scale for all rows together: a request's draft would depend on its company.
@@ -28,9 +28,9 @@ logger = logging.getLogger(__name__)
 Way = Literal["float32", "bfloat16", "float16_weights"]
 Linear = Callable[[Tensor], Tensor]
 
-_ROWS, _WIDTH = 6, 1024
-_MATRICES = 16  # 64 MiB in float32: more than caches hold
-_ROUNDS = 5
+_ROWS, _ROUNDS = 6, 5
+_SHAPE = {"cpu": (16, 1024), "cuda": (2, 8192)}
+"""Matrices and their width: more bytes than caches hold, and on a GPU products that take longer than their start."""
 
 
 def activation_dtype(way: Way) -> torch.dtype:
@@ -48,11 +48,10 @@ def available_ways(device: torch.device) -> list[Way]:
 def fastest_way(device: torch.device) -> Way:
     """By measurement; the same answer for the life of the process."""
     ways = available_ways(device)
+    matrices, width = _SHAPE.get(device.type, _SHAPE["cpu"])
     generator = torch.Generator(device).manual_seed(0)
-    weights = [
-        torch.randn(_WIDTH, _WIDTH, device=device, generator=generator).mul_(_WIDTH**-0.5) for _ in range(_MATRICES)
-    ]
-    rows = torch.randn(_ROWS, _WIDTH, device=device, generator=generator)
+    weights = [torch.randn(width, width, device=device, generator=generator).mul_(width**-0.5) for _ in range(matrices)]
+    rows = torch.randn(_ROWS, width, device=device, generator=generator)
     seconds = dict.fromkeys(ways, float("inf"))
     linears = {way: [_linear(way, weight) for weight in weights] for way in ways}
     with torch.inference_mode():
@@ -66,8 +65,10 @@ def fastest_way(device: torch.device) -> Way:
                 _synchronize(device)
                 seconds[way] = min(seconds[way], time.perf_counter() - started)
     best = min(ways, key=seconds.__getitem__)
-    shown = ", ".join(f"{way} {1e6 * seconds[way] / _MATRICES:.0f}" for way in ways)
-    logger.info("drafts are computed in %s on %s: a product of %d rows takes %s µs", best, device, _ROWS, shown)
+    shown = ", ".join(f"{way} {1e6 * seconds[way] / matrices:.0f}" for way in ways)
+    logger.info(
+        "drafts are computed in %s on %s: %d rows times %d x %d take %s µs", best, device, _ROWS, width, width, shown
+    )
     return best
 
 

@@ -4,8 +4,8 @@ The student sees the request's context in its own vocabulary (`bridge.py`), then
 fills all of them in one denoising step. The argmax of each position makes the draft: a one-hot draft, which one-hot
 verification keeps lossless at every temperature (README.md of this folder).
 
-Contexts keep their keys and values between calls (`PrefixCache`), so that a call costs the new tokens and the block, not
-the context. Where new text changes how earlier text is tokenized, those tokens are cut off the cache and fed again.
+Contexts keep their keys and values between calls (`PrefixCache`), so that a call costs the new tokens and the block,
+not the context. Where new text changes how earlier text is tokenized, those tokens are cut off the cache and fed again.
 Proposals are the same with and without the cache.
 
 The cache's memory is a budget, allocated when the drafter is made. Requests that are not being served lose their pages
@@ -131,11 +131,11 @@ class Drafter:
             block_length: null is what the student was trained on (its config's `draft_block_length`).
             max_context_tokens: longest context, in student tokens, block included; null is the model's own limit. A
                 longer context gets no draft.
-            draft_vocabulary: draft only so many student tokens, the most frequent of the training responses, and the ends
-                of turn and text; null is all.
+            draft_vocabulary: draft only so many student tokens, the most frequent of the training responses, and the
+                ends of turn and text; null is all.
             way: how products are computed; null reads the weights of a model that is in training (`DraftForward`).
-            group: ranks that share the weights out; all must make the same calls. Each has loaded the whole model, which
-                is left in parts.
+            group: ranks that share the weights out; all must make the same calls. Each has loaded the whole model,
+                which is left in parts.
 
         Raises:
             CheckpointError: if no block length is given or recorded, or model and tokenizer do not belong together.

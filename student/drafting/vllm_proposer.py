@@ -100,7 +100,9 @@ class DrafterOptions:
             )
         ways = get_args(Way)
         if given.get("dtype") not in (None, *ways):
-            raise ConfigError(f"additional_config[{OPTIONS_KEY!r}]['dtype'] is {given['dtype']!r}, expected one of {ways}")
+            raise ConfigError(
+                f"additional_config[{OPTIONS_KEY!r}]['dtype'] is {given['dtype']!r}, expected one of {ways}"
+            )
         return cls(**given)
 
 

@@ -104,9 +104,7 @@ def evaluate_rank(config: PipelineConfig) -> dict[str, Any]:
             dtype = training_dtype(config.train)
             model, tokenizer = load_student(directory, getattr(torch, dtype))
             model.eval().to(training_device())
-            mine = measure(
-                held_out.part(rank, ranks), model, tokenizer, directory, name, way=dtype, quiet=rank > 0
-            )
+            mine = measure(held_out.part(rank, ranks), model, tokenizer, directory, name, way=dtype, quiet=rank > 0)
             result[name] = merged(_gathered(mine, ranks)).figures(config.evaluate.rule)
             if name == "after":
                 shown = answers(held_out.some(ANSWERS)[rank::ranks], model, tokenizer, directory)
@@ -138,7 +136,7 @@ def _gathered(mine: T, ranks: int) -> list[T]:
 
 
 def answers(records: Sequence[Record], model: Any, tokenizer: Any, directory: Path) -> list[dict[str, str]]:
-    """The prompts of `records` with the teacher's answer and the student's own, each at most as long as the teacher's."""
+    """The prompts of `records`, each with the teacher's answer and the student's own, which is at most as long."""
     from student.model.generate import answer, default_settings
 
     found = []

@@ -261,9 +261,7 @@ class LladaForMaskedDiffusion(PreTrainedModel):
         Raises:
             ValueError: if a prefix and its block do not fit into the cache or the config's maximum length.
         """
-        step = cache.begin(
-            _host_list(slots), _host_list(clean_lengths), block_length, self.config.max_sequence_length
-        )
+        step = cache.begin(_host_list(slots), _host_list(clean_lengths), block_length, self.config.max_sequence_length)
         if block_ids_BxG is None:
             block_ids_BxG = clean_ids_BxC.new_full((len(step.slots), block_length), self.config.mask_token_id)
         rows = zip(clean_ids_BxC.to(torch.int64), step.clean.tolist(), block_ids_BxG.to(torch.int64), strict=True)

@@ -104,7 +104,9 @@ class PrefixCache:
             heapq.heappush(self._free, page)
         self._lengths.pop(slot, None)
 
-    def begin(self, slots: Sequence[int], clean_lengths: Sequence[int], block_length: int, max_length: int) -> DraftStep:
+    def begin(
+        self, slots: Sequence[int], clean_lengths: Sequence[int], block_length: int, max_length: int
+    ) -> DraftStep:
         """Take the pages that one draft forward needs, and say where its tokens go and what they see.
 
         Args:
@@ -206,7 +208,7 @@ class DraftStep:
         stored.index_copy_(0, self.places_N, kv_Nx2xKxE.to(stored.dtype))
 
     def read(self, layer: int) -> Tensor:
-        """BxTx2xKxE: all keys (0) and values (1) that the queries may see; a view where one request's pages are a run."""
+        """BxTx2xKxE: all keys (0) and values (1) that the queries may see; a view for one request's run of pages."""
         stored, (batch, pages) = self.cache.layers[layer], self.pages_BM.shape
         if self._run is not None:
             return stored[self._run : self._run + pages * PAGE][None]

@@ -68,7 +68,7 @@ def measure(
     positions = torch.arange(total + block, device=device)[None]
 
     def cached() -> torch.Tensor:
-        cache.truncate([0], [context])
+        cache.truncate(0, context)
         return model.draft_hidden_states(cache, [0], clean[:, context:], [new], block)
 
     def uncached() -> torch.Tensor:

@@ -29,9 +29,10 @@ def drafts(case: str, group: torch.distributed.ProcessGroup | None) -> tuple[lis
     if group is not None:
         shard(model, group)
     forward = DraftForward(model, np.arange(1, 117), "float32", 256, group)
-    cache, rng, made = forward.cache(30), np.random.default_rng(0), []
-    for _ in range(3):
-        made.append(forward(cache, [5, 2, 3], [rng.integers(2, 110, rng.integers(0, 30)) for _ in range(3)], 4))
+    cache, rng = forward.cache(30), np.random.default_rng(0)
+    made = [
+        forward(cache, [5, 2, 3], [rng.integers(2, 110, rng.integers(0, 30)) for _ in range(3)], 4) for _ in range(3)
+    ]
     held = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in model.parameters())
     return made, held
 

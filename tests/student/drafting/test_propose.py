@@ -73,7 +73,10 @@ def prompt_length(ids: np.ndarray, side: Side) -> int:
 
 
 def test_proposes_the_argmax_of_the_masked_block(
-    model: LladaForMaskedDiffusion, forward: DraftForward, small_bridge: ByteBridge, conversations: dict[str, np.ndarray]
+    model: LladaForMaskedDiffusion,
+    forward: DraftForward,
+    small_bridge: ByteBridge,
+    conversations: dict[str, np.ndarray],
 ) -> None:
     """Against the plain forward of [context | masks] under the training layout."""
     from student.model.attention import AnchoredLayout
@@ -283,7 +286,7 @@ def test_the_oldest_requests_keep_their_room(
 
 
 def test_a_budget_below_one_page_is_refused(forward: DraftForward, small_bridge: ByteBridge) -> None:
-    with pytest.raises(ConfigError, match="hold no page, which takes 0.01 MiB"):
+    with pytest.raises(ConfigError, match=r"hold no page, which takes 0\.01 MiB"):
         Drafter(forward, small_bridge, 4, BLOCK, memory_bytes=forward.page_bytes - 1)
 
 

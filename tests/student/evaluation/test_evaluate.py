@@ -102,7 +102,9 @@ def test_nine_thousand_positions_stay_within_memory(tmp_path: Path) -> None:
     config = load_config(toy_config(tmp_path), overrides)
     sample = make_sample("a", 10, 600, vocabulary=vocabulary - 1)
     held_out = HeldOut(config, None, [sample], {}, np.array([0]), np.array([], np.int64))  # type: ignore[arg-type]
-    model = tiny_model(vocab_size=vocabulary, embedding_size=vocabulary, mask_token_id=vocabulary - 1, max_sequence_length=700)
+    model = tiny_model(
+        vocab_size=vocabulary, embedding_size=vocabulary, mask_token_id=vocabulary - 1, max_sequence_length=700
+    )
 
     class Tokenizer:
         mask_token_id, pad_token_id = vocabulary - 1, 1
