@@ -127,7 +127,7 @@ def test_a_student_that_is_always_right_drafts_every_time(rows: int, noise: floa
     assert all(engine.whole)
 
 
-@pytest.mark.parametrize("right", [0.2, 0.4, 0.6, 0.8])
+@pytest.mark.parametrize("right", [0.2, 0.6])
 @pytest.mark.parametrize("rows", [1, 8])
 @pytest.mark.parametrize("token", [0.0005, 0.004])
 def test_it_is_as_good_as_the_better_of_always_and_never(right: float, rows: int, token: float) -> None:
