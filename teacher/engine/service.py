@@ -1,8 +1,8 @@
 """The teacher behind running `vllm serve` processes, through their OpenAI-compatible API.
 
 Token ids go out and come back, with the logprobs of the top K: the same numbers that the engine in this process
-captures. They travel as JSON, 2.5 kB a token at K = 64, which costs this process 70 µs a token: where servers give more than
-some 10,000 tokens/s, several collectors share them.
+captures. They travel as JSON, 2.5 kB a token at K = 64, which costs this process 70 µs a token: where servers give more
+than some 10,000 tokens/s, several collectors share them.
 
 Requests are spread over the servers by what each has in flight. One that fails because its server cannot be reached, is
 overloaded or restarts is sent again, to whichever server is up, with growing pauses (tenacity). Before its first
