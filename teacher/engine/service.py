@@ -82,7 +82,8 @@ class ServiceEngine:
         assert teacher.service is not None
         self._aiohttp, self._tenacity, self._msgspec = _libraries()
         self._teacher, self._service, self._top_k = teacher, teacher.service, top_k
-        self._per_server = 8 if score else teacher.service.requests_in_flight or 2 * teacher.max_num_seqs
+        full = 2 * teacher.max_num_seqs * teacher.data_parallel
+        self._per_server = 8 if score else teacher.service.requests_in_flight or full
         self._vocabulary = vocabulary_size(teacher)
         self.head_dtype = "float32" if teacher.fp32_head else teacher.dtype  # as `teacher serve` starts it
         self._loop = asyncio.new_event_loop()
