@@ -339,17 +339,15 @@ def _departures(config: PipelineConfig) -> dict[str, Any]:
     collect = config.collect
     own = collect.write_prompts
     named = {str(collect.prompts), *(source.path for source in collect.sources)}
-    sources = [
-        {"path": source.path, "decoding": [rule.model_dump(mode="json") for rule in source.decoding]}
-        for source in collect.sources
-        if source.decoding
-    ]
+    rules = [[rule.model_dump(mode="json") for rule in source.decoding] for source in collect.sources]
     settings = {
         "quantization": teacher.quantization,
         "engine_args": further,
         "overlong": collect.overlong if collect.overlong != "skip" else None,
-        "sources": sources,
-        "write_prompts": own.model_dump(mode="json") if own is not None and str(own.path) in named else None,
+        "source_decoding": rules if any(rules) else None,
+        "write_prompts": own.model_dump(mode="json", exclude={"path", "count"})
+        if own is not None and str(own.path) in named
+        else None,
     }
     return {name: value for name, value in settings.items() if value}
 

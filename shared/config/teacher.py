@@ -38,7 +38,7 @@ class ServiceConfig(Section):
         min_length=1, description="Of the servers, which take turns.", examples=[["http://localhost:8000"]]
     )
     requests_in_flight: PositiveInt | None = Field(
-        None, description="At one server; null is twice teacher.max_num_seqs, which keeps it full."
+        None, description="At one server; null is twice what its copies decode at once, which keeps it full."
     )
     patience_minutes: PositiveFloat = Field(
         30, description="How long a request is tried again while no server answers it: a restart fits in."

@@ -15,6 +15,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -26,6 +27,7 @@ from shared.vllm_settings import check_devices, check_engine_args, engine_argume
 from teacher.capture import Columns, reshape_flat
 from teacher.checkpoints import hub_commit
 from teacher.engine import numpy_rows
+from teacher.engine.memory import check_memory
 from teacher.engine.requests import Answer, Request
 
 log = logging.getLogger(__name__)
@@ -59,7 +61,7 @@ class Engine:
     Raises:
         MissingExtraError: if vLLM is not installed.
         CheckpointError: if vLLM refuses the checkpoint or the settings.
-        ConfigError: if there are fewer GPUs than the settings ask for, or vLLM has no such argument.
+        ConfigError: if there are fewer GPUs or less memory than the settings ask for, or vLLM has no such argument.
     """
 
     def __init__(self, teacher: TeacherConfig, model: str, top_k: int, score_tokens: int | None = None) -> None:
@@ -80,6 +82,7 @@ class Engine:
             import torch
 
             check_devices(teacher, torch.cuda.device_count())
+            check_memory(teacher, Path(model), torch.cuda.get_device_properties(0).total_memory)
         self._sampling_params = SamplingParams
         self._final_only = RequestOutputKind.FINAL_ONLY
         self._top_k = top_k

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +21,7 @@ from shared.dataset.records import Sampling
 from shared.errors import ServiceError
 from teacher.engine import Request, ServiceEngine, version_of
 from teacher.engine.serve import server_command
-from teacher.engine.service import to_columns
+from teacher.engine.service import _by_id, to_columns
 
 V = 300
 """Tokens of the tiny checkpoint."""
@@ -225,6 +228,42 @@ def test_a_server_that_would_give_other_rows_is_refused(
             setattr(script, name, value)
     with pytest.raises(ServiceError, match=message):
         ServiceEngine(teacher_of(tiny_checkpoint, script.url), top_k=4)
+
+
+def test_vllms_own_api_takes_the_requests_and_writes_such_answers(script: Script, tiny_checkpoint: Path) -> None:
+    """The fields and the format of this vLLM; a server of it is in test_served.py."""
+    protocol = pytest.importorskip("vllm.entrypoints.openai.completion.protocol")
+    serving = importlib.import_module("vllm.entrypoints.openai.completion.serving")
+    logprob = importlib.import_module("vllm.logprobs").Logprob
+    engine = ServiceEngine(teacher_of(tiny_checkpoint, script.url), top_k=2)
+    request = Request("r", np.array([5, 6], np.int32), Sampling(0.5, 0.9, 7, 3, 1 << 62))
+    for body in (
+        engine._body(request, capture=True),
+        engine._body(replace(request, response_ids=np.array([7], np.int32)), capture=True),
+    ):
+        assert body.keys() <= protocol.CompletionRequest.model_fields.keys()
+        parsed = protocol.CompletionRequest.model_validate(body)
+        # What the request states must win over the defaults of a model's generation_config.json.
+        defaults = {"temperature": 0.6, "top_p": 0.9, "top_k": 50, "repetition_penalty": 1.1, "min_p": 0.2}
+        sampling = parsed.to_sampling_params(body["max_tokens"], defaults)
+        stated = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "max_tokens")
+        assert {name: getattr(sampling, name) for name in stated} == {name: body[name] for name in stated}
+        assert (sampling.logprobs, sampling.prompt_logprobs) == (body.get("logprobs"), body.get("prompt_logprobs"))
+    engine.close()
+    rows = [
+        {7: logprob(-3.0, 9, "a"), 5: logprob(-0.5, 1, "b"), 6: logprob(float("-inf"), 2, "c")},  # the token is outside
+        {5: logprob(-0.25, 1, "b"), 7: logprob(-2.0, 2, "a")},
+    ]
+    written = serving.OpenAIServingCompletion._create_completion_logprobs(
+        SimpleNamespace(
+            return_tokens_as_token_ids=False,
+            _get_decoded_token=serving.OpenAIServingCompletion._get_decoded_token,
+        ),
+        [7, 5], rows, 2, None, return_as_token_id=True,
+    )  # fmt: skip
+    columns = to_columns([7, 5], _by_id({"logprobs": json.loads(written.model_dump_json())}), top_k=2)
+    np.testing.assert_array_equal(columns.ids, [[7, 5, 6], [5, 5, 7]])
+    np.testing.assert_array_equal(columns.logprobs, np.float32([[-3, -0.5, -np.inf], [-0.25, -0.25, -2]]))
 
 
 def test_columns_hold_the_token_and_then_the_candidates() -> None:

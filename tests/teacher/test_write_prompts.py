@@ -10,7 +10,8 @@ import pytest
 
 from shared.config import PipelineConfig
 from shared.errors import ConfigError, PromptError
-from teacher.collect import load_renderer
+from shared.tokenizer.vocabulary import Vocabulary
+from teacher.collect import load_renderer, prepare, provenance_of
 from teacher.engine import Answer, Request
 from teacher.prompts import load_prompts, write
 from teacher.prompts.write import write_prompts
@@ -75,6 +76,18 @@ def test_a_teacher_that_repeats_itself_is_stopped_and_goes_on_behind_its_last_ro
     drafts, writer = run([f"question {i}" for i in range(9)], count=3)
     assert writer.asked[0] == 128 * 9
     assert drafts.texts == ["always this", "question 0", "question 1"]
+
+
+def test_a_dataset_of_such_prompts_says_so(run: Run, make_config: Maker, tmp_path: Path) -> None:
+    run([f"question {i}" for i in range(20)], count=12)
+    section = {"path": str(tmp_path / "self.jsonl"), "count": 12, "temperature": 0.5}
+    config = make_config(collect__prompts=section["path"], collect__write_prompts=section)
+    plan = prepare(config)
+    assert {prompt.skill for prompt in plan.prompts} == {"self-generated"}
+    vocabulary = Vocabulary.from_tokenizer(Path(config.teacher.model))
+    details = provenance_of(config, vocabulary, plan.renderer, "prompts", "collect").details
+    assert details["write_prompts"]["temperature"] == 0.5
+    assert "write_prompts" not in provenance_of(make_config(), vocabulary, plan.renderer, "prompts", "collect").details
 
 
 def test_the_header_is_what_the_template_writes_before_a_user(make_config: Maker) -> None:
