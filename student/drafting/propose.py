@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from student.model.modeling_llada import LladaForMaskedDiffusion
 
 _FORWARD_TOKENS = 8192  # of one forward, padding included: bounds the memory that long prompts take
-_MOST_IDLE = 64
+_MOST_IDLE = 256  # requests that are not being served, remembered at most
 _DEFAULT_CONTEXTS, _DEFAULT_SHARE = 16, 0.1
 
 
@@ -70,7 +70,7 @@ class Drafter:
     Args:
         block_length: student tokens filled per forward; as many as the model was trained on.
         memory_bytes: of the cache, allocated here, whole; null is room for 16 contexts of the longest length, or a
-            tenth of the memory that is free where that is less.
+            tenth of the memory that is free where that is less, but for one such context at least.
         in_turns: what finds no room is drafted for in a further forward, in which the others lose theirs: every
             request gets its draft, which takes longer. For evaluation.
         keep_extendable: also propose a last token that further bytes could still merge.
@@ -313,8 +313,8 @@ def _pages(forward: DraftForward, memory_bytes: int | None) -> int:
             free = torch.cuda.mem_get_info(forward.device)[0]
         else:
             free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        contexts = _DEFAULT_CONTEXTS * pages_for(forward.max_tokens) * forward.page_bytes
-        memory_bytes = max(min(contexts, int(_DEFAULT_SHARE * free)), forward.page_bytes)
+        longest = pages_for(forward.max_tokens) * forward.page_bytes
+        memory_bytes = max(min(_DEFAULT_CONTEXTS * longest, int(_DEFAULT_SHARE * free)), longest)
     pages = memory_bytes // forward.page_bytes
     if forward.group is not None:
         fewest = torch.tensor(pages, device=forward.device)

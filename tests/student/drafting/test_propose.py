@@ -10,6 +10,7 @@ import torch
 
 from shared.errors import CheckpointError, ConfigError, VocabularyError
 from shared.tokenizer.vocabulary import load_tokenizer
+from student.drafting import propose
 from student.drafting.bridge import ByteBridge
 from student.drafting.forward import DraftForward
 from student.drafting.propose import Drafter
@@ -291,13 +292,17 @@ def test_a_budget_below_one_page_is_refused(forward: DraftForward, small_bridge:
 
 
 def test_requests_that_are_no_longer_served_are_forgotten(
-    forward: DraftForward, small_bridge: ByteBridge, conversations: dict[str, np.ndarray]
+    forward: DraftForward,
+    small_bridge: ByteBridge,
+    conversations: dict[str, np.ndarray],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(propose, "_MOST_IDLE", 16)
     drafter = Drafter(forward, small_bridge, 4, BLOCK)
     ids = conversations["request-1"]
-    for wave in range(20):
-        drafter.propose([f"{wave}-{number}" for number in range(5)], [ids[: 20 + wave]] * 5)
-    assert len(drafter._requests) <= 5 + 64
+    for wave in range(8):
+        drafter.propose([f"{wave}-{number}" for number in range(5)], [ids[wave : wave + 20]] * 5)
+    assert len(drafter._requests) == 5 + 16
 
 
 def test_the_request_not_seen_for_longest_is_forgotten(
