@@ -189,6 +189,8 @@ def best_lengths(survival_RxK: Floats, going: int, step: Floats, draft: float) -
         [R] lengths, and the tokens a second that they are expected to give.
     """
     rows = len(survival_RxK)
+    if not survival_RxK[:, 0].any():
+        return np.zeros(rows, np.int64), going / float(step[0] + draft)
     flat = survival_RxK.T.ravel()  # by depth first: of equal chances the one of lower depth comes first
     order = np.argsort(-flat, kind="stable")[: int((flat > 0).sum())]
     emitted = going + np.concatenate([[0.0], flat[order].cumsum()])
