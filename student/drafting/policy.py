@@ -14,7 +14,8 @@ or not, so its S cost nothing to know; LLaDA's S and times take drafts.
 What is not tried is not known, so a draft that is not expected to pay is made now and then, from a budget: `EXPLORED`
 of the measured time. After some plain steps and drafts at the start (`FIRST_PLAIN`, `FIRST_DRAFTS`) the policy loses
 that much against never drafting, and what its estimates are wrong by: 3 % in all the tests. Ranks need not agree, since
-vLLM takes the drafts of one.
+vLLM takes the drafts of one. What a seeded request samples depends on where it was drafted for, and so on these times:
+its distribution does not.
 
 Letters: R requests (rows of the batch), K most tokens of a draft, M the two makers of drafts.
 """
@@ -188,6 +189,8 @@ def best_lengths(survival_RxK: Floats, going: int, step: Floats, draft: float) -
         [R] lengths, and the tokens a second that they are expected to give.
     """
     rows = len(survival_RxK)
+    if not survival_RxK[:, 0].any():
+        return np.zeros(rows, np.int64), going / float(step[0] + draft)
     flat = survival_RxK.T.ravel()  # by depth first: of equal chances the one of lower depth comes first
     order = np.argsort(-flat, kind="stable")[: int((flat > 0).sum())]
     emitted = going + np.concatenate([[0.0], flat[order].cumsum()])

@@ -36,7 +36,7 @@ ENVIRONMENT = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_CPU_KVCACHE_SPACE": "1"}
 @pytest.mark.slow
 @pytest.mark.vllm
 def test_an_untrained_student_changes_nothing(served_run: Path, served_teacher: Path) -> None:
-    config = pipeline(served_run, served_teacher)
+    config = pipeline(served_run, served_teacher, speculate={"policy": False})
     result = speculate(config)
     assert result == json.loads((served_run / "speculate.json").read_text())
     assert result["outputs_identical"] or result["differences_are_ties"]
@@ -46,10 +46,10 @@ def test_an_untrained_student_changes_nothing(served_run: Path, served_teacher: 
         assert figures["tokens_per_s"] > 0 < figures["baseline_tokens_per_s"]
         assert (figures["acceptance_length"] is None) == (figures["drafts"] == 0)
     assert latency["prompts"] == 3
-    assert latency["llada_alone"]["drafts"] > 0  # what it costs has to be learned
+    assert result["drafts"] > 0 < latency["llada_alone"]["drafts"]
     counted = latency["llada_alone"]["proposer"]
     assert set(counted["drafts"]) == {"llada"}
-    assert set(counted["undrafted"]) <= {"policy", "measuring", "nothing to propose"}
+    assert set(counted["undrafted"]) <= {"nothing to propose"}
     assert not counted["failures"]
     assert result["suffix"] is None
     baseline = read_result(served_run / "speculate" / "baseline.json")

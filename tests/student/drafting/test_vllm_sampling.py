@@ -55,7 +55,7 @@ def _engine(teacher: str, **speculation: Any) -> Any:
         enable_prefix_caching=False,
         disable_log_stats=False,
         seed=0,
-        additional_config={OPTIONS_KEY: {"student": "none"}},
+        additional_config={OPTIONS_KEY: {"student": "none", "policy": False, "lookup": False}},
         **speculation,
     )
 
