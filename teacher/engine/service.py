@@ -81,6 +81,7 @@ class ServiceEngine:
     def __init__(self, teacher: TeacherConfig, top_k: int, score: bool = False) -> None:
         assert teacher.service is not None
         self._aiohttp, self._tenacity, self._msgspec = _libraries()
+        self._passing = (_UnavailableError, self._aiohttp.ClientError, TimeoutError, OSError)
         self._teacher, self._service, self._top_k = teacher, teacher.service, top_k
         full = 2 * teacher.max_num_seqs * teacher.data_parallel
         self._per_server = 8 if score else teacher.service.requests_in_flight or full
@@ -144,7 +145,18 @@ class ServiceEngine:
 
     async def _open(self) -> None:
         self._session = _session(self._aiohttp, self._service)
-        await asyncio.gather(*(self._retry(lambda server=server: self._ready(server)) for server in self._servers))
+        await self._retry(self._any_ready)
+
+    async def _any_ready(self) -> None:
+        """Check every server; those that are down are left for later as long as one is up."""
+        found = await asyncio.gather(*map(self._ready, self._servers), return_exceptions=True)
+        errors = [error for error in found if error is not None]
+        wrong = next((error for error in errors if not isinstance(error, self._passing)), None)
+        if wrong is not None or len(errors) == len(found):
+            raise wrong or errors[0]
+        for server, error in zip(self._servers, found, strict=True):
+            if error is not None:
+                log.warning("%s is not up (%s); it gets requests once it is", server.url, error)
 
     async def _answer(self, request: Request, capture: bool) -> Answer:
         try:
@@ -201,9 +213,8 @@ class ServiceEngine:
     async def _retry(self, attempt: Any) -> Any:
         """What `attempt` gives, tried again while no server can; `ServiceError` once patience has run out."""
         tenacity = self._tenacity
-        passing = (_UnavailableError, self._aiohttp.ClientError, asyncio.TimeoutError, OSError)
         tries = tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception_type(passing),
+            retry=tenacity.retry_if_exception_type(self._passing),
             wait=tenacity.wait_random_exponential(multiplier=0.5, max=_LONGEST_PAUSE),
             stop=tenacity.stop_after_delay(60 * self._service.patience_minutes),
             reraise=True,
@@ -212,7 +223,7 @@ class ServiceEngine:
             async for trial in tries:
                 with trial:
                     return await attempt()
-        except passing as error:
+        except self._passing as error:
             raise ServiceError(
                 f"no server of teacher.service.urls ({', '.join(self._service.urls)}) answered for "
                 f"{self._service.patience_minutes:g} minutes (teacher.service.patience_minutes): "

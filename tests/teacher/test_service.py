@@ -171,6 +171,12 @@ def test_the_other_server_takes_over_and_a_returning_one_is_checked_again(
     engine.close()
 
 
+def test_one_server_that_is_up_is_enough(script: Script, tiny_checkpoint: Path) -> None:
+    engine = ServiceEngine(teacher_of(tiny_checkpoint, "http://127.0.0.1:9", script.url), top_k=4)
+    assert len(list(engine.stream(requests(5)))) == 5
+    engine.close()
+
+
 def test_patience_ends(tiny_checkpoint: Path) -> None:
     teacher = teacher_of(tiny_checkpoint, "http://127.0.0.1:9", patience_minutes=0.01)
     with pytest.raises(ServiceError, match=r"no server of teacher.service.urls \(http://127.0.0.1:9\) answered for 0"):
