@@ -12,14 +12,14 @@ from shared.config import PipelineConfig, Split
 from shared.dataset.reader import Dataset
 from shared.dataset.records import UNKNOWN_SAMPLING, Record
 from shared.errors import ConfigError
-from teacher.collect import check_lengths, check_top_k, load_renderer, run
+from teacher.collect import DEFAULT, Launch, check_lengths, check_top_k, load_renderer, run
 from teacher.engine import prepare_environment
 from teacher.prompts import Prompt, load_prompts, prompts_fingerprint, split_prompts
 from teacher.summary import Summary
 from teacher.units import Task, Unit, slices
 
 
-def score(config: PipelineConfig) -> Summary:
+def score(config: PipelineConfig, launch: Launch = DEFAULT) -> Summary | None:
     """Score the responses that `collect.responses` names into the run's shards; resumes where it was interrupted.
 
     Raises:
@@ -33,7 +33,7 @@ def score(config: PipelineConfig) -> Summary:
         )
     prepare_environment(config.teacher)
     if responses.is_dir():
-        return _score_dataset(config, Dataset.open(responses))
+        return _score_dataset(config, Dataset.open(responses), launch)
     prompts = load_prompts(responses, config.collect.system_prompt, responses=True)
     check_top_k(config)
     renderer = load_renderer(config)
@@ -44,10 +44,10 @@ def score(config: PipelineConfig) -> Summary:
         for split, members in splits.items()
         for number, chosen in enumerate(slices(members, config.collect.unit_prompts))
     ]
-    return run(config, units, renderer, prompts_fingerprint(prompts), kind="score")
+    return run(config, units, renderer, prompts_fingerprint(prompts), "score", launch)
 
 
-def _score_dataset(config: PipelineConfig, dataset: Dataset) -> Summary:
+def _score_dataset(config: PipelineConfig, dataset: Dataset, launch: Launch) -> Summary | None:
     """Score a dataset's own token ids: nothing is rendered or encoded again."""
     check_top_k(config)
     renderer = load_renderer(config)
@@ -71,7 +71,7 @@ def _score_dataset(config: PipelineConfig, dataset: Dataset) -> Summary:
         for number, chosen in enumerate(slices(members, config.collect.unit_prompts)):
             tasks = tuple(Task(r.sample_id, _prompt_of(r), r.split, r.sampling, r) for r in chosen)
             units.append(Unit(f"{split}-scored-{number:05d}", tasks))
-    return run(config, units, renderer, dataset.manifest.provenance, kind="score")
+    return run(config, units, renderer, dataset.manifest.provenance, "score", launch)
 
 
 def _task(prompt: Prompt, split: Split) -> Task:

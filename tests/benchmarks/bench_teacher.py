@@ -37,7 +37,8 @@ def measure(dtype: str, fp32_head: bool, requests: int, tokens: int, rounds: int
     from shared.dataset.records import Sampling
     from shared.tokenizer.vocabulary import Vocabulary
     from teacher.checkpoints import ensure_checkpoint, load_tokenizer
-    from teacher.collect import Collector, provenance_of
+    from teacher.collect import provenance_of
+    from teacher.collector import Collector
     from teacher.engine import Engine, Request, prepare_environment
     from teacher.prompts import Renderer, load_prompts
     from teacher.units import Task, Unit
@@ -72,7 +73,7 @@ def measure(dtype: str, fp32_head: bool, requests: int, tokens: int, rounds: int
             began = time.monotonic()
             for _ in collector.collect_units(cut):
                 pass
-            return collector.tokens / (time.monotonic() - began)
+            return collector.counts.tokens / (time.monotonic() - began)
 
     stream(capture=True)
     for _ in range(rounds):

@@ -23,7 +23,8 @@ from shared.errors import AlignmentError, ConfigError, DatasetError, PromptError
 from shared.tokenizer.vocabulary import Vocabulary
 from teacher import collect as collecting
 from teacher.capture import Columns
-from teacher.collect import Collector, check_top_k, prepare, provenance_of
+from teacher.collect import check_top_k, prepare, provenance_of
+from teacher.collector import Collector
 from teacher.engine import Answer, Request
 from teacher.numpy_rows import ColumnBuffer
 from teacher.plan import Assumptions, estimate
@@ -91,7 +92,7 @@ def test_answers_out_of_order_become_whole_units_in_order(make_config: Maker) ->
             assert record.distributions is not None
             np.testing.assert_allclose(record.distributions.tail, 0.1, atol=1e-3)
             np.testing.assert_allclose(record.distributions.sampled, -7, atol=1e-3)
-    assert collector.tokens == 6 * len(records)
+    assert collector.counts.tokens == 6 * len(records)
 
 
 def test_one_unit_alone_gives_the_same_shard_and_is_not_asked_twice(make_config: Maker) -> None:
