@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from shared.dataset.card import CARD, dataset_card
-from shared.dataset.checks import check_record
+from shared.dataset.checks import check_records
 from shared.dataset.claims import Claims, clear_claims, end_worker
 from shared.dataset.columns import open_parquet, records_to_table, same_content, table_to_records
 from shared.dataset.manifest import (
@@ -243,8 +243,7 @@ class DatasetWriter:
         try:
             table = read_shard(there, name)
             if self._check:
-                for record in table_to_records(table):
-                    check_record(record, len(self._vocabulary))
+                check_records([*table_to_records(table)], len(self._vocabulary))
             theirs = unit_entry(ours.unit, table, there, ours.provenance)
             # Requests that failed for one worker may have passed for the other: together they are the unit's samples.
             if _samples(table, theirs) == _samples(read_shard(data, "ours"), ours):
