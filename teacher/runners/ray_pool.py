@@ -42,8 +42,8 @@ _MOST_DEATHS = 3
 class Replica:
     """One engine on the cluster; `work` runs in a thread, so that the other methods answer meanwhile."""
 
-    def __init__(self, job: Job, worker: str, executor: str | None) -> None:
-        configure_logging("info")
+    def __init__(self, job: Job, worker: str, executor: str | None, log_level: int) -> None:
+        configure_logging(logging.getLevelName(log_level))
         prepare_environment(job.config.teacher)
         self._job, self._worker, self._executor = job, worker, executor
         self._counts = Counts()
@@ -205,7 +205,7 @@ class _Pool:
                     group, placement_group_bundle_index=0 if alone else -1, placement_group_capture_child_tasks=True
                 ),
             )
-            .remote(self._job, worker, self._executor)
+            .remote(self._job, worker, self._executor, logging.getLogger().level)
         )
         self._working[actor.work.remote(self._units_ref)] = _Started(worker, group, actor)
 
