@@ -145,7 +145,7 @@ class DatasetWriter:
             reasons = json.dumps(dict(sorted(failures.items())), ensure_ascii=False)
             table = table.replace_schema_metadata({**table.schema.metadata, FAILURES_KEY: reasons})
         data = shard_bytes(table)
-        if not same_content(pq.read_table(pa.BufferReader(data)), table):
+        if not same_content(pq.read_table(pa.BufferReader(data), use_threads=False), table):
             raise DatasetError(
                 f"unit {name}: the shard does not read back as it was written; check this machine's memory"
             )

@@ -6,6 +6,7 @@ is in test_vllm.py.
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import re
@@ -19,18 +20,19 @@ import pytest
 
 from shared.config import PipelineConfig
 from shared.dataset.reader import Dataset, DatasetWriter
+from shared.dataset.records import Record
 from shared.dataset.split import stable_hash
 from shared.errors import AlignmentError, ConfigError, DatasetError, EngineError, PromptError
 from shared.tokenizer.vocabulary import Vocabulary
 from teacher import collect as collecting
 from teacher.capture import Columns
 from teacher.collect import check_top_k, prepare, provenance_of
-from teacher.collector import Collector, Counts
+from teacher.collector import WRITERS, Collector, Counts
 from teacher.engine import Answer, Request
 from teacher.numpy_rows import ColumnBuffer
 from teacher.plan import Assumptions, estimate
 from teacher.prompts import prompts_fingerprint
-from teacher.runners import progress
+from teacher.runners import progress, worker
 from teacher.runners.local import Shard
 from teacher.runners.worker import Worker
 from teacher.summary import Summary, summarize, write_failures
@@ -216,6 +218,32 @@ def test_a_worker_that_is_stopped_ends_what_it_began_and_the_next_goes_on(make_c
     assert len(asked) == sum(len(unit.tasks) for unit in units if unit.name in writer.committed)
     assert not set(halves.work(1)) & set(asked)
     assert collector_of(halves.config, ScriptedEngine(8))[1].committed == {unit.name for unit in units}
+
+
+def test_what_is_not_done_when_the_grace_ends_is_abandoned(make_config: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "GRACE_S", -1.0)
+    halves = Halves(make_config)
+    halves.work(0, is_stopped=lambda: len(halves.engines[0].asked) > 5)
+    _, writer, units = collector_of(halves.config, ScriptedEngine(8))
+    assert len(writer.committed) * 4 < len(halves.engines[0].asked)
+    halves.work(1)
+    assert collector_of(halves.config, ScriptedEngine(8))[1].committed == {unit.name for unit in units}
+
+
+def test_memory_holds_few_units_whatever_the_number_of_prompts(make_config: Maker) -> None:
+    config = make_config(prompts=600, collect__unit_prompts=8)
+    collector, _, units = collector_of(config, ScriptedEngine(8))
+    held: list[int] = []
+
+    def count() -> None:
+        if collector.counts.responses % 50 == 0:
+            held.append(sum(type(thing) is Record for thing in gc.get_objects()))
+
+    collector.on_answer = count
+    list(collector.collect_units(units))
+    most = max(len(unit.tasks) for unit in units)
+    assert len(held) > 10
+    assert max(held) <= (WRITERS + 1 + 3) * most  # waiting for the disk, in a writer's hands, and in flight
 
 
 def test_shards_divide_the_units_without_a_coordinator(make_config: Maker) -> None:
