@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 GRACE_S = 20.0
 """Schedulers kill 30 seconds after their signal (Slurm, Kubernetes), unless they are told otherwise."""
-_POLL_S = 0.5
+_LONGEST_POLL_S = 5.0
 _NEWS_S = 60.0
 
 
@@ -93,7 +93,7 @@ class Worker:
     def _wait(self, units: Sequence[Unit]) -> bool:
         """Until another worker ended a unit or died; False where this one is to stop."""
         names = {unit.name for unit in units}
-        news = time.monotonic()
+        news, pause = time.monotonic(), 0.2
         while not self._is_stopped():
             if self._committed() & names or any(self._claims.take(unit.name) for unit in units):
                 return True
@@ -101,7 +101,8 @@ class Worker:
                 who = ", ".join(self._claims.others()) or "workers that may be dead"
                 log.info("waiting for %d units of %s", len(units), who)
                 news += _NEWS_S
-            time.sleep(_POLL_S)
+            time.sleep(pause)
+            pause = min(1.5 * pause, _LONGEST_POLL_S)
         return False
 
     def _committed(self) -> set[str]:

@@ -32,7 +32,7 @@ def contents(path: Path) -> dict[str, bytes]:
 
 
 def test_writing_costs_little_of_the_processor_that_decodes() -> None:
-    """About 10 us a token; at zstd level 16, as it once was, 50 to 70. Processor time, so that a busy machine passes."""
+    """About 10 us a token; at zstd level 16, as once, 50 to 70. Processor time, so that a busy machine passes."""
     records = [make_record(f"r{i}", i, length=40, k=64, size=2000) for i in range(64)]
     seconds = []
     for _ in range(3):
