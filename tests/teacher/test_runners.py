@@ -165,17 +165,22 @@ def test_ray_actors_that_die_are_replaced_and_the_run_goes_on_after_its_end(whol
         driver.wait()
     driver = run.start(*arguments)
     with ended(driver):
-        run.wait_for_commits(run.commits() + 2, driver)
-        os.kill(_an_actor(run), signal.SIGKILL)
+        os.kill(_working_actor(run, driver), signal.SIGKILL)
         assert driver.wait(600) == 0, run.said()
     assert "another one takes its place" in " ".join(run.said().split())
     assert_same(whole, run)
 
 
-def _an_actor(run: Run) -> int:
-    """The process of an actor that lives, by its sign of life."""
-    for file in sorted((run.shards / ".claims/workers").glob("*.json"), key=lambda file: -file.stat().st_mtime):
-        pid = int(json.loads(file.read_text())["pid"])
-        if Path(f"/proc/{pid}").exists():
-            return pid
-    raise AssertionError("no actor is at work")
+def _working_actor(run: Run, driver: subprocess.Popen[bytes]) -> int:
+    """The process of an actor of this driver as soon as it has a unit that is not committed."""
+    claims = run.shards / ".claims"
+    known = {file.stem for file in (claims / "workers").glob("*.json")}  # of the driver that was killed
+    until = time.monotonic() + 600
+    while time.monotonic() < until:
+        assert driver.poll() is None, run.said()
+        for claim in (claims / "units").glob("*"):
+            unit, worker = claim.name.rpartition(".")[0], claim.read_text()
+            if worker not in known and not (run.shards / f"commits/{unit}.json").exists():
+                return int(json.loads((claims / f"workers/{worker}.json").read_text())["pid"])
+        time.sleep(0.01)
+    raise AssertionError(run.said())
