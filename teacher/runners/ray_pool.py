@@ -26,7 +26,7 @@ from shared.stopping import StopRequest
 from shared.vllm_settings import is_cpu_build
 from teacher.checkpoints import ensure_checkpoint, load_tokenizer
 from teacher.collector import Collector, Counts
-from teacher.engine import prepare_environment
+from teacher.engine import Engine, prepare_environment
 from teacher.prompts import Renderer
 from teacher.runners.local import LABELS, Job, Outcome, open_engine
 from teacher.runners.progress import Display
@@ -55,7 +55,7 @@ class Replica:
         renderer = Renderer(load_tokenizer(config.teacher), config.collect.template_arguments, config.collect.rendered)
         # The tokenizer's files are there: the process that started this actor put them there.
         writer = DatasetWriter(config.shards_dir, job.provenance, job.vocabulary, tokenizer_dir=None)
-        engine = open_engine(job, str(ensure_checkpoint(config.teacher)), self._executor)
+        engine = self.open_engine()
         try:
             collector = Collector(config, renderer, job.vocabulary, writer, engine)
             self._counts = collector.counts
@@ -64,6 +64,10 @@ class Replica:
         finally:
             engine.close()
         return self._counts
+
+    def open_engine(self) -> Engine:
+        """The teacher, with the GPUs of this actor's placement group."""
+        return open_engine(self._job, str(ensure_checkpoint(self._job.config.teacher)), self._executor)
 
     def counts(self) -> Counts:
         """So far."""
@@ -147,11 +151,14 @@ class _Pool:
         self._units_ref = ray.put(self._missing)
 
     def run(self, stop: StopRequest) -> Outcome:
+        """Until all units are done or a stop is asked for; the cluster's resources are free again then."""
+        from ray.util.placement_group import placement_group, remove_placement_group
+
+        groups = [placement_group(self._bundles, strategy=self._strategy) for _ in range(self._workers)]
         started = time.monotonic()
         deaths, done, deadline = 0, 0, float("inf")
         with Display(LABELS[self._job.kind], self._units, self._writer.committed) as display:
             try:
-                groups = [self._group() for _ in range(self._workers)]
                 for group in groups:
                     self._start(group)
                 while self._working:
@@ -183,12 +190,9 @@ class _Pool:
                 for one in self._working.values():
                     self._ray.kill(one.actor)
                     self._writer.end_worker(one.worker)
+                for group in groups:
+                    remove_placement_group(group)
         return Outcome(self._counts(), time.monotonic() - started, stopped_by=stop.name)
-
-    def _group(self) -> Any:
-        from ray.util.placement_group import placement_group
-
-        return placement_group(self._bundles, strategy=self._strategy)
 
     def _start(self, group: Any) -> None:
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
