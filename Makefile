@@ -102,7 +102,7 @@ gpu-check: setup ## on a machine with a GPU: what no CPU can run, each as a row 
 
 # Every extra but the other platform's; what is locked stays as it is (ARGS=--upgrade takes the newest).
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-annotate --no-header pyproject.toml
-COMMON_EXTRAS := $(addprefix --extra ,student demo s3 gcs hf dev)
+COMMON_EXTRAS := $(addprefix --extra ,student demo ray s3 gcs hf dev)
 
 lock: $(BIN)/uv ## resolve constraints-cpu.txt and constraints-cuda.txt anew, on any machine
 	@$(COMPILE) --extra teacher-cpu $(COMMON_EXTRAS) $(CPU_FLAGS) $(ARGS) -o constraints-cpu.txt

@@ -41,6 +41,10 @@ class AlignmentError(UserError):
     """Stored distributions do not belong to the text that they are stored with."""
 
 
+class EngineError(UserError):
+    """The teacher's engine answers requests with errors, or workers that hold one keep dying."""
+
+
 class StaleError(UserError):
     """What a command made earlier is of other inputs or settings than those that are there now."""
 

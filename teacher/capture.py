@@ -100,9 +100,13 @@ def to_distributions(
         )
     sampled = np.minimum(columns.logprobs[:, 0], np.float32(0))
     ids_TxK, logprobs_TxK = columns.ids[:, 1:], np.minimum(columns.logprobs[:, 1:], np.float32(0))
-    order_TxK = np.lexsort((ids_TxK, -logprobs_TxK), axis=-1)
-    ids_TxK = np.take_along_axis(ids_TxK, order_TxK, axis=1)
-    logprobs_TxK = np.take_along_axis(logprobs_TxK, order_TxK, axis=1)
+    # vLLM's rows fall already; only those with equal neighbors need the sort that makes their order a fact.
+    tied_T = ~(logprobs_TxK[:, 1:] < logprobs_TxK[:, :-1]).all(axis=1)
+    if tied_T.any():
+        order = np.lexsort((ids_TxK[tied_T], -logprobs_TxK[tied_T]), axis=-1)
+        ids_TxK, logprobs_TxK = ids_TxK.copy(), logprobs_TxK.copy()
+        ids_TxK[tied_T] = np.take_along_axis(ids_TxK[tied_T], order, axis=1)
+        logprobs_TxK[tied_T] = np.take_along_axis(logprobs_TxK[tied_T], order, axis=1)
 
     keep_TxK = np.isfinite(logprobs_TxK) & (ids_TxK < vocabulary_size)
     mass_TxK = np.where(keep_TxK, np.exp(logprobs_TxK, dtype=np.float64), 0.0)

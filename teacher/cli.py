@@ -2,32 +2,72 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from enum import Enum
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from shared.config import load_config
 from shared.console import ConfigArgument, LogLevelOption, SetOption, application, configure_logging, run, stdout
+from shared.errors import ConfigError
+
+if TYPE_CHECKING:
+    from teacher.collect import Launch
+    from teacher.summary import Summary
 
 app = application("Let a teacher answer prompts, and store its top-k distribution at every token of the answers.")
 
 
+class Runner(Enum):
+    """Where engines run."""
+
+    LOCAL = "local"
+    RAY = "ray"
+
+
+ShardOption = Annotated[
+    str | None,
+    typer.Option("--shard", metavar="I/N", help="Do this share of the units only; I is 0 to N - 1."),
+]
+RetryOption = Annotated[bool, typer.Option("--retry-failed", help="Ask again for responses that failed before.")]
+RunnerOption = Annotated[Runner, typer.Option("--runner", help="In this process, or as actors on a Ray cluster.")]
+WorkersOption = Annotated[
+    int | None, typer.Option("--workers", min=1, help="Replicas of the engine on Ray; else what the GPUs allow.")
+]
+
+
 @app.command()
-def collect(config: ConfigArgument, overrides: SetOption = None, log_level: LogLevelOption = "info") -> None:
-    """Generate responses and capture their distributions; run it again to resume."""
+def collect(
+    config: ConfigArgument,
+    overrides: SetOption = None,
+    runner: RunnerOption = Runner.LOCAL,
+    workers: WorkersOption = None,
+    shard: ShardOption = None,
+    retry_failed: RetryOption = False,
+    log_level: LogLevelOption = "info",
+) -> None:
+    """Generate responses and capture their distributions; run it again to resume, run it twice to share the work."""
     configure_logging(log_level)
     from teacher.collect import collect as collect_dataset
 
-    stdout.print(collect_dataset(load_config(config, overrides)).table())
+    _show(collect_dataset(load_config(config, overrides), _launch(runner, workers, shard, retry_failed)))
 
 
 @app.command()
-def score(config: ConfigArgument, overrides: SetOption = None, log_level: LogLevelOption = "info") -> None:
+def score(
+    config: ConfigArgument,
+    overrides: SetOption = None,
+    runner: RunnerOption = Runner.LOCAL,
+    workers: WorkersOption = None,
+    shard: ShardOption = None,
+    retry_failed: RetryOption = False,
+    log_level: LogLevelOption = "info",
+) -> None:
     """Capture the distributions of the given responses in `collect.responses`; run it again to resume."""
     configure_logging(log_level)
     from teacher.score import score as score_dataset
 
-    stdout.print(score_dataset(load_config(config, overrides)).table())
+    _show(score_dataset(load_config(config, overrides), _launch(runner, workers, shard, retry_failed)))
 
 
 @app.command()
@@ -43,7 +83,7 @@ def plan(
     bytes_per_token: Annotated[
         float | None, typer.Option(min=1, help="On disk; else what collect.json measured.")
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Engines that work side by side.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="N of `--runner ray --workers N`, or of `--shard I/N`.")] = 1,
     log_level: LogLevelOption = "info",
 ) -> None:
     """Units, tokens, bytes and hours before spending them; starts nothing and writes nothing."""
@@ -80,6 +120,23 @@ def write_prompts(config: ConfigArgument, overrides: SetOption = None, log_level
     from teacher.prompts.write import write_prompts as write
 
     stdout.print(write(load_config(config, overrides)).table())
+
+
+def _launch(runner: Runner, workers: int | None, shard: str | None, retry_failed: bool) -> Launch:
+    from teacher.collect import Launch
+    from teacher.runners.local import Shard
+
+    if workers is not None and runner is not Runner.RAY:
+        raise ConfigError(
+            f"--workers {workers} is for --runner ray; without Ray start one process for each engine: they share the "
+            "units by themselves, or by --shard I/N"
+        )
+    return Launch(runner.value, workers, None if shard is None else Shard.parse(shard), retry_failed)
+
+
+def _show(summary: Summary | None) -> None:
+    if summary is not None:
+        stdout.print(summary.table())
 
 
 def main() -> None:

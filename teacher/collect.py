@@ -1,9 +1,6 @@
-"""Collecting: units of work stream through the engine and are published one by one.
+"""A collection: what a config asks for, checked; its units through a runner; the finished dataset and its figures.
 
-`Collector.collect_unit` does one unit from its prompts to its shard; a local loop, an actor or an array job call this
-same function, and logits never leave the process that computed them. `collect_units` does the same for many, with the
-requests of the next units in flight while the last ones of a unit finish, and with shards written by a thread beside
-the decoding. A unit that is committed is never collected again.
+`teacher.collector` has the work on a unit, `teacher.runners` who does which units where.
 """
 
 from __future__ import annotations
@@ -11,21 +8,17 @@ from __future__ import annotations
 import datetime
 import logging
 import subprocess
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal
 
 from shared.config import PipelineConfig
-from shared.console import progress
-from shared.dataset.manifest import UnitEntry
 from shared.dataset.reader import Dataset, DatasetWriter, Manifest, Provenance
-from shared.dataset.records import Record
 from shared.errors import ConfigError
+from shared.stopping import REQUEUE_EXIT_CODE
 from shared.tokenizer.vocabulary import Vocabulary
-from teacher.capture import response_columns, to_distributions
 from teacher.checkpoints import (
     check_checkpoint,
     ensure_checkpoint,
@@ -34,12 +27,13 @@ from teacher.checkpoints import (
     load_tokenizer,
     vocabulary_size,
 )
-from teacher.engine import Answer, Request, open_engine, prepare_environment, version_of
-from teacher.interrupts import lasting_interrupts
+from teacher.engine import prepare_environment, version_of
 from teacher.prompts import Prompt, Renderer, load_sources, prompts_fingerprint, split_prompts
 from teacher.prompts.lengths import FittingPrompts, fit_prompts
-from teacher.summary import Summary, measure_capture, read_summary, summarize
-from teacher.units import Task, Unit, cut_units
+from teacher.runners.local import Job, Kind, Shard, run_here
+from teacher.runners.ray_pool import run_on_ray
+from teacher.summary import Summary, read_summary, summarize, write_failures
+from teacher.units import Unit, cut_units, open_failures, retry_units
 
 log = logging.getLogger(__name__)
 
@@ -66,132 +60,6 @@ class Plan:
     @property
     def prompt_tokens(self) -> dict[str, int]:
         return self.fitting.tokens
-
-
-class AnsweringEngine(Protocol):
-    """What a collector needs of an engine; `teacher.engine.Engine` is the one in this process."""
-
-    def stream(self, requests: Iterable[Request]) -> Iterator[Answer]:
-        """Answers in the order in which they are complete, taking requests as there is room."""
-        ...
-
-
-class Collector:
-    """Turns units into shards. One engine, one writer; workers on one dataset each have their own.
-
-    Attributes:
-        tokens: response tokens answered so far.
-        on_answer: called after every response, for a progress bar.
-    """
-
-    def __init__(
-        self,
-        config: PipelineConfig,
-        renderer: Renderer,
-        vocabulary: Vocabulary,
-        writer: DatasetWriter,
-        engine: AnsweringEngine,
-    ) -> None:
-        self._collect = config.collect
-        self._renderer = renderer
-        self._vocabulary = vocabulary
-        self._writer = writer
-        self._engine = engine
-        self.tokens = 0
-        self.on_answer: Callable[[], None] = lambda: None
-
-    def collect_unit(self, unit: Unit) -> UnitEntry:
-        """Collect and publish one unit; one that is committed already stays as it is."""
-        if unit.name in self._writer.committed:
-            return self._writer.write_unit(unit.name, [])
-        (entry,) = self.collect_units([unit])
-        return entry
-
-    def collect_units(self, units: Iterable[Unit]) -> Iterator[UnitEntry]:
-        """Collect and publish `units`, in the order in which they are complete.
-
-        Raises:
-            AlignmentError, CheckpointError: if captured rows are not the text's, or not probabilities.
-            DatasetError: if a shard cannot be written.
-        """
-        in_flight: dict[str, _Pending] = {}
-
-        def requests() -> Iterator[Request]:
-            for unit in units:
-                opened = _OpenUnit(unit)
-                for task in unit.tasks:
-                    text, request = self._request(task)
-                    in_flight[request.key] = _Pending(opened, task, text, request)
-                    yield request
-
-        with ThreadPoolExecutor(1, thread_name_prefix="shards") as pool:
-            writing: list[Future[UnitEntry]] = []
-            for answer in self._engine.stream(requests()):
-                pending = in_flight.pop(answer.key)
-                opened = pending.opened
-                opened.records[answer.key] = self._record(pending, answer)
-                self.on_answer()
-                if len(opened.records) == len(opened.unit.tasks):
-                    records = [opened.records[task.sample_id] for task in opened.unit.tasks]
-                    writing.append(pool.submit(self._writer.write_unit, opened.unit.name, records))
-                # At most two shards wait in memory for the disk.
-                while writing and (writing[0].done() or len(writing) > 2):
-                    yield writing.pop(0).result()
-            for future in writing:
-                yield future.result()
-
-    def _request(self, task: Task) -> tuple[str, Request]:
-        """The prompt as text, and what is asked of the engine."""
-        if task.given is not None:
-            given = task.given
-            return given.prompt_text, Request(task.sample_id, given.prompt_ids, task.sampling, given.response_ids)
-        rendered = self._renderer.render(task.prompt)
-        ids = None if task.prompt.response is None else self._renderer.encode_response(task.prompt)
-        return rendered.text, Request(task.sample_id, rendered.ids, task.sampling, ids)
-
-    def _record(self, pending: _Pending, answer: Answer) -> Record:
-        assert answer.columns is not None
-        task, request, columns, finish = pending.task, pending.request, answer.columns, answer.finish_reason
-        if request.response_ids is not None:
-            columns = response_columns(columns, len(request.prompt_ids), len(request.response_ids))
-            finish = "stop" if task.prompt.finished else "length"
-        if task.given is not None:
-            finish = task.given.finish_reason
-        self.tokens += len(answer.response_ids)
-        return Record(
-            sample_id=task.sample_id,
-            prompt_id=task.prompt.id,
-            split=task.split,
-            skill=task.prompt.skill,
-            messages=task.prompt.messages,
-            prompt_text=pending.prompt_text,
-            prompt_ids=request.prompt_ids,
-            response_ids=answer.response_ids,
-            response_bytes=self._vocabulary.decode(answer.response_ids),
-            finish_reason=finish,
-            sampling=task.sampling,
-            distributions=to_distributions(
-                columns, answer.response_ids, len(self._vocabulary), self._collect.retained_mass
-            ),
-        )
-
-
-@dataclass(slots=True)
-class _OpenUnit:
-    """A unit that is being answered, with its records by sample id."""
-
-    unit: Unit
-    records: dict[str, Record] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class _Pending:
-    """A request in flight, and what its record needs beside the answer."""
-
-    opened: _OpenUnit
-    task: Task
-    prompt_text: str
-    request: Request
 
 
 def prepare(config: PipelineConfig) -> Plan:
@@ -231,69 +99,94 @@ def check_top_k(config: PipelineConfig) -> None:
         )
 
 
-def collect(config: PipelineConfig) -> Summary:
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """How the units of a collection are run.
+
+    Attributes:
+        runner: in this process, or on a Ray cluster.
+        workers: of the Ray runner; None is as many as the cluster has GPUs for.
+        shard: the share of the units that this process does; None is all that no other process does.
+        retry_failed: ask again for the responses that failed in earlier sessions.
+    """
+
+    runner: Literal["local", "ray"] = "local"
+    workers: int | None = None
+    shard: Shard | None = None
+    retry_failed: bool = False
+
+
+DEFAULT = Launch()
+
+
+def collect(config: PipelineConfig, launch: Launch = DEFAULT) -> Summary | None:
     """Collect everything that `config` asks for and is not there yet; resumes where it was interrupted."""
     plan = prepare(config)
     plan.fitting.save(config.run_dir)
-    return run(config, plan.units, plan.renderer, prompts_fingerprint(plan.prompts), kind="collect")
+    return run(config, plan.units, plan.renderer, prompts_fingerprint(plan.prompts), "collect", launch)
 
 
-def run(config: PipelineConfig, units: Sequence[Unit], renderer: Renderer, prompts_sha256: str, kind: str) -> Summary:
-    """Bring the dataset of `config` to hold exactly `units`; `kind` is `collect` or `score`."""
-    version = version_of(config.teacher)
+def run(
+    config: PipelineConfig,
+    units: Sequence[Unit],
+    renderer: Renderer,
+    prompts_sha256: str,
+    kind: Kind,
+    launch: Launch = DEFAULT,
+) -> Summary | None:
+    """Bring the dataset of `config` to hold exactly `units`, or the share of them that `launch` says.
+
+    Returns:
+        What is there, once everything is; None where other shards are still missing.
+
+    Raises:
+        SystemExit: with `REQUEUE_EXIT_CODE`, where a scheduler's signal left units undone.
+    """
+    version_of(config.teacher)
+    if launch.runner == "ray" and config.teacher.service is not None:
+        raise ConfigError(
+            f"teacher.service {config.teacher.service.urls} answers through servers that run already, and --runner ray "
+            "starts engines of its own: leave one of the two out"
+        )
     model = ensure_checkpoint(config.teacher)
     vocabulary = Vocabulary.from_tokenizer(model)
     provenance = provenance_of(config, vocabulary, renderer, prompts_sha256, kind)
     writer = DatasetWriter(config.shards_dir, provenance, vocabulary, model, advice=_ADVICE)
-    names = [unit.name for unit in units]
-    missing = [unit for unit in units if unit.name not in writer.committed]
-    log.info("%d of %d units are there, %d to %s", len(units) - len(missing), len(units), len(missing), kind)
-    before = read_summary(config.run_dir)
-    tokens, seconds, ratio = 0, 0.0, before.capture_ratio
+    ours = units if launch.shard is None else launch.shard.of(units)
+    ours = [*ours, *retry_units(ours, writer.failures, writer.begun(), launch.retry_failed)]
+    missing = sum(unit.name not in writer.committed for unit in ours)
+    log.info("%d of %d units are there, %d to %s", len(ours) - missing, len(ours), missing, kind)
+    before, outcome = read_summary(config.run_dir), None
     if missing:
-        with lasting_interrupts() as check_interrupt:
-            started = time.monotonic()
-            engine = open_engine(config, score=kind == "score")
-            log.info(
-                "vLLM %s is up after %.0f s: %s, head in %s, rows captured through %s",
-                version, time.monotonic() - started, config.teacher.dtype, engine.head_dtype, engine.capture,
-            )  # fmt: skip
-            try:
-                if config.collect.measure_capture and kind == "collect":
-                    ratio = measure_capture(engine, [renderer.render(t.prompt).ids for u in units[:4] for t in u.tasks])
-                collector = Collector(config, renderer, vocabulary, writer, engine)
-                tokens, seconds = _work(collector, missing, units, kind, check_interrupt)
-            finally:
-                engine.close()
-    manifest: Manifest = writer.finish(names)
-    if not missing:
-        return (
-            before if before.tokens == manifest.tokens else summarize(config, Dataset.open(config.shards_dir), before)
+        job = Job(config, provenance, vocabulary, kind)
+        if launch.runner == "ray":
+            outcome = run_on_ray(job, writer, ours, launch.workers)
+        else:
+            outcome = run_here(job, renderer, writer, ours)
+        writer.refresh()
+    names = {unit.name for unit in [*units, *retry_units(units, writer.failures, writer.begun(), again=False)]}
+    left = names - writer.committed
+    if left and outcome is not None and outcome.stopped_by:
+        log.info(
+            "stopped by %s: %d of %d units are there, run it again", outcome.stopped_by, len(names - left), len(names)
         )
-    rate = tokens / seconds if seconds else None
-    before = Summary(tokens_per_s=rate, capture_ratio=ratio)
-    return summarize(config, Dataset.open(config.shards_dir), before)
-
-
-def _work(
-    collector: Collector, missing: Sequence[Unit], units: Sequence[Unit], kind: str, check_interrupt: Callable[[], None]
-) -> tuple[int, float]:
-    """Collect the missing units under a progress bar; tokens and seconds that it took."""
-    label = {"collect": "answering", "score": "scoring"}[kind]
-    responses = sum(len(unit.tasks) for unit in units)
-    there = responses - sum(len(unit.tasks) for unit in missing)
-    started = time.monotonic()
-    with progress() as bar:
-        task = bar.add_task(label, total=responses, completed=there, note="")
-
-        def show() -> None:
-            check_interrupt()
-            bar.update(task, advance=1, note=f"{collector.tokens / (time.monotonic() - started):,.0f} tokens/s")
-
-        collector.on_answer = show
-        for entry in collector.collect_units(missing):
-            log.debug("unit %s: %d responses, %d tokens, %d bytes", entry.unit, entry.rows, entry.tokens, entry.bytes)
-    return collector.tokens, time.monotonic() - started
+        sys.exit(REQUEUE_EXIT_CODE)
+    if left:
+        log.info(
+            "this share is done; %d of all %d units are not there yet: whoever does the last one finishes the dataset",
+            len(left), len(names),
+        )  # fmt: skip
+        return None
+    manifest: Manifest = writer.finish(names)
+    failures = open_failures(names, writer.failures)
+    write_failures(config.run_dir, failures)
+    if outcome is None and before.tokens == manifest.tokens:
+        return before
+    rates = before
+    if outcome is not None:
+        rate = outcome.counts.tokens / outcome.seconds if outcome.seconds else None
+        rates = Summary(tokens_per_s=rate, capture_ratio=outcome.capture_ratio or before.capture_ratio)
+    return summarize(config, Dataset.open(config.shards_dir), rates, len(failures))
 
 
 def provenance_of(

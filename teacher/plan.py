@@ -18,7 +18,11 @@ from teacher.summary import read_summary
 
 @dataclass(frozen=True, slots=True)
 class Assumptions:
-    """What the command line states; None where it says nothing."""
+    """What the command line states; None where it says nothing.
+
+    Attributes:
+        tokens_per_s: of one worker. workers: actors of `--runner ray`, tasks of `--shard`, or processes side by side.
+    """
 
     tokens_per_s: float | None = None
     tokens_per_response: float | None = None
@@ -77,8 +81,11 @@ def estimate(config: PipelineConfig, assumptions: Assumptions) -> Estimate:
         assumptions.bytes_per_token, measured.bytes_per_token, "bytes a token", "--bytes-per-token", config
     )
     rate, rate_source = _rate(assumptions.tokens_per_s, measured.tokens_per_s, "tokens/s", "--tokens-per-s", config)
+    workers = min(assumptions.workers, len(plan.units))
     if rate is not None and assumptions.workers > 1:
-        rate_source += f", {assumptions.workers} workers"
+        rate_source += f", {workers} workers"
+    if workers < assumptions.workers:
+        rate_source += f" of {assumptions.workers}: the others find no unit; lower collect.unit_prompts"
     return Estimate(
         prompts=len(plan.prompts),
         units=len(plan.units),
@@ -86,7 +93,7 @@ def estimate(config: PipelineConfig, assumptions: Assumptions) -> Estimate:
         prompt_tokens=sum(plan.prompt_tokens[task.prompt.id] for task in tasks),
         response_tokens=tokens,
         bytes=None if size is None else tokens * size,
-        hours=None if rate is None else tokens / rate / assumptions.workers / 3600,
+        hours=None if rate is None else tokens / rate / workers / 3600,
         sources={"tokens": tokens_source, "bytes": size_source, "hours": rate_source},
     )
 

@@ -19,7 +19,7 @@ from shared.config import PipelineConfig, Split
 from shared.dataset.reader import Dataset
 from shared.dataset.records import UNKNOWN_SAMPLING, Record
 from shared.errors import ConfigError
-from teacher.collect import check_top_k, load_renderer, run
+from teacher.collect import DEFAULT, Launch, check_top_k, load_renderer, run
 from teacher.engine import prepare_environment
 from teacher.prompts import Prompt, load_prompts, prompts_fingerprint, split_prompts
 from teacher.prompts.lengths import fit_prompts
@@ -27,7 +27,7 @@ from teacher.summary import Summary
 from teacher.units import Task, Unit, slices
 
 
-def score(config: PipelineConfig) -> Summary:
+def score(config: PipelineConfig, launch: Launch = DEFAULT) -> Summary | None:
     """Score the responses that `collect.responses` names into the run's shards; resumes where it was interrupted.
 
     Raises:
@@ -41,7 +41,7 @@ def score(config: PipelineConfig) -> Summary:
         )
     prepare_environment(config.teacher)
     if responses.is_dir():
-        return _score_dataset(config, Dataset.open(responses))
+        return _score_dataset(config, Dataset.open(responses), launch)
     prompts = load_prompts(responses, config.collect.system_prompt, responses=True)
     check_top_k(config)
     renderer = load_renderer(config)
@@ -53,10 +53,10 @@ def score(config: PipelineConfig) -> Summary:
         for number, chosen in enumerate(slices(members, config.collect.unit_prompts))
     ]
     fitting.save(config.run_dir)
-    return run(config, units, renderer, prompts_fingerprint(fitting.prompts), kind="score")
+    return run(config, units, renderer, prompts_fingerprint(fitting.prompts), "score", launch)
 
 
-def _score_dataset(config: PipelineConfig, dataset: Dataset) -> Summary:
+def _score_dataset(config: PipelineConfig, dataset: Dataset, launch: Launch) -> Summary | None:
     """Score a dataset's own token ids: nothing is rendered or encoded again."""
     check_top_k(config)
     renderer = load_renderer(config)
@@ -75,7 +75,7 @@ def _score_dataset(config: PipelineConfig, dataset: Dataset) -> Summary:
             f"{config.collect.responses} has {longest} tokens in a prompt and its response, "
             f"teacher.max_sequence_tokens is {config.teacher.max_sequence_tokens}; raise it to {longest + 1}"
         )
-    return run(config, units, renderer, dataset.manifest.provenance, kind="score")
+    return run(config, units, renderer, dataset.manifest.provenance, "score", launch)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +17,13 @@ from rich.table import Table
 from shared.config import PipelineConfig
 from shared.dataset.reader import Dataset
 from shared.dataset.records import Sampling
-from shared.files import write_json
+from shared.files import write_json, write_text
 from teacher.engine import Engine, Request, ServiceEngine
 
 log = logging.getLogger(__name__)
 
 FILE = "collect.json"
+FAILURES = "failures.jsonl"
 _PROBE_REQUESTS = 64
 _PROBE_TOKENS = 12
 
@@ -32,7 +33,9 @@ class Summary(BaseModel):
 
     Attributes:
         responses, tokens: in the dataset. bytes_per_token: all shards over all response tokens.
-        tokens_per_s: of the last session that collected anything, from its first request to its last shard.
+        failures: responses that failed, three times each; failures.jsonl names them.
+        tokens_per_s: of the last session that collected anything, from its first request to its last shard: of all its
+            workers on Ray, of the one that ended last where several processes worked.
         mean_topk_mass: probability inside the stored candidates, mean over response tokens.
         capture_ratio: tokens per second with logprobs over without, by `measure_capture`.
     """
@@ -41,6 +44,7 @@ class Summary(BaseModel):
 
     responses: int | None = None
     tokens: int | None = None
+    failures: int | None = None
     tokens_per_s: float | None = None
     bytes_per_token: float | None = None
     mean_topk_mass: float | None = None
@@ -52,6 +56,7 @@ class Summary(BaseModel):
         rows = {
             "responses": _shown(self.responses, ",d"),
             "response tokens": _shown(self.tokens, ",d"),
+            "responses that failed": _shown(self.failures, ",d"),
             "tokens per second": _shown(self.tokens_per_s, ",.0f"),
             "bytes per token on disk": _shown(self.bytes_per_token, ".1f"),
             "probability kept per token": _shown(self.mean_topk_mass, ".4f"),
@@ -70,7 +75,18 @@ def read_summary(run_dir: Path) -> Summary:
         return Summary()
 
 
-def summarize(config: PipelineConfig, dataset: Dataset, rates: Summary) -> Summary:
+def write_failures(run_dir: Path, failures: Mapping[str, str]) -> None:
+    """Write failures.jsonl, sample ids with the reason; no file where there are none."""
+    path = run_dir / FAILURES
+    if failures:
+        lines = (json.dumps({"id": name, "reason": reason}, ensure_ascii=False) for name, reason in failures.items())
+        write_text(path, "".join(f"{line}\n" for line in lines))
+        log.warning("%d responses failed: %s; `teacher collect --retry-failed` asks again", len(failures), path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def summarize(config: PipelineConfig, dataset: Dataset, rates: Summary, failures: int = 0) -> Summary:
     """Count the dataset, take the rates from `rates`, and write collect.json in one step."""
     kept, counted = 0.0, 0
     for table in dataset.tables(["tail_mass"]):
@@ -82,6 +98,7 @@ def summarize(config: PipelineConfig, dataset: Dataset, rates: Summary) -> Summa
     summary = Summary(
         responses=manifest.rows,
         tokens=manifest.tokens,
+        failures=failures,
         tokens_per_s=rates.tokens_per_s,
         bytes_per_token=manifest.bytes / manifest.tokens if manifest.tokens else None,
         mean_topk_mass=kept / counted if counted else None,

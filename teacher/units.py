@@ -6,7 +6,7 @@ config alone, so every worker on every machine cuts the same units and can take 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -16,6 +16,9 @@ from shared.dataset.split import stable_hash
 from teacher.prompts import Prompt
 
 Item = TypeVar("Item")
+
+_RETRY = ".retry-"
+"""No decoding rule's tag has it, so no other unit's name has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +68,44 @@ def cut_units(splits: dict[Split, list[Prompt]], collect: CollectConfig, seed: i
         for number, chosen in enumerate(slices(asked, collect.unit_prompts)):
             units.append(Unit(f"{split}-{tag}-{number:05d}", tuple(_tasks(chosen, seed))))
     return units
+
+
+def retry_units(
+    units: Iterable[Unit], failures: Mapping[str, Collection[str]], begun: Collection[str], again: bool
+) -> list[Unit]:
+    """The units that repeat failed samples: `UNIT.retry-1`, for what fails in it `UNIT.retry-2`, and so on.
+
+    Args:
+        failures: failed samples of committed units, by the unit's name. begun: units that have a shard; of the retries
+            these are part of the collection from then on. again: begin new ones.
+    """
+    retries = []
+    for unit in units:
+        number = 1
+        while failed := failures.get(unit.name):
+            name = f"{unit.name.partition(_RETRY)[0]}{_RETRY}{number}"
+            if not again and name not in begun:
+                break
+            unit = Unit(name, tuple(task for task in unit.tasks if task.sample_id in failed))
+            retries.append(unit)
+            number += 1
+    return retries
+
+
+def is_retry(name: str) -> bool:
+    """Whether the unit of this name repeats failed samples of another one."""
+    return _RETRY in name
+
+
+def open_failures(units: Iterable[str], failures: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """Samples without a response, with the reason: the failures of `units` that no retry among them took up."""
+    found: dict[str, str] = {}
+    taken = set(units)
+    for name in taken & failures.keys():
+        base, _, number = name.partition(_RETRY)
+        if f"{base}{_RETRY}{int(number or 0) + 1}" not in taken:
+            found |= failures[name]
+    return dict(sorted(found.items()))
 
 
 def sampling_seed(seed: int, sample_id: str) -> int:

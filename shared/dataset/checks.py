@@ -1,6 +1,6 @@
 """What a row of candidates must be: one list of rules, for what is to be stored and for what is.
 
-The writer raises the first problem of a record before it is stored (`check_record`); `shards validate` lists all
+The writer raises the first problem of its records before they are stored (`check_records`); `shards validate` lists all
 problems of a decoded row group (`shared.dataset.validate`). The last rules find rows that are shifted against their
 text: where the response's token is in its row the two must agree, where it is not it must lie below the row and inside
 the tail. Costs one sort and a few passes of numpy over the candidates.
@@ -10,8 +10,9 @@ Legend: T response tokens, N candidates of all of them (CSR, as in `shared.datas
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,13 +55,58 @@ class Rows:
         return found
 
 
-def check_record(record: Record, vocabulary_size: int | None) -> None:
-    """Raise for the first thing in `record` that must not be stored.
+def stack_rows(records: Sequence[Record]) -> Rows:
+    """The rows of all records that have any, one after the other; the records' own arrays have the right lengths."""
+    every = [(r.response_ids, d) for r in records if (d := r.distributions) is not None]
+
+    def joined(values: Iterable[NDArray[Any]], kind: type) -> NDArray[Any]:
+        return np.concatenate([np.zeros(0, kind), *values]).astype(kind, copy=False)
+
+    return Rows(
+        joined((ids for ids, _ in every), np.int32),
+        joined((np.diff(d.offsets) for _, d in every), np.int32),
+        joined((d.ids for _, d in every), np.int32),
+        joined((d.logprobs for _, d in every), np.float32),
+        joined((d.tail for _, d in every), np.float32),
+        joined((d.sampled for _, d in every), np.float32),
+    )
+
+
+def check_records(records: Sequence[Record], vocabulary_size: int | None) -> None:
+    """Raise for the first record that must not be stored.
+
+    All are checked at once, which takes a third of the time; only where there is a problem, record by record.
 
     Raises:
-        DatasetError: if its arrays disagree in length, hold NaN, infinities, duplicates or ids outside the vocabulary,
-            do not fall in probability, or do not belong to the response's tokens.
+        DatasetError: if arrays disagree in length, hold NaN, infinities, duplicates or ids outside the vocabulary, do
+            not fall in probability, or do not belong to the response's tokens.
     """
+    if all(map(_lengths_agree, records)):
+        ids = [np.asarray(ids) for record in records for ids in (record.prompt_ids, record.response_ids)]
+        rows = stack_rows(records)
+        sound = not _outside(np.concatenate([*ids, np.zeros(0, np.int32)]), vocabulary_size).any()
+        if sound and not (rows.widths < 0).any() and next(row_problems(rows, vocabulary_size), None) is None:
+            return
+    for record in records:
+        _check_arrays(record, vocabulary_size)
+        for token, problem in row_problems(stack_rows([record]), vocabulary_size):
+            raise DatasetError(f"record {record.sample_id!r}, token {token}: {problem}")
+
+
+def _lengths_agree(record: Record) -> bool:
+    """What `_check_arrays` says of a record's lengths in messages."""
+    d, tokens = record.distributions, len(record.response_ids)
+    if d is None:
+        return True
+    return (
+        len(d.offsets) - 1 == len(d.tail) == len(d.sampled) == tokens
+        and d.offsets[0] == 0
+        and d.offsets[-1] == len(d.ids) == len(d.logprobs)
+    )
+
+
+def _check_arrays(record: Record, vocabulary_size: int | None) -> None:
+    """Raises for ids outside the vocabulary and for lengths that disagree."""
     who, d = f"record {record.sample_id!r}", record.distributions
     for what, ids in (("prompt", record.prompt_ids), ("response", record.response_ids)):
         for _, problem in id_problems(np.asarray(ids), what, vocabulary_size):
@@ -73,9 +119,6 @@ def check_record(record: Record, vocabulary_size: int | None) -> None:
         raise DatasetError(f"{who}: offsets that do not start at 0 or fall, expected where each row of candidates ends")
     for problem in size_problems(len(record.response_ids), int(widths.sum()), sizes):
         raise DatasetError(f"{who}: {problem}")
-    rows = Rows(record.response_ids, widths.astype(np.int32), d.ids, d.logprobs, d.tail, d.sampled)
-    for token, problem in row_problems(rows, vocabulary_size):
-        raise DatasetError(f"{who}, token {token}: {problem}")
 
 
 def id_problems(ids: NDArray[np.int32], what: str, vocabulary_size: int | None) -> Iterator[tuple[int, str]]:
@@ -100,20 +143,29 @@ def row_problems(rows: Rows, vocabulary_size: int | None) -> Iterator[tuple[int,
     """Token and message of everything that is wrong with `rows`, whose arrays have the right lengths."""
     ids, logprobs, tail, sampled = rows.ids, rows.logprobs, rows.tail, rows.sampled
     count = len(rows.widths)
-    row = np.repeat(np.arange(count), rows.widths)
+    filled = rows.widths > 0
+    ends = offsets_of(rows.widths)[1:]
+    starts = (ends - rows.widths)[filled]
+
+    def row_of(at: np.intp) -> np.intp:
+        return np.searchsorted(ends, at, side="right")
+
     for at in np.flatnonzero(_outside(ids, vocabulary_size)):
-        yield row[at], f"candidate id {ids[at]}, {_expected_ids(vocabulary_size)}"
-    keys = np.sort(row << 32 | ids)
-    for key in keys[1:][keys[1:] == keys[:-1]]:
-        yield key >> 32, f"candidate id {key & 0xFFFFFFFF} stands twice in the row"
+        yield int(row_of(at)), f"candidate id {ids[at]}, {_expected_ids(vocabulary_size)}"
+    for token, double in _doubles(rows.widths, ids):
+        yield token, f"candidate id {double} stands twice in the row"
     for at in np.flatnonzero(~np.isfinite(logprobs)):
-        yield row[at], f"candidate logprob {logprobs[at]}, expected a finite number"
-    for at in 1 + np.flatnonzero((logprobs[1:] > logprobs[:-1]) & (row[1:] == row[:-1])):
-        yield row[at], f"candidate logprob {logprobs[at]}, expected not above the {logprobs[at - 1]} before it"
+        yield int(row_of(at)), f"candidate logprob {logprobs[at]}, expected a finite number"
+    rises = np.flatnonzero(logprobs[1:] > logprobs[:-1]) + 1
+    for at in rises[~np.isin(rises, starts)]:
+        yield int(row_of(at)), f"candidate logprob {logprobs[at]}, expected not above the {logprobs[at - 1]} before it"
     known = ~np.isnan(tail)
     for token in np.flatnonzero(known & ~((tail >= -MASS_TOLERANCE) & (tail <= 1 + MASS_TOLERANCE))):
         yield token, f"tail mass {tail[token]}, expected 0 to 1"
-    mass = np.bincount(row, weights=np.exp(logprobs.astype(np.float64)), minlength=count)
+    mass = np.zeros(count)
+    if len(starts):
+        # float32 here: its error is a thousandth of the tolerance.
+        mass[filled] = np.add.reduceat(np.exp(logprobs), starts)
     total = mass + np.where(known, tail, 0)
     for token in np.flatnonzero(np.where(known, np.abs(total - 1), total - 1) > MASS_TOLERANCE):
         yield (
@@ -135,9 +187,8 @@ def row_problems(rows: Rows, vocabulary_size: int | None) -> Iterator[tuple[int,
             token,
             f"sampled with logprob {sampled[token]:.4f}, but its row gives it {entry[token]:.4f}; {SHIFTED}",
         )
-    filled = rows.widths > 0
     last = np.full(count, np.inf)
-    last[filled] = logprobs[offsets_of(rows.widths)[1:][filled] - 1]
+    last[filled] = logprobs[ends[filled] - 1]
     outside = np.isnan(entry) & ~np.isnan(sampled)
     too_likely = (sampled > last + OUTSIDE_TOLERANCE) | (known & (np.exp(sampled) > tail * 1.02 + MASS_TOLERANCE))
     for token in np.flatnonzero(outside & too_likely):
@@ -146,6 +197,18 @@ def row_problems(rows: Rows, vocabulary_size: int | None) -> Iterator[tuple[int,
             f"sampled with logprob {sampled[token]:.4f} from outside the row, whose last candidate has "
             f"{last[token]:.4f} and whose tail mass is {tail[token]:.6f}; {SHIFTED}",
         )
+
+
+def _doubles(widths: NDArray[np.int32], ids: NDArray[np.int32]) -> Iterator[tuple[int, int]]:
+    """Token and id of candidates that stand twice in their row. Rows of one width are sorted as a matrix."""
+    if len(widths) and (widths == widths[0]).all():
+        ordered = np.sort(ids.reshape(len(widths), -1), axis=1)
+        for token, at in np.argwhere(ordered[:, 1:] == ordered[:, :-1]):
+            yield int(token), int(ordered[token, at])
+        return
+    keys = np.sort(np.repeat(np.arange(len(widths)), widths) << 32 | ids)
+    for key in keys[1:][keys[1:] == keys[:-1]]:
+        yield int(key >> 32), int(key & 0xFFFFFFFF)
 
 
 def _outside(ids: NDArray[np.int32], vocabulary_size: int | None) -> NDArray[np.bool_]:

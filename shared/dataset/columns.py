@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from shared.dataset.checks import check_record
+from shared.dataset.checks import Rows, check_records, stack_rows
 from shared.dataset.encoding import decode_logprobs, encode_gaps, round_sampled, round_tail, row_matches
 from shared.dataset.records import Distributions, Message, Record, Sampling, offsets_of
 from shared.dataset.schema import DISTRIBUTION_COLUMNS, SCHEMA, check_metadata
@@ -39,29 +39,30 @@ def records_to_table(records: Sequence[Record], vocabulary_size: int | None = No
         check: False stores rows that contradict their own text, for tests that need a damaged dataset.
 
     Raises:
-        DatasetError: as `shared.dataset.checks.check_record`.
+        DatasetError: as `shared.dataset.checks.check_records`.
     """
     if check:
-        for record in records:
-            check_record(record, vocabulary_size)
-    stored = [_store(r) for r in records]
+        check_records(records, vocabulary_size)
+    has_rows = [r.distributions is not None for r in records]
+    tokens = [len(r.response_ids) if there else 0 for r, there in zip(records, has_rows, strict=True)]
+    candidates = [0 if r.distributions is None else len(r.distributions.ids) for r in records]
+    stored = _stored_rows(stack_rows(records))
 
-    def values(name: str) -> list[Any]:
-        if name in DISTRIBUTION_COLUMNS:
-            return [None if s is None else s[name] for s in stored]
+    def column(name: str) -> pa.Array:
+        if name in stored:
+            lengths = candidates if name.startswith("candidate_") else tokens
+            return _list_array(name, stored[name], lengths, None if all(has_rows) else has_rows)
+        if name in _FLAT_COLUMNS:
+            values = [getattr(r, name) for r in records]
+            return _list_array(name, np.concatenate([*values, np.zeros(0, np.int32)]), [len(v) for v in values])
         if name == "rule" or name in _SAMPLING_COLUMNS:
-            return [getattr(r.sampling, name) for r in records]
+            return pa.array([getattr(r.sampling, name) for r in records], SCHEMA.field(name).type)
         if name == "messages":
-            return [[{"role": m.role, "content": m.content} for m in r.messages] for r in records]
-        return [getattr(r, name) for r in records]
+            turns = [[{"role": m.role, "content": m.content} for m in r.messages] for r in records]
+            return pa.array(turns, SCHEMA.field(name).type)
+        return pa.array([getattr(r, name) for r in records], SCHEMA.field(name).type)
 
-    arrays = [
-        _list_array(field.name, values(field.name))
-        if field.name in _FLAT_COLUMNS
-        else pa.array(values(field.name), field.type)
-        for field in SCHEMA
-    ]
-    return pa.Table.from_arrays(arrays, schema=SCHEMA)
+    return pa.Table.from_arrays([column(field.name) for field in SCHEMA], schema=SCHEMA)
 
 
 def table_to_records(table: pa.Table) -> Iterator[Record]:
@@ -156,35 +157,29 @@ def same_content(left: pa.Table, right: pa.Table) -> bool:
     return True
 
 
-def _store(record: Record) -> dict[str, NDArray[Any]] | None:
-    """The distribution columns of one record."""
-    d = record.distributions
-    if d is None:
-        return None
-    widths = np.diff(d.offsets).astype(np.int32)
-    gaps, tail = encode_gaps(d.offsets, d.logprobs), round_tail(d.tail)
-    sampled = np.array(d.sampled, np.float32)
-    tokens, entries = row_matches(widths, d.ids, record.response_ids)
-    sampled[tokens] = decode_logprobs(widths, gaps, tail)[entries]
+def _stored_rows(rows: Rows) -> dict[str, NDArray[Any]]:
+    """The distribution columns of `rows`, flat."""
+    gaps, tail = encode_gaps(offsets_of(rows.widths), rows.logprobs), round_tail(rows.tail)
+    sampled = rows.sampled.copy()
+    tokens, entries = row_matches(rows.widths, rows.ids, rows.response_ids)
+    sampled[tokens] = decode_logprobs(rows.widths, gaps, tail)[entries]
     return {
         "sampled_logprob": round_sampled(sampled),
-        "width": widths,
-        "candidate_ids": d.ids,
+        "width": rows.widths,
+        "candidate_ids": rows.ids,
         "candidate_gaps": gaps,
         "tail_mass": tail,
     }
 
 
-def _list_array(name: str, values: Sequence[NDArray[Any] | None]) -> pa.Array:
+def _list_array(
+    name: str, flat: NDArray[Any], lengths: Sequence[int], present: Sequence[bool] | None = None
+) -> pa.Array:
+    """A list column of values in one array; null where a record is not `present`."""
     kind = SCHEMA.field(name).type
-    lengths = [0 if v is None else len(v) for v in values]
-    offsets = offsets_of(lengths).astype(np.int32)
-    present = [np.asarray(v) for v in values if v is not None]
-    flat = np.concatenate(present) if present else np.zeros(0)
-    mask = pa.array([v is None for v in values], pa.bool_()) if any(v is None for v in values) else None
-    return pa.ListArray.from_arrays(
-        pa.array(offsets), pa.array(flat.astype(kind.value_type.to_pandas_dtype())), type=kind, mask=mask
-    )
+    mask = None if present is None else pa.array([not there for there in present], pa.bool_())
+    values = pa.array(flat.astype(kind.value_type.to_pandas_dtype(), copy=False))
+    return pa.ListArray.from_arrays(pa.array(offsets_of(lengths).astype(np.int32)), values, type=kind, mask=mask)
 
 
 def flat_list(column: pa.ChunkedArray) -> tuple[NDArray[Any], NDArray[np.int64]]:

@@ -156,13 +156,20 @@ class Commit(Document):
 
 
 class UnitEntry(Commit):
-    """A committed unit of responses. `counts` is records by `split/rule`."""
+    """A committed unit of responses.
+
+    Attributes:
+        counts: records by `split/rule`.
+        failures: samples of the unit that have no response, with the reason, by id.
+    """
 
     rows: int
     tokens: int
     candidates: int
     counts: dict[str, int]
     provenance: str = Field(description="Fingerprint of the provenance that it was collected under.")
+    # Left out where there are none, so that such datasets stay readable by earlier releases.
+    failures: dict[str, str] = Field(default_factory=dict, exclude_if=lambda failures: not failures)
 
 
 class Manifest(Document):

@@ -34,6 +34,8 @@ MAX_STEPS = 65_535
 VERSION_KEY = "llada_drafter.schema_version"
 STEPS_KEY = "llada_drafter.steps_per_nat"
 FORMULA_KEY = "llada_drafter.logprob"
+FAILURES_KEY = "llada_drafter.failures"
+"""JSON, sample id → reason: samples of the unit that have no response. Absent where there are none."""
 _FORMULA = (
     "log p_i = log(1 - tail_mass) - log(sum_j exp(-G_j / steps_per_nat)) - G_i / steps_per_nat, where G_i is the "
     "sum of the token's candidate_gaps up to i. A tail_mass of NaN is unknown; p is then relative to the candidates."
@@ -127,7 +129,8 @@ def parquet_options() -> dict[str, Any]:
     shuffled = {f"{column.name}.list.element": "BYTE_STREAM_SPLIT" for column in COLUMNS if column.shuffled}
     return {
         "compression": "zstd",
-        "compression_level": 16,
+        # 16 takes fifteen times as long and saves 3 % (`python -m tests.benchmarks.bench_dataset_encodings`).
+        "compression_level": 1,
         "use_dictionary": [
             "prompt_id", "split", "skill", "rule", "finish_reason", "temperature", "top_p", "top_k", "max_tokens",
             "seed", "width.list.element", "messages.list.element.role",

@@ -5,7 +5,7 @@ rename, and the directory is synced. On an object store it is one PUT, and what 
 
 `create` is what lets any number of workers share a dataset without a lock: one of them makes the file, the others are
 told that it is there. It is link(2) on a disk, which network file systems keep too, and a conditional PUT
-(`If-None-Match: *`) on a store. Datasets never need more: no append, no rename on stores, no deletion.
+(`If-None-Match: *`) on a store. Datasets never need more: no append, no rename on stores; only claims are deleted.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from shared.errors import DatasetError, MissingExtraError
@@ -122,6 +122,14 @@ class Storage(ABC):
         """
 
     @abstractmethod
+    def delete(self, name: str) -> None:
+        """Remove the file if it is there, and a directory's folders that it leaves empty.
+
+        Raises:
+            DatasetError: if it cannot be removed.
+        """
+
+    @abstractmethod
     def size(self, name: str) -> int | None:
         """Bytes of the file, None if there is none."""
 
@@ -203,6 +211,13 @@ class LocalStorage(Storage):
                     if attempt + 1 == _ATTEMPTS:
                         raise
         raise AssertionError("the last attempt returns or raises")
+
+    def delete(self, name: str) -> None:
+        with self._explained(name, "delete"):
+            (self.root / name).unlink(missing_ok=True)
+            with suppress(OSError):  # the folder holds other files
+                for folder in PurePosixPath(name).parents[:-1]:
+                    (self.root / folder).rmdir()
 
     def size(self, name: str) -> int | None:
         with self._explained(name, "read"):
@@ -331,6 +346,10 @@ class ObjectStorage(Storage):
             return
         if received != len(data) or bytes(self._fs.cat_file(self._path(name))) != data:
             raise OSError(errno.EIO, f"the store holds {received} bytes that differ from the {len(data)} sent")
+
+    def delete(self, name: str) -> None:
+        with self._explained(name, "delete"), suppress(FileNotFoundError):
+            self._fs.rm_file(self._path(name))
 
     def size(self, name: str) -> int | None:
         with self._explained(name, "read"):

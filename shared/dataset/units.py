@@ -12,12 +12,16 @@ hold one on one directory, on one machine or many, and need no lock. What makes 
    commit, and however often, it is the same.
 3. Commits are listed before files: a commit that is listed has its file in the later listing.
 4. Whoever finishes writes a manifest over what it listed; readers trust nothing else.
+
+Workers that share a store without a coordinator divide its units by `shared.dataset.claims`, which saves them the work
+that another one does; the store is right without it.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import PurePosixPath
 from typing import Generic, NoReturn, TypeVar
 
 from shared.dataset.manifest import COMMITS, DATA, Commit, dump, load
@@ -71,6 +75,14 @@ class UnitStore(Generic[Entry]):
             except DatasetError as error:
                 damaged(error)
         return units
+
+    def committed_names(self) -> set[str]:
+        """Units with a commit, by one listing: what others have done meanwhile."""
+        return {PurePosixPath(name).stem for name in self.storage.list(COMMITS)}
+
+    def is_committed(self, unit: str) -> bool:
+        """Whether the unit has a commit now."""
+        return self.storage.size(commit_file(unit)) is not None
 
     def publish(self, entry: Entry, data: bytes, adopt: Callable[[bytes], Entry | None]) -> Entry:
         """Publish a unit's file, then its commit.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import logging
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
@@ -15,7 +16,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from shared.dataset.card import CARD, dataset_card
-from shared.dataset.checks import check_record
+from shared.dataset.checks import check_records
+from shared.dataset.claims import Claims, clear_claims, end_worker
 from shared.dataset.columns import open_parquet, records_to_table, same_content, table_to_records
 from shared.dataset.manifest import (
     DATA,
@@ -32,7 +34,7 @@ from shared.dataset.manifest import (
     load,
 )
 from shared.dataset.records import Record
-from shared.dataset.schema import SCHEMA_VERSION, parquet_options
+from shared.dataset.schema import FAILURES_KEY, SCHEMA_VERSION, parquet_options
 from shared.dataset.storage import open_storage
 from shared.dataset.units import UnitStore, commit_file
 from shared.errors import DatasetError
@@ -92,8 +94,41 @@ class DatasetWriter:
         """Units that are done, as far as this writer has seen: those found at its start and its own."""
         return set(self._units)
 
-    def write_unit(self, name: str, records: Iterable[Record]) -> UnitEntry:
+    @property
+    def failures(self) -> dict[str, dict[str, str]]:
+        """Samples without a response, with the reason, by unit: of the units in `committed`."""
+        return {unit: entry.failures for unit, entry in self._units.items() if entry.failures}
+
+    def refresh(self) -> None:
+        """Take in what others have committed meanwhile."""
+        self._units = self._store.committed()
+
+    def begun(self) -> set[str]:
+        """Units that have a shard or a commit, by anyone."""
+        shards = {Path(name).stem for name in self._store.storage.list(DATA) if name.endswith(".parquet")}
+        return shards | self.committed_now()
+
+    def committed_now(self) -> set[str]:
+        """Units that are done, by anyone, by one listing."""
+        return self._store.committed_names()
+
+    def is_committed(self, name: str) -> bool:
+        """Whether the unit is done, by anyone."""
+        return name in self._units or self._store.is_committed(name)
+
+    def claims(self, worker: str | None = None) -> Claims:
+        """What divides the units among workers; `worker` names this one."""
+        return Claims(self._store.storage, worker=worker)
+
+    def end_worker(self, worker: str) -> None:
+        """End the claims of a worker that is known to be dead."""
+        end_worker(self._store.storage, worker)
+
+    def write_unit(self, name: str, records: Iterable[Record], failures: Mapping[str, str] | None = None) -> UnitEntry:
         """Publish the records of unit `name`, then its commit. A unit that is committed already stays as it is.
+
+        Args:
+            failures: samples of the unit that have no response, with the reason, by id.
 
         Raises:
             DatasetError: if a record cannot be stored faithfully, a sample id comes twice, or the disk says no.
@@ -106,8 +141,11 @@ class DatasetWriter:
             if count > 1:
                 raise DatasetError(f"unit {name}: sample id {sample!r} comes {count} times")
         table = records_to_table(batch, len(self._vocabulary), check=self._check)
+        if failures:
+            reasons = json.dumps(dict(sorted(failures.items())), ensure_ascii=False)
+            table = table.replace_schema_metadata({**table.schema.metadata, FAILURES_KEY: reasons})
         data = shard_bytes(table)
-        if not same_content(pq.read_table(pa.BufferReader(data)), table):
+        if not same_content(pq.read_table(pa.BufferReader(data), use_threads=False), table):
             raise DatasetError(
                 f"unit {name}: the shard does not read back as it was written; check this machine's memory"
             )
@@ -132,8 +170,7 @@ class DatasetWriter:
                 f"{storage.url} is not complete: {len(missing)} of {len(set(expected_units))} units are missing, "
                 f"such as {missing[0]}; run the same collection again, it does only what is missing"
             )
-        shards = {Path(name).stem for name in storage.list(DATA) if name.endswith(".parquet")}
-        extra = sorted((self._units.keys() | shards) - set(expected_units))
+        extra = sorted(self.begun() - set(expected_units))
         if extra:
             raise DatasetError(
                 f"{storage.url} holds {len(extra)} units that this collection does not have, such as {extra[0]}; "
@@ -157,6 +194,7 @@ class DatasetWriter:
         )
         storage.create(CARD, dataset_card(manifest, self._provenance).encode())
         storage.write(MANIFEST, dump(manifest))
+        clear_claims(storage)
         storage.clear_partial()
         return manifest
 
@@ -205,11 +243,12 @@ class DatasetWriter:
         try:
             table = read_shard(there, name)
             if self._check:
-                for record in table_to_records(table):
-                    check_record(record, len(self._vocabulary))
-            if table["sample_id"].equals(read_shard(data, "ours")["sample_id"]):
+                check_records([*table_to_records(table)], len(self._vocabulary))
+            theirs = unit_entry(ours.unit, table, there, ours.provenance)
+            # Requests that failed for one worker may have passed for the other: together they are the unit's samples.
+            if _samples(table, theirs) == _samples(read_shard(data, "ours"), ours):
                 log.warning("unit %s was published by another worker meanwhile; its shard is kept", ours.unit)
-                return unit_entry(ours.unit, table, there, ours.provenance)
+                return theirs
             why = f"it holds other records than unit {ours.unit}"
         except DatasetError as error:
             why = str(error)
@@ -230,7 +269,12 @@ def unit_entry(name: str, table: pa.Table, data: bytes, provenance: str) -> Unit
         candidates=pc.sum(pc.list_value_length(table["candidate_ids"])).as_py() or 0,
         counts=dict(sorted(Counter(f"{split}/{rule}" for split, rule in kinds).items())),
         provenance=provenance,
+        failures=json.loads((table.schema.metadata or {}).get(FAILURES_KEY.encode(), b"{}")),
     )
+
+
+def _samples(table: pa.Table, entry: UnitEntry) -> list[str]:
+    return sorted([*table["sample_id"].to_pylist(), *entry.failures])
 
 
 def read_shard(data: bytes, source: str) -> pa.Table:

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from shared.config import TrainConfig
 from shared.errors import ConfigError
-from student.training.stopping import REQUEUE_EXIT_CODE, SIGNALS
+from shared.stopping import REQUEUE_EXIT_CODE, SIGNALS
 
 CHECKED = "LLADA_DRAFTER_CHECKED"
 """Set for ranks whose launcher, this program, has checked the run already."""

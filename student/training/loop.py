@@ -23,6 +23,7 @@ import torch.distributed
 from shared.config import PipelineConfig, dump_config
 from shared.console import progress
 from shared.files import new_directory, write_json, write_text
+from shared.stopping import REQUEUE_EXIT_CODE, StopRequest
 from student.data.batch import MicroBatch
 from student.data.data_loader import TrainingDataLoader
 from student.drafting.frequencies import count_tokens, write_counts
@@ -34,7 +35,7 @@ from student.model.export import save_student
 from student.training import averaging, checkpoint, skipping
 from student.training.metrics_logger import MetricsLogger
 from student.training.monitor import GradientStatistics, StepMonitor
-from student.training.stopping import REQUEUE_EXIT_CODE, StopRequest, stack_if_it_hangs
+from student.training.stopping import stack_if_it_hangs
 
 logger = logging.getLogger(__name__)
 

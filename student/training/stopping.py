@@ -1,27 +1,10 @@
-"""Ends that are not the end: a scheduler's signal, and a rank that hangs."""
+"""A rank that hangs."""
 
 from __future__ import annotations
 
 import faulthandler
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-REQUEUE_EXIT_CODE = 75
-"""EX_TEMPFAIL of sysexits.h: the run is saved, and the same command goes on with it."""
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-
-
-class StopRequest:
-    """Remembers that a scheduler asked this process to stop, so that the step at hand ends first."""
-
-    def __init__(self) -> None:
-        self.name: str | None = None
-        for number in SIGNALS:
-            signal.signal(number, self._remember)
-
-    def _remember(self, number: int, _frame: object) -> None:
-        self.name = signal.Signals(number).name
 
 
 @contextmanager

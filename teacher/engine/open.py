@@ -8,11 +8,12 @@ from teacher.engine.in_process import Engine, engine_version
 from teacher.engine.service import ServiceEngine, server_version
 
 
-def open_engine(config: PipelineConfig, score: bool = False) -> Engine | ServiceEngine:
+def open_engine(config: PipelineConfig, score: bool = False, executor: str | None = None) -> Engine | ServiceEngine:
     """The servers of `teacher.service`, checked, or the teacher loaded into this process.
 
     Args:
         score: for scoring given responses.
+        executor: vLLM's `distributed_executor_backend`, of an engine in this process.
 
     Raises:
         ServiceError, CheckpointError, ConfigError, MissingExtraError: as the engines.
@@ -21,7 +22,7 @@ def open_engine(config: PipelineConfig, score: bool = False) -> Engine | Service
     if teacher.service is not None:
         return ServiceEngine(teacher, collect.top_k, score)
     directory = ensure_checkpoint(teacher)
-    return Engine(teacher, str(directory), collect.top_k, collect.score_tokens if score else None)
+    return Engine(teacher, str(directory), collect.top_k, collect.score_tokens if score else None, executor)
 
 
 def version_of(teacher: TeacherConfig) -> str:

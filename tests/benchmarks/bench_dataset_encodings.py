@@ -4,7 +4,8 @@
 
 The exact rows come from the teacher itself, run by transformers over the dataset's own responses (the dataset has them
 rounded), with float32 logits; they are kept in runs/bench/exact_rows.npz. Three tables: the candidates' two columns
-under several codings, order and steps; zstd levels and row-group sizes of the chosen one; and whole datasets, every
+under several codings, order and steps; zstd levels and unit sizes of the chosen one, with what writing and
+reading them costs; and whole datasets, every
 column included, by k and by adaptive width. The error is the divergence between the exact candidates with their tail
 and the stored ones, in nats per token.
 """
@@ -15,6 +16,8 @@ import argparse
 import io
 import json
 import time
+from collections import deque
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -185,18 +188,33 @@ def column_table(records: list[Record], k: int) -> list[dict[str, Any]]:
     return results
 
 
-def stored_size(records: list[Record], unit: int, level: int | None = None) -> tuple[float, float]:
-    """Bytes per token of whole shards, every column included, and the seconds to write them per 1,000 tokens."""
+def stored_size(records: list[Record], unit: int, level: int | None = None) -> tuple[float, float, float]:
+    """Bytes per token of whole shards, every column included, and microseconds a token to write and to read them.
+
+    Writing is everything from records to bytes, checks included; reading is to records. Processor time, best of three.
+    """
     options = parquet_options()
     if level is not None:
         options["compression_level"] = level
-    started = time.perf_counter()
-    total = sum(
-        len(shard_bytes(records_to_table(records[i : i + unit]), options)) for i in range(0, len(records), unit)
-    )
-    seconds = time.perf_counter() - started
+    batches = [records[i : i + unit] for i in range(0, len(records), unit)]
     tokens = sum(len(r.response_ids) for r in records)
-    return total / tokens, 1000 * seconds / tokens
+
+    def timed(run: Callable[[], Any]) -> tuple[float, Any]:
+        times = []
+        for _ in range(3):
+            started = time.process_time()
+            result = run()
+            times.append(time.process_time() - started)
+        return 1e6 * min(times) / tokens, result
+
+    writing, shards = timed(lambda: [shard_bytes(records_to_table(batch), options) for batch in batches])
+    reading, _ = timed(
+        lambda: [
+            deque(table_to_records(pq.read_table(pa.BufferReader(shard), use_threads=False)), maxlen=0)
+            for shard in shards
+        ]
+    )
+    return sum(map(len, shards)) / tokens, writing, reading
 
 
 def main() -> None:
@@ -219,12 +237,13 @@ def main() -> None:
     console.print(table)
 
     sizes: list[dict[str, Any]] = []
-    table = Table("zstd level", "responses per unit", "bytes / token", "seconds / 1,000 tokens", title="whole shards")
-    cases = [(level, UNIT) for level in (1, 3, 9, 16, 19)] + [(16, unit) for unit in (16, 32, 128)]
+    table = Table("zstd level", "responses per unit", "bytes / token", "us to write", "to read", title="whole shards")
+    cases = [(level, UNIT) for level in (1, 3, 6, 9, 16, 19)] + [(None, unit) for unit in (16, 32, 128)]
     for level, unit in cases:
-        size, seconds = stored_size(records, unit, level)
-        sizes.append({"level": level, "unit": unit, "bytes": size, "seconds_per_1000_tokens": seconds})
-        table.add_row(str(level), str(unit), f"{size:.1f}", f"{seconds:.3f}")
+        size, writing, reading = stored_size(records, unit, level)
+        level = level or parquet_options()["compression_level"]
+        sizes.append({"level": level, "unit": unit, "bytes": size, "write_us": writing, "read_us": reading})
+        table.add_row(str(level), str(unit), f"{size:.1f}", f"{writing:.1f}", f"{reading:.1f}")
     console.print(table)
 
     widths: list[dict[str, Any]] = []
@@ -232,7 +251,7 @@ def main() -> None:
     table = Table("width", "mean width", "retained mass", "bytes / token", "mean KL (nats)", "largest KL", title=title)
     for k, mass in ((64, None), (32, None), (16, None), (64, 0.99), (64, 0.95), (64, 0.9)):
         kept = [truncated(record, k, mass) for record in records]
-        size, _ = stored_size(kept, UNIT)
+        size = stored_size(kept, UNIT)[0]
         decoded = [r for i in range(0, len(kept), UNIT) for r in table_to_records(records_to_table(kept[i : i + UNIT]))]
         mean, largest = divergence(kept, decoded)
         rows = [r.distributions for r in kept if r.distributions is not None]

@@ -1,9 +1,10 @@
-"""What capturing costs the teacher: `python -m tests.benchmarks.bench_teacher [--json FILE]`.
+"""What capturing and writing cost the teacher: `python -m tests.benchmarks.bench_teacher [--json FILE]`.
 
-For each dtype, one engine in a process of its own decodes the same prompts without logprobs, with them through numpy
-rows, and with them through vLLM's FlatLogprobs; then the same requests once more cut into units of work, each written
-to disk, against one stream without units. Rounds alternate, so that a drift of the machine's speed cancels; every
-figure is tokens per second, and the ratios are within one engine.
+For each dtype, one engine in a process of its own answers the same requests without logprobs; with them through numpy
+rows, and so cut into units that are written to disk, at several k; through vLLM's FlatLogprobs; and with vLLM's own
+lists, which nothing reads. Rounds alternate, so that a drift of the machine's speed cancels. Figures are tokens per
+second, medians of the rounds; ratios are to plain generation in the same engine. The writer's own cost is the processor
+time of the threads that write, per token.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import json
 import multiprocessing
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from rich.console import Console
@@ -24,6 +27,8 @@ from shared.config import load_config
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "configs" / "demo.yaml"
+K = 64
+WRITTEN = (20, 64, 128)
 VARIANTS = {
     "float32": ("float32", True),
     "bfloat16, float32 head": ("bfloat16", True),
@@ -31,88 +36,120 @@ VARIANTS = {
 }
 
 
-def measure(dtype: str, fp32_head: bool, requests: int, tokens: int, rounds: int, top_k: int) -> dict[str, Any]:
-    """Tokens per second of one engine in every way of capturing, and through units of work."""
+def measure(dtype: str, fp32_head: bool, requests: int, tokens: int, rounds: int, unit: int) -> dict[str, Any]:
+    """Tokens per second of one engine in every way, and the writer's microseconds a token."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
     from shared.dataset.reader import DatasetWriter
     from shared.dataset.records import Sampling
     from shared.tokenizer.vocabulary import Vocabulary
     from teacher.checkpoints import ensure_checkpoint, load_tokenizer
-    from teacher.collect import Collector, provenance_of
+    from teacher.collect import provenance_of
+    from teacher.collector import Collector
     from teacher.engine import Engine, Request, prepare_environment
     from teacher.prompts import Renderer, load_prompts
     from teacher.units import Task, Unit
 
-    overrides = [f"teacher.dtype={dtype}", f"teacher.fp32_head={str(fp32_head).lower()}", f"collect.top_k={top_k}"]
-    config = load_config(DEMO, overrides)
+    config = load_config(DEMO, [f"teacher.dtype={dtype}", f"teacher.fp32_head={str(fp32_head).lower()}"])
     prepare_environment(config.teacher)
     checkpoint = ensure_checkpoint(config.teacher)
+    vocabulary = Vocabulary.from_tokenizer(checkpoint)
     renderer = Renderer(load_tokenizer(config.teacher))
     prompts = load_prompts(ROOT / config.collect.prompts)[:requests]
     rendered = [renderer.render(prompt).ids for prompt in prompts]
     sampling = Sampling(0, 1, 0, tokens, None)
     started = time.monotonic()
-    engine = Engine(config.teacher, str(checkpoint), top_k)
-    found: dict[str, Any] = {"load_s": time.monotonic() - started}
-    rates: dict[str, list[float]] = {"without": [], "numpy": [], "one stream": [], "units": [], "flat": []}
+    engine = Engine(config.teacher, str(checkpoint), K)
+    found: dict[str, Any] = {"load_s": time.monotonic() - started, "captured": engine.capture}
+    rates: dict[str, list[float]] = {}
+    writing: dict[str, list[float]] = {}
 
-    def stream(capture: bool) -> float:
-        began = time.monotonic()
-        asked = (Request(str(i), ids, sampling, ignore_end=True) for i, ids in enumerate(rendered))
-        count = sum(len(answer.response_ids) for answer in engine.stream(asked, capture=capture))
-        return count / (time.monotonic() - began)
+    def asked() -> Iterator[Request]:
+        return (Request(str(i), ids, sampling, ignore_end=True) for i, ids in enumerate(rendered))
 
-    def units(size: int) -> float:
-        vocabulary = Vocabulary.from_tokenizer(checkpoint)
+    def stream(capture: bool) -> int:
+        return sum(len(answer.response_ids) for answer in engine.stream(asked(), capture=capture))
+
+    def lists() -> int:
+        parameters = SamplingParams(
+            temperature=0, max_tokens=tokens, logprobs=K, detokenize=False, ignore_eos=True,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )  # fmt: skip
+        core = engine._engine
+        for request in asked():
+            core.add_request(request.key, {"prompt_token_ids": request.prompt_ids.tolist()}, parameters)
+        while core.has_unfinished_requests():
+            core.step()
+        return len(rendered) * tokens
+
+    def written(k: int) -> int:
+        seconds: list[float] = []
+
+        class Timed(DatasetWriter):
+            def write_unit(self, *arguments: Any) -> Any:
+                began = time.thread_time()
+                entry = super().write_unit(*arguments)
+                seconds.append(time.thread_time() - began)
+                return entry
+
+        engine._top_k = k
         with tempfile.TemporaryDirectory() as folder:
             provenance = provenance_of(config, vocabulary, renderer, "benchmark", "collect")
-            writer = DatasetWriter(folder, provenance, vocabulary, Path(checkpoint))
+            writer = Timed(folder, provenance, vocabulary, Path(checkpoint))
             collector = Collector(config, renderer, vocabulary, writer, engine)
-            tasks = [Task(p.id, p, "train", Sampling(0, 1, 0, tokens, None)) for p in prompts]
-            cut = [Unit(f"u-{i:05d}", tuple(tasks[i : i + size])) for i in range(0, len(tasks), size)]
-            began = time.monotonic()
+            tasks = [Task(prompt.id, prompt, "train", sampling) for prompt in prompts]
+            cut = [Unit(f"u-{i:05d}", tuple(tasks[i : i + unit])) for i in range(0, len(tasks), unit)]
             for _ in collector.collect_units(cut):
                 pass
-            return collector.tokens / (time.monotonic() - began)
+        engine._top_k = K
+        writing.setdefault(str(k), []).append(1e6 * sum(seconds) / collector.counts.tokens)
+        return collector.counts.tokens
+
+    def rate(way: str, run: Callable[[], int]) -> None:
+        began = time.monotonic()
+        count = run()
+        rates.setdefault(way, []).append(count / (time.monotonic() - began))
 
     stream(capture=True)
     for _ in range(rounds):
-        rates["without"].append(stream(capture=False))
-        rates["numpy"].append(stream(capture=True))
-        rates["one stream"].append(units(len(prompts)))
-        rates["units"].append(units(16))
-    found["verified"] = engine.capture
+        rate("plain", lambda: stream(capture=False))
+        rate("captured", lambda: stream(capture=True))
+        for k in WRITTEN:
+            rate(f"written, k = {k}", lambda k=k: written(k))
+        rate("vLLM's lists", lists)
+        rate("plain", lambda: stream(capture=False))
     engine.use_flat_logprobs()
     for _ in range(rounds):
-        rates["flat"].append(stream(capture=True))
+        rate("FlatLogprobs", lambda: stream(capture=True))
+        rate("plain", lambda: stream(capture=False))
     engine.close()
-    return found | {name: sorted(values)[len(values) // 2] for name, values in rates.items()}
+    found["tokens_per_s"] = {way: median(values) for way, values in rates.items()}
+    found["ratio"] = {way: value / found["tokens_per_s"]["plain"] for way, value in found["tokens_per_s"].items()}
+    return found | {"writer_us_per_token": {k: median(values) for k, values in writing.items()}}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--requests", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--top-k", type=int, default=64)
-    parser.add_argument("--variants", nargs="*", default=list(VARIANTS))
+    parser.add_argument("--unit", type=int, default=32, help="prompts of a unit that is written")
+    parser.add_argument("--variants", nargs="*", default=["float32"], choices=list(VARIANTS))
     options = parser.parse_args()
-    table = Table(title=f"teacher on {options.requests} requests of {options.tokens} tokens, k = {options.top_k}")
-    columns = ("dtype", "load s", "tok/s without", "numpy", "ratio", "flat", "ratio", "units of 16 / one unit")
-    for column in columns:
-        table.add_column(column, justify="left" if column == "dtype" else "right")
     results = {}
     for name in options.variants:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            arguments = (*VARIANTS[name], options.requests, options.tokens, options.rounds, options.top_k)
-            found = pool.submit(measure, *arguments).result()
-        results[name] = found
-        table.add_row(
-            name, f"{found['load_s']:.0f}", f"{found['without']:.0f}", f"{found['numpy']:.0f}",
-            f"{found['numpy'] / found['without']:.2f}", f"{found['flat']:.0f}",
-            f"{found['flat'] / found['without']:.2f}", f"{found['units'] / found['one stream']:.2f}",
-        )  # fmt: skip
-    Console().print(table)
+            arguments = (*VARIANTS[name], options.requests, options.tokens, options.rounds, options.unit)
+            found = results[name] = pool.submit(measure, *arguments).result()
+        title = f"{name}: {options.requests} requests of {options.tokens} tokens, k = {K} unless another is named"
+        table = Table("way", "tokens/s", "ratio", title=title)
+        for way, value in found["tokens_per_s"].items():
+            table.add_row(way, f"{value:.0f}", f"{found['ratio'][way]:.3f}")
+        Console().print(table)
+        costs = ", ".join(f"{value:.1f} at k = {k}" for k, value in found["writer_us_per_token"].items())
+        Console().print(f"the writer's own cost, microseconds a token: {costs}")
     if options.json is not None:
         options.json.write_text(json.dumps(results, indent=2) + "\n")
 

@@ -74,3 +74,19 @@ def test_the_plan_is_printed(tmp_path: Path, tiny_checkpoint: Path, teacher: Cal
     code, output = teacher("plan", str(write_config(tmp_path, tiny_checkpoint)), "--tokens-per-s", "100")
     assert code == 0
     assert "100 tokens/s, as stated" in output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--workers", "2"), "--workers 2 is for --runner ray; without Ray start one process for each engine"),
+        (("--shard", "4/4"), "--shard '4/4' is not I/N with I from 0 to N - 1"),
+    ],
+)
+def test_mistakes_of_launching(
+    tmp_path: Path, tiny_checkpoint: Path, teacher: Callable[..., Answer], options: tuple[str, ...], message: str
+) -> None:
+    code, printed = teacher("collect", str(write_config(tmp_path, tiny_checkpoint)), *options)
+    assert code == 2
+    assert message in " ".join(printed.split())
+    assert not (tmp_path / "runs").exists()

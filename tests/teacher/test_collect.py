@@ -6,11 +6,13 @@ is in test_vllm.py.
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,28 +20,38 @@ import pytest
 
 from shared.config import PipelineConfig
 from shared.dataset.reader import Dataset, DatasetWriter
+from shared.dataset.records import Record
 from shared.dataset.split import stable_hash
-from shared.errors import AlignmentError, ConfigError, DatasetError, PromptError
+from shared.errors import AlignmentError, ConfigError, DatasetError, EngineError, PromptError
 from shared.tokenizer.vocabulary import Vocabulary
 from teacher import collect as collecting
 from teacher.capture import Columns
-from teacher.collect import Collector, check_top_k, prepare, provenance_of
+from teacher.collect import check_top_k, prepare, provenance_of
+from teacher.collector import WRITERS, Collector, Counts
 from teacher.engine import Answer, Request
 from teacher.engine.numpy_rows import ColumnBuffer
 from teacher.plan import Assumptions, estimate
 from teacher.prompts import prompts_fingerprint
-from teacher.summary import Summary, summarize
-from teacher.units import Unit
+from teacher.runners import progress, worker
+from teacher.runners.local import Shard
+from teacher.runners.worker import Worker
+from teacher.summary import Summary, summarize, write_failures
+from teacher.units import Unit, open_failures, retry_units
 from tests.teacher.conftest import TEMPLATE
 
 Maker = Callable[..., PipelineConfig]
 
 
 class ScriptedEngine:
-    """Answers in the reverse order of each window of `window` requests; `shift` moves rows against the text."""
+    """Answers in the reverse order of each window of `window` requests; `shift` moves rows against the text.
 
-    def __init__(self, top_k: int, window: int = 7, shift: int = 0) -> None:
+    Args:
+        fails: how often the request of a sample id fails.
+    """
+
+    def __init__(self, top_k: int, window: int = 7, shift: int = 0, fails: dict[str, int] | None = None) -> None:
         self.top_k, self.window, self.shift = top_k, window, shift
+        self.fails = dict(fails or {})
         self.asked: list[str] = []
 
     def stream(self, requests: Iterable[Request], capture: bool = True) -> Iterator[Answer]:
@@ -54,6 +66,9 @@ class ScriptedEngine:
         yield from map(self._answer, reversed(batch))
 
     def _answer(self, request: Request) -> Answer:
+        if self.fails.get(request.key, 0) > 0:
+            self.fails[request.key] -= 1
+            return Answer(request.key, np.zeros(0, np.int32), "unknown", None, error="the engine stumbled")
         random = np.random.default_rng(stable_hash(request.key))
         ids = random.integers(3, 200, size=6).astype(np.int32)
         rows = np.arange(200, 200 + self.top_k, dtype=np.int32)[None].repeat(6, 0)
@@ -91,7 +106,7 @@ def test_answers_out_of_order_become_whole_units_in_order(make_config: Maker) ->
             assert record.distributions is not None
             np.testing.assert_allclose(record.distributions.tail, 0.1, atol=1e-3)
             np.testing.assert_allclose(record.distributions.sampled, -7, atol=1e-3)
-    assert collector.tokens == 6 * len(records)
+    assert collector.counts.tokens == 6 * len(records)
 
 
 def test_one_unit_alone_gives_the_same_shard_and_is_not_asked_twice(make_config: Maker) -> None:
@@ -110,6 +125,148 @@ def test_shifted_rows_never_reach_a_shard(make_config: Maker) -> None:
     with pytest.raises(AlignmentError, match="shifted against the text"):
         list(collector.collect_units(units))
     assert not writer.committed
+
+
+def test_a_request_that_fails_is_asked_again_and_then_recorded(make_config: Maker) -> None:
+    config = make_config(prompts=20)
+    units = prepare(config).units
+    once, always = units[1].tasks[0].sample_id, units[2].tasks[1].sample_id
+    collector, writer, units = collector_of(config, ScriptedEngine(8, fails={once: 2, always: 99}))
+    list(collector.collect_units(units))
+    assert writer.failures == {units[2].name: {always: f"{always}: the engine stumbled"}}
+    assert (collector.counts.failures, collector.counts.units) == (1, len(units))
+    names = [unit.name for unit in units]
+    writer.finish(names)
+    assert len(Dataset.open(config.shards_dir)) == sum(len(unit.tasks) for unit in units) - 1
+    assert open_failures(names, writer.failures).keys() == {always}
+
+
+def test_failed_responses_are_asked_again_as_a_unit_of_their_own(make_config: Maker) -> None:
+    config = make_config(prompts=20)
+    units = prepare(config).units
+    first, second = units[0].tasks[0].sample_id, units[2].tasks[1].sample_id
+    collector, writer, units = collector_of(config, ScriptedEngine(8, fails={first: 99, second: 99}))
+    list(collector.collect_units(units))
+    assert not retry_units(units, writer.failures, writer.begun(), again=False)
+    # One passes now, the other does not, and is asked again by the next session that is told to.
+    collector, writer, _ = collector_of(config, ScriptedEngine(8, fails={second: 99}))
+    retries = retry_units(units, writer.failures, writer.begun(), again=True)
+    assert [(unit.name, [task.sample_id for task in unit.tasks]) for unit in retries] == [
+        (f"{units[0].name}.retry-1", [first]), (f"{units[2].name}.retry-1", [second]),
+    ]  # fmt: skip
+    list(collector.collect_units(retries))
+    collector, writer, _ = collector_of(config, ScriptedEngine(8))
+    assert [u.name for u in retry_units(units, writer.failures, writer.begun(), again=False)] == [
+        unit.name for unit in retries
+    ]
+    retries = retry_units(units, writer.failures, writer.begun(), again=True)
+    assert [unit.name for unit in retries if unit.name not in writer.committed] == [f"{units[2].name}.retry-2"]
+    names = [unit.name for unit in [*units, *retries]]
+    assert open_failures(names[:-1], writer.failures).keys() == {second}
+    list(collector.collect_units(retries[-1:]))
+    writer.finish(names)
+    assert open_failures(names, writer.failures) == {}
+    records = {record.sample_id for record in Dataset.open(config.shards_dir).records()}
+    assert records == {task.sample_id for unit in units for task in unit.tasks}
+
+
+def test_failures_end_up_in_a_file_and_leave_it(make_config: Maker) -> None:
+    config = make_config()
+    write_failures(config.run_dir, {"a": "no \u96ea"})
+    assert json.loads((config.run_dir / "failures.jsonl").read_text()) == {"id": "a", "reason": "no \u96ea"}
+    write_failures(config.run_dir, {})
+    assert not (config.run_dir / "failures.jsonl").exists()
+
+
+def test_failing_as_a_rule_stops_the_collection_and_names_the_reason(make_config: Maker) -> None:
+    config = make_config(prompts=20)
+    tasks = [task for unit in prepare(config).units for task in unit.tasks]
+    collector, _, units = collector_of(config, ScriptedEngine(8, fails={task.sample_id: 99 for task in tasks}))
+    with pytest.raises(EngineError, match=r"4 of 4 responses failed, each 3 times; the last: .*the engine stumbled"):
+        list(collector.collect_units(units))
+
+
+class Halves:
+    """Two workers of this process on one dataset, each with an engine and claims of its own."""
+
+    def __init__(self, make_config: Maker) -> None:
+        self.config = make_config(prompts=20)
+        self.engines = ScriptedEngine(8), ScriptedEngine(8)
+
+    def work(self, number: int, is_stopped: Callable[[], bool] = lambda: False) -> list[str]:
+        collector, writer, units = collector_of(self.config, self.engines[number])
+        with writer.claims() as claims:
+            Worker(collector, writer, claims, is_stopped).work(units)
+        return self.engines[number].asked
+
+
+def test_two_workers_at_once_share_the_units_and_both_see_them_done(make_config: Maker) -> None:
+    halves = Halves(make_config)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(halves.work, range(2))
+    assert not set(first) & set(second)
+    _, writer, units = collector_of(halves.config, ScriptedEngine(8))
+    assert set(first) | set(second) == {task.sample_id for unit in units for task in unit.tasks}
+    writer.finish([unit.name for unit in units])
+
+
+def test_a_worker_that_is_stopped_ends_what_it_began_and_the_next_goes_on(make_config: Maker) -> None:
+    halves = Halves(make_config)
+    asked = halves.work(0, is_stopped=lambda: len(halves.engines[0].asked) > 5)
+    _, writer, units = collector_of(halves.config, ScriptedEngine(8))
+    assert 0 < len(writer.committed) < len(units)
+    assert len(asked) == sum(len(unit.tasks) for unit in units if unit.name in writer.committed)
+    assert not set(halves.work(1)) & set(asked)
+    assert collector_of(halves.config, ScriptedEngine(8))[1].committed == {unit.name for unit in units}
+
+
+def test_what_is_not_done_when_the_grace_ends_is_abandoned(make_config: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "GRACE_S", -1.0)
+    halves = Halves(make_config)
+    halves.work(0, is_stopped=lambda: len(halves.engines[0].asked) > 5)
+    _, writer, units = collector_of(halves.config, ScriptedEngine(8))
+    assert len(writer.committed) * 4 < len(halves.engines[0].asked)
+    halves.work(1)
+    assert collector_of(halves.config, ScriptedEngine(8))[1].committed == {unit.name for unit in units}
+
+
+def test_memory_holds_few_units_whatever_the_number_of_prompts(make_config: Maker) -> None:
+    config = make_config(prompts=600, collect__unit_prompts=8)
+    collector, _, units = collector_of(config, ScriptedEngine(8))
+    held: list[int] = []
+
+    def count() -> None:
+        if collector.counts.responses % 50 == 0:
+            held.append(sum(type(thing) is Record for thing in gc.get_objects()))
+
+    collector.on_answer = count
+    list(collector.collect_units(units))
+    most = max(len(unit.tasks) for unit in units)
+    assert len(held) > 10
+    assert max(held) <= (WRITERS + 1 + 3) * most  # waiting for the disk, in a writer's hands, and in flight
+
+
+def test_shards_divide_the_units_without_a_coordinator(make_config: Maker) -> None:
+    units = prepare(make_config(prompts=20)).units
+    shares = [Shard.parse(f"{i}/3").of(units) for i in range(3)]
+    assert sorted(unit.name for share in shares for unit in share) == sorted(unit.name for unit in units)
+    for text in ("3/3", "1", "a/2", "-1/2", "0/0"):
+        with pytest.raises(ConfigError, match=f"--shard '{text}' is not I/N .* for example --shard 0/4"):
+            Shard.parse(text)
+
+
+def test_the_progress_of_a_log_counts_units_and_what_is_left(
+    make_config: Maker, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    units = prepare(make_config(prompts=20)).units
+    monkeypatch.setattr(progress, "_LINE_S", 0.0)
+    with caplog.at_level(logging.INFO, logger=progress.log.name), progress.Display("answering", units, []) as display:
+        display.units_done([units[0].name])
+        display.show(Counts(responses=8, tokens=48, failures=1, units=2, kept_mass=43.2))
+    assert re.search(
+        r"answering: 9 of 26 responses, 2/6 units, [\d,]+ tokens/s, 0.9000 of the mass kept, 1 failed, left: ",
+        caplog.text,
+    )
 
 
 def test_an_interrupted_dataset_goes_on_with_what_is_missing(make_config: Maker) -> None:
@@ -267,6 +424,9 @@ def test_a_plan_adds_up_and_guesses_nothing(make_config: Maker) -> None:
     assert stated.response_tokens == 60
     assert stated.bytes == 6000
     assert stated.hours == pytest.approx(60 / 10 / 2 / 3600)
+    many = estimate(config, Assumptions(tokens_per_s=10, tokens_per_response=4, workers=99))
+    assert many.hours == pytest.approx(60 / 10 / many.units / 3600)
+    assert f"{many.units} workers of 99: the others find no unit" in many.sources["hours"]
     assert not config.run_dir.exists()
 
 

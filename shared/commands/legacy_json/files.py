@@ -18,7 +18,7 @@ from rich.progress import Progress
 from shared.commands.legacy_json.layout import EntryReader, ImportSettings, to_entry
 from shared.commands.legacy_json.models import ENTRY_EXAMPLE
 from shared.console import progress
-from shared.dataset.checks import check_record
+from shared.dataset.checks import check_records
 from shared.dataset.columns import records_to_table
 from shared.dataset.reader import Dataset, Manifest, Provenance
 from shared.dataset.records import Record
@@ -124,7 +124,7 @@ def _check_entries(reader: EntryReader, source: Path, bar: Progress) -> int:
     for batch in _batches(reader, source):
         for where, record in batch:
             try:
-                check_record(record, len(reader.vocabulary))
+                check_records([record], len(reader.vocabulary))
             except DatasetError as error:
                 raise DatasetError(f"{where}: {error}") from error
             if (place := ids.setdefault(record.sample_id, where)) != where:

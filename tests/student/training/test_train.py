@@ -24,11 +24,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from shared.config import PipelineConfig, load_config
 from shared.errors import CheckpointError
+from shared.stopping import REQUEUE_EXIT_CODE
 from student.alignment.prepare import prepare
 from student.evaluation.evaluate import evaluate
 from student.model.export import export_student
 from student.model.initialize import initialize_student
-from student.training.stopping import REQUEUE_EXIT_CODE
 from tests.fixtures.conversations import conversations, teacher_tokenizer
 from tests.fixtures.toy_run import toy_config, write_toy_shards
 

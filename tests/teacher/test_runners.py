@@ -1,0 +1,186 @@
+"""The real runners with a real vLLM: whoever dies, and however many work at once, the dataset is one process's."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shared.dataset.reader import Dataset
+from shared.stopping import REQUEUE_EXIT_CODE
+from tests.fixtures.random_teacher import save_random_teacher, write_run
+from tests.teacher.conftest import write_config
+
+# One worker runs them all, and those of test_vllm: two cores hold two engines, not four.
+pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.xdist_group("teacher_vllm")]
+
+ROOT = Path(__file__).parents[2]
+TOLERANCE = 2e-3
+LENGTH = 48
+
+
+class Run:
+    """A dataset, the processes that work on it, and the units that each of them published."""
+
+    def __init__(self, folder: Path, base: Path, name: str) -> None:
+        decoding = [
+            {"split": "train", "temperature": 0, "max_response_tokens": LENGTH},
+            {"split": "train", "temperature": 1, "max_response_tokens": LENGTH},
+            {"split": "held_out", "temperature": 0, "max_response_tokens": LENGTH},
+        ]
+        self.config = write_run(base, name, decoding=decoding)
+        self.shards = folder / "runs" / name / "shards"
+        self.logs = [folder / f"{name}-{i}.log" for i in range(12)]
+        self.started = 0
+
+    def start(self, *arguments: str) -> subprocess.Popen[bytes]:
+        """`teacher collect` in a process group of its own."""
+        command = [sys.executable, "-m", "teacher.cli", "collect", str(self.config), "--log-level", "debug", *arguments]
+        with self.logs[self.started].open("wb") as log:
+            self.started += 1
+            # Ray would print one of two actors' similar lines.
+            environment = os.environ | {"RAY_DEDUP_LOGS": "0"}
+            return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=environment, start_new_session=True)
+
+    def commits(self) -> int:
+        return len(list((self.shards / "commits").glob("*.json")))
+
+    def wait_for_commits(self, number: int, *processes: subprocess.Popen[bytes]) -> None:
+        until = time.monotonic() + 600
+        while self.commits() < number:
+            assert time.monotonic() < until, self.said()
+            assert all(process.poll() is None for process in processes), self.said()
+            time.sleep(0.02)
+
+    def said(self) -> str:
+        return "\n".join(log.read_text(errors="replace") for log in self.logs if log.exists())
+
+    def published(self) -> list[str]:
+        """The units that a process published, once for each time that one did."""
+        return re.findall(r"unit ([\w.-]+): \d+ responses", self.said())
+
+
+@pytest.fixture(scope="module")
+def base(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runners")
+    return write_config(folder, save_random_teacher(tiny_checkpoint, folder / "teacher"), prompts=60)
+
+
+@pytest.fixture(scope="module")
+def whole(base: Path) -> Run:
+    """What one process collects in one go."""
+    run = Run(base.parent, base, "whole")
+    assert run.start().wait(600) == 0, run.said()
+    return run
+
+
+def assert_same(whole: Run, run: Run) -> None:
+    """The same records, nothing left over, and no unit published twice."""
+    ours, theirs = ({record.sample_id: record for record in Dataset.open(one.shards).records()} for one in (whole, run))
+    assert list(ours) == list(theirs)
+    for key, record in ours.items():
+        again = theirs[key]
+        np.testing.assert_array_equal(record.response_ids, again.response_ids)
+        assert record.distributions is not None
+        assert again.distributions is not None
+        np.testing.assert_allclose(record.distributions.sampled, again.distributions.sampled, atol=TOLERANCE)
+    names = [sorted(str(p.relative_to(one.shards)) for p in one.shards.rglob("*")) for one in (whole, run)]
+    assert names[0] == names[1]
+    assert len(run.published()) == len(set(run.published()))
+    assert "Traceback" not in run.said()
+
+
+@contextmanager
+def ended(*processes: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Ends what a failed test leaves behind."""
+    try:
+        yield
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def test_two_collectors_share_the_units_and_one_that_is_killed_is_replaced(whole: Run, base: Path) -> None:
+    run = Run(base.parent, base, "two")
+    first, second = run.start(), run.start()
+    with ended(first, second):
+        run.wait_for_commits(5, first, second)
+        second.kill()
+        second.wait()
+        third = run.start()
+        with ended(third):
+            assert first.wait(600) == 0, run.said()
+            assert third.wait(600) == 0, run.said()
+    assert_same(whole, run)
+    assert len(run.published()) >= len(Dataset.open(run.shards).manifest.units) - 4  # the killed one logs late
+
+
+def test_four_array_tasks_in_any_order_stopped_and_killed(whole: Run, base: Path) -> None:
+    run = Run(base.parent, base, "array")
+    stopped, through = run.start("--shard", "2/4"), run.start("--shard", "0/4")
+    with ended(stopped, through):
+        run.wait_for_commits(2, stopped, through)
+        stopped.send_signal(signal.SIGTERM)
+        assert through.wait(600) == 0, run.said()
+        assert stopped.wait(600) in (0, REQUEUE_EXIT_CODE), run.said()
+    assert not (run.shards / "manifest.json").exists()
+    before = run.commits()
+    killed, through = run.start("--shard", "3/4"), run.start("--shard", "1/4")
+    with ended(killed, through):
+        run.wait_for_commits(before + 2, killed, through)
+        killed.kill()
+        assert through.wait(600) == 0, run.said()
+        killed.wait()
+    again = [run.start("--shard", f"{i}/4") for i in (3, 2)]
+    with ended(*again):
+        assert [process.wait(600) for process in again] == [0, 0], run.said()
+    assert_same(whole, run)
+
+
+def test_ray_actors_that_die_are_replaced_and_the_run_goes_on_after_its_end(whole: Run, base: Path) -> None:
+    pytest.importorskip("ray")
+    run = Run(base.parent, base, "ray")
+    arguments = ("--runner", "ray", "--workers", "2")
+    driver = run.start(*arguments)
+    with ended(driver):
+        run.wait_for_commits(4, driver)
+        driver.send_signal(signal.SIGTERM)
+        assert driver.wait(120) == REQUEUE_EXIT_CODE, run.said()
+    driver = run.start(*arguments)
+    with ended(driver):
+        run.wait_for_commits(run.commits() + 4, driver)
+        driver.kill()
+        driver.wait()
+    driver = run.start(*arguments)
+    with ended(driver):
+        os.kill(_working_actor(run, driver), signal.SIGKILL)
+        assert driver.wait(600) == 0, run.said()
+    assert "another one takes its place" in " ".join(run.said().split())
+    assert_same(whole, run)
+
+
+def _working_actor(run: Run, driver: subprocess.Popen[bytes]) -> int:
+    """The process of an actor of this driver as soon as it has a unit that is not committed."""
+    claims = run.shards / ".claims"
+    known = {file.stem for file in (claims / "workers").glob("*.json")}  # of the driver that was killed
+    until = time.monotonic() + 600
+    while time.monotonic() < until:
+        assert driver.poll() is None, run.said()
+        for claim in (claims / "units").glob("*"):
+            unit, worker = claim.name.rpartition(".")[0], claim.read_text()
+            if worker not in known and not (run.shards / f"commits/{unit}.json").exists():
+                return int(json.loads((claims / f"workers/{worker}.json").read_text())["pid"])
+        time.sleep(0.01)
+    raise AssertionError(run.said())
