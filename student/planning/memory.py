@@ -277,8 +277,9 @@ def masked_tokens(train: TrainConfig) -> int:
     return train.micro_batch * train.packed_row_tokens * blocks // (train.max_sequence_tokens + blocks)
 
 
-def saved_by_block(shape: LladaConfig, row_tokens: int, e: int, lora: LoraConfig | None, device: Device) -> int:
-    """Bytes a token that autograd saves in one block's forward.
+def saved_by_block(shape: LladaConfig, masked: int, e: int, lora: LoraConfig | None, device: Device) -> tuple[int, int]:
+    """Bytes a token that autograd saves in one block's forward: by attention, and by what comes after it; of a row, so
+    many tokens are masked.
 
     A norm saves its input in float32, 1 / rms, its output and, where its weight is trained, the normed input; attention
     q, k, v, its output and the log-sum-exp; the MLP both projections, silu of the first and the product. A frozen
@@ -288,20 +289,24 @@ def saved_by_block(shape: LladaConfig, row_tokens: int, e: int, lora: LoraConfig
     linears = block_linears(shape)
     dropout = lora is not None and lora.dropout > 0
     targets = linears.keys() if lora is None else [] if dropout else lora.targets
-    inputs = e * d * sum(
-        any(name in targets for name in group) for group in (("q_proj", "k_proj", "v_proj"), ("ff_proj", "up_proj"))
-    )  # fmt: skip
-    norms = 2 * (4 * d + 4) + inputs + (2 * e * d if lora is None else 0)
-    attention = 2 * e * d + 2 * e * kv + 4 * shape.n_heads
-    mlp = e * f * (4 if "ff_out" in targets else 3)
-    # Without a kernel of its own for the layout, SDPA makes a dense mask for every layer.
-    mask = e * row_tokens if device == "cpu" else 0
-    adapters = 0
-    if lora is not None:
-        adapters = e * lora.rank * len(lora.targets)
+    norm = 4 * d + 4 + (e * d if lora is None else 0)
+    early = norm + 2 * e * d + 2 * e * kv + 4 * shape.n_heads
+    late = norm + e * f * (4 if "ff_out" in targets else 3)
+    early += e * d * any(name in targets for name in ("q_proj", "k_proj", "v_proj"))
+    late += e * d * any(name in targets for name in ("ff_proj", "up_proj"))
+    if device == "cpu":
+        # SDPA makes a mask of all keys for every masked token and layer; the documents' outputs are copied together.
+        early += e * masked
+        late += e * d * ("attn_out" in targets)
+    for target in () if lora is None else lora.targets:
+        adapter = e * lora.rank
         if dropout:
-            adapters += (e + (1 if device == "cuda" else e)) * sum(linears[target][0] for target in lora.targets)
-    return norms + attention + mlp + mask + adapters
+            adapter += (e + (1 if device == "cuda" else e)) * linears[target][0]
+        if target in ("q_proj", "k_proj", "v_proj"):
+            early += adapter
+        else:
+            late += adapter
+    return early, late
 
 
 def kept_activations(
@@ -313,13 +318,20 @@ def kept_activations(
     lora: LoraConfig | None,
     device: Device,
 ) -> int:
-    """Bytes that the whole forward leaves for the backward; with checkpointing, the input of every block."""
-    saved = saved_by_block(shape, train.packed_row_tokens, e, lora, device)
-    layers = shape.n_layers * (e * shape.d_model if train.activation_checkpointing else saved)
+    """Bytes that the whole forward leaves for the backward; with checkpointing, the input of every block.
+
+    After its attention the last block goes on with the supervised tokens alone.
+    """
+    masked = supervised // train.micro_batch
+    early, late = saved_by_block(shape, masked, e, lora, device)
+    if train.activation_checkpointing:
+        layers = shape.n_layers * tokens * e * shape.d_model
+    else:
+        layers = (shape.n_layers - 1) * tokens * (early + late) + tokens * early + supervised * late
     final = 4 * shape.d_model + 4 + (e * shape.d_model if lora is None else 0)
     rope = 2 * 4 * shape.head_dim
-    mask = train.packed_row_tokens if device == "cpu" else 0  # booleans, once
-    return tokens * (layers + final + rope + mask) + 2 * e * supervised * shape.d_model
+    mask = masked if device == "cpu" else 0  # booleans, once
+    return layers + tokens * (rope + mask) + supervised * (final + 2 * e * shape.d_model)
 
 
 def block_again(
@@ -327,7 +339,10 @@ def block_again(
 ) -> int:
     """Bytes beside the kept ones while one block's backward runs: its activations, where they are made again, and the
     gradients of states and of the MLP's two branches."""
-    again = saved_by_block(shape, train.packed_row_tokens, e, lora, device) if train.activation_checkpointing else 0
+    if not train.activation_checkpointing:
+        again = 0
+    else:
+        again = sum(saved_by_block(shape, masked_tokens(train) // train.micro_batch, e, lora, device))
     return tokens * (again + 2 * e * (shape.d_model + shape.mlp_hidden_size))
 
 

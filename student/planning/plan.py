@@ -335,18 +335,21 @@ def micro_batch_flops(setup: Setup, data: Data | None) -> float:
     """Multiplications and additions of one forward and backward on a rank, what checkpointing repeats included.
 
     Two a weight and token forward, twice that backward, or once where the weight is frozen. Attention: a query meets
-    half of its sample. The head sees supervised positions alone, three products each (`student.losses.chunked`).
+    half of its sample. The last block after its attention, and the head, see supervised positions alone; the head makes
+    three products each (`student.losses.chunked`).
     """
     shape, train, lora = setup.shape, setup.train, setup.lora
     tokens = train.micro_batch * train.packed_row_tokens
-    matrices = shape.n_layers * sum(inputs * outputs for inputs, outputs in block_linears(shape).values())
+    sizes = {name: inputs * outputs for name, (inputs, outputs) in block_linears(shape).items()}
+    after_attention = sum(sizes[name] for name in ("attn_out", "ff_proj", "up_proj", "ff_out"))
     sample = train.max_sequence_tokens if data is None else data.clean_tokens
     attention = shape.n_layers * 4 * shape.d_model * sample / 2
     supervised = float(masked_tokens(train))
     if data is not None:
         supervised = tokens * data.masked_tokens / (data.clean_tokens + data.masked_tokens)
     again = 1 if train.activation_checkpointing else 0
-    blocks = tokens * ((2 * matrices) * (again + (3 if lora is None else 2)) + attention * (again + 3))
+    products = tokens * shape.n_layers * sum(sizes.values()) - (tokens - supervised) * after_attention
+    blocks = 2 * products * (again + (3 if lora is None else 2)) + tokens * attention * (again + 3)
     head = supervised * 2 * shape.embedding_size * shape.d_model * (3 if lora is None else 2)
     adapters = 0 if lora is None else tokens * 2 * setup.parameters.trained * (again + 3)
     return blocks + head + adapters

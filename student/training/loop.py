@@ -83,7 +83,7 @@ class TrainingRun:
                 logger.info("resuming after step %d of %d", self.done, steps)
         self.stop = StopRequest()
         self._started = time.monotonic()
-        with progress() as bar:
+        with progress() as bar, self.monitor.watching_collectives():
             task = bar.add_task("training", total=steps, completed=self.done, note="", visible=self.rank == 0)
             for step in range(self.done, steps):
                 with stack_if_it_hangs(train.hang_minutes):
@@ -114,7 +114,9 @@ class TrainingRun:
         self.gradients.watching = every is not None and step % every == 0
         with monitor.part("data"):
             batches = self._batches_of(step)
-        targets = sum_over_ranks(torch.tensor(sum(batch.target_count for batch in batches), device=device))
+        targets = torch.tensor(sum(batch.target_count for batch in batches), device=device)
+        with monitor.part("communication"):
+            targets = sum_over_ranks(targets)
         scale = loss_scale(int(targets), world_size=order.world_size, accumulation_steps=order.accumulation)
         sums = []
         for batch in batches:
@@ -127,7 +129,8 @@ class TrainingRun:
             sums.append(terms)
         asked = self.stop is not None and self.stop.name is not None
         own = sums[0].new_tensor([sum(batch.tokens for batch in batches), asked])
-        reduced = sum_over_ranks(torch.cat([torch.stack(sums).sum(0), own]))
+        with monitor.part("communication"):
+            reduced = sum_over_ranks(torch.cat([torch.stack(sums).sum(0), own]))
         reduced, tokens, asked_ranks = reduced[:-2], int(reduced[-2]), int(reduced[-1])
         self._tokens += tokens
         elapsed = time.monotonic() - self._started

@@ -26,9 +26,8 @@ class DistillationModule(nn.Module):
 
     def hidden_states(self, batch: MicroBatch) -> Tensor:
         """[N, D] final hidden states of the supervised positions."""
-        layout = AnchoredLayout(batch.document_ids, batch.block_ids, batch.position_ids)
-        hidden_BxLxD = self.model.hidden_states(batch.input_ids, layout=layout, position_ids=batch.position_ids)
-        return hidden_BxLxD.flatten(0, 1).index_select(0, batch.supervised)
+        layout = AnchoredLayout(batch.document_ids, batch.block_ids, batch.position_ids, documents=batch.documents)
+        return self.model.hidden_states(batch.input_ids, layout=layout, chosen_N=batch.supervised)
 
     def forward(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """The loss summed over the micro-batch's targets, and `LossTerms.sums` for the log."""
