@@ -16,8 +16,8 @@ Legend, per rank: N tokens of a forward, S supervised ones, P parameters, T trai
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Literal
 
 from shared.config import LoraConfig, TrainConfig
 from student.losses.chunked import DEFAULT_CHUNK_BYTES, HEAD_ROWS, SCRATCH_BYTES
@@ -31,9 +31,10 @@ ELEMENT_BYTES: dict[Dtype, int] = {"bfloat16": 2, "float32": 4}
 # The optimizer's state beside the float32 weights: AdamW has two moments.
 STATE_BYTES = 8
 # What PyTorch's allocator cannot use, as a share, and the CUDA context with the libraries' workspaces and NCCL's
-# buffers. Both are usual values, not measured here.
+# buffers. Both are usual values, not measured here. On a CPU there are gloo's copies instead.
 FRAGMENTATION = 0.06
 CONTEXT_BYTES = int(1.5 * GIB)
+GLOO_BYTES = GIB // 4
 # Elements that DeepSpeed reduces at a time where it has no ZeRO bucket (engine.py, MEMORY_OPT_ALLREDUCE_SIZE).
 PLAIN_BUCKET = 500_000_000
 
@@ -131,6 +132,8 @@ class Moment:
     loss: int = 0
     update: int = 0
 
+    context: ClassVar[int] = CONTEXT_BYTES
+
     @property
     def total(self) -> int:
         return sum(getattr(self, field.name) for field in fields(self))
@@ -138,11 +141,18 @@ class Moment:
     @property
     def margin(self) -> int:
         """For what no tensor holds."""
-        return int(FRAGMENTATION * self.total) + CONTEXT_BYTES
+        return int(FRAGMENTATION * self.total) + self.context
 
     @property
     def needed(self) -> int:
         return self.total + self.margin
+
+
+class HostMoment(Moment):
+    """On a CPU, where the process itself is there already."""
+
+    __slots__ = ()
+    context: ClassVar[int] = GLOO_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +221,7 @@ def memory(
     bucket = e * zero.reduce_bucket if zero.stage == 3 else 0  # under ZeRO-3 it is never given back
 
     kept = kept_activations(shape, train, tokens, supervised, e, lora, device)
-    fixed = Moment(weights, gradients, 0 if offloaded else state)
+    fixed = (Moment if device == "cuda" else HostMoment)(weights, gradients, 0 if offloaded else state)
     host = 0
     if offloaded:
         # The state (on NVMe four buffers of it), the float32 gradients, and the weights on their way back.
@@ -228,7 +238,7 @@ def memory(
 
 
 def _at(fixed: Moment, communication: int, activations: int, loss: int, update: int) -> Moment:
-    return Moment(fixed.weights, fixed.gradients, fixed.optimizer, communication, activations, loss, update)
+    return replace(fixed, communication=communication, activations=activations, loss=loss, update=update)
 
 
 def _gradients(zero: Zero, e: int, trained: int, share: int, largest: int, accumulation: int) -> tuple[int, int, int]:

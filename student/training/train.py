@@ -176,11 +176,13 @@ def train_rank(config: PipelineConfig, *, fresh: bool = False) -> None:
     """
     import torch
 
+    from student.planning.fit import require_memory
     from student.training.engine import initialize_process_group
 
     rank, world_size = initialize_process_group()
     decision = agreed(lambda: decide(config, world_size, fresh=fresh, checked=launch.CHECKED in os.environ))
     if not decision.finished:
+        agreed(lambda: require_memory(config, world_size, launch.ranks_of_node(world_size)))
         resumed = checkpoint.undamaged(decision.checkpoints)
         build(config, decision, resumed, rank, world_size).run()
     elif rank == 0:
@@ -219,7 +221,7 @@ def build(
 
     from student.model.export import load_student
     from student.model.lora import add_lora
-    from student.planning.plan import step_flops
+    from student.planning.cost import step_flops
     from student.training.engine import build_engine, partitioned_loading
     from student.training.loop import TrainingRun
     from student.training.module import DistillationModule

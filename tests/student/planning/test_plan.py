@@ -14,8 +14,9 @@ from shared.errors import ConfigError
 from student.alignment.prepare import prepare
 from student.cli import app
 from student.model.initialize import initialize_student
+from student.planning.cost import data_of
 from student.planning.memory import GIB
-from student.planning.plan import Assumptions, Plan, data_of, plan
+from student.planning.plan import Assumptions, Plan, plan
 from tests.fixtures.toy_run import toy_config, write_toy_shards
 
 FULL = Path("configs/llama-3.3-70b.yaml")
