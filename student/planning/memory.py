@@ -308,7 +308,9 @@ def saved_by_block(shape: LladaConfig, masked: int, e: int, lora: LoraConfig | N
         # SDPA makes a mask of all keys for every masked token and layer; the documents' outputs are copied together.
         early += e * masked
         late += e * d * ("attn_out" in targets)
-    for target in () if lora is None else lora.targets:
+    if lora is None:
+        return early, late
+    for target in lora.targets:
         adapter = e * lora.rank
         if dropout:
             adapter += (e + (1 if device == "cuda" else e)) * linears[target][0]
