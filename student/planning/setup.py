@@ -38,7 +38,10 @@ class Setup:
         return Parameters.of(self.shape, self.lora)
 
     def memory(self) -> Memory:
-        return memory(self.shape, self.train, self.zero, self.dtype, self.lora, self.accumulation, self.device)
+        zero = self.zero
+        if self.device == "cpu":  # what nothing is ever written to takes no memory of a host
+            zero = replace(zero, reduce_bucket=min(zero.reduce_bucket, self.parameters.trained))
+        return memory(self.shape, self.train, zero, self.dtype, self.lora, self.accumulation, self.device)
 
     def changed(
         self,

@@ -28,7 +28,7 @@ from student.losses.settings import LossChoice, LossSettings, ResolvedLossName, 
 from student.model.export import read_config
 from student.training import checkpoint, launch
 from student.training.checkpoint import Checkpoint, require_same_run, run_identity
-from student.training.engine import deepspeed_config, training_dtype, zero_stage
+from student.training.engine import deepspeed_config, require_nvme, training_dtype, zero_stage
 from student.training.metrics_logger import check_trackers
 
 if TYPE_CHECKING:
@@ -156,6 +156,7 @@ def check(config: PipelineConfig, world_size: int) -> TrainingDataLoader:
         raise CheckpointError(f"{config.student_init_dir} holds no model; run `student init` with this config first")
     loader = TrainingDataLoader.open(config, world_size)
     settings = deepspeed_config(config.train, loader.sampler.accumulation)
+    require_nvme(settings)
     check_trackers(config.train.trackers)
     if config.train.evaluate_checkpoints:
         if zero_stage(settings) == 3:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from typer.testing import CliRunner
 
-from shared.config import load_config
+from shared.config import PipelineConfig, load_config
 from shared.errors import ConfigError
 from student.alignment.prepare import prepare
 from student.cli import app
 from student.model.initialize import initialize_student
+from student.planning import fit
 from student.planning.cost import data_of
+from student.planning.fit import require_memory
 from student.planning.memory import GIB
 from student.planning.plan import Assumptions, Plan, plan
 from tests.fixtures.toy_run import toy_config, write_toy_shards
@@ -125,3 +129,30 @@ def test_the_command_prints_tables_or_json_and_refuses_with_code_2() -> None:
     assert tree["memory"]["needed"] < tree["memory"]["available"] == 80 * GIB
     refused = CliRunner().invoke(app, [*arguments, "--set", "train.micro_batch=4"])
     assert isinstance(refused.exception, ConfigError)  # exit code 2, by shared.console.run
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> PipelineConfig:
+    config = load_config(toy_config(tmp_path))
+    write_toy_shards(config, train=40)
+    initialize_student(config)
+    prepare(config)
+    return config
+
+
+def test_training_refuses_what_the_host_has_no_memory_for(toy: PipelineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is loaded; all ranks of the node share what is free."""
+    require_memory(toy, 2, 2)
+    monkeypatch.setattr(fit, "host_bytes_free", lambda: GIB // 2)
+    require_memory(toy, 1, 1)
+    with pytest.raises(ConfigError) as refused:
+        require_memory(toy, 2, 2)
+    assert re.match(
+        r"does not fit: each of 2 ranks on this machine needs 0\.3 GiB of 0\.2 GiB, most of it in the \w+ \(",
+        str(refused.value),
+    )
+    assert "take a larger machine, or fewer ranks on it" in str(refused.value)
+
+
+def test_free_memory_of_the_host_is_read() -> None:
+    assert 0 < fit.host_bytes_free() <= psutil.virtual_memory().total
