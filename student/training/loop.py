@@ -226,7 +226,7 @@ class TrainingRun:
             summary = training_summary(self.metrics.entries) | {IDENTITY: self.identity}
             model, train = self.engine.module.model, self.config.train
             leader = checkpoint.best(self.config.checkpoints_dir) if train.publish == "best" else None
-            if leader is not None and leader.step < self.metrics.entries[-1]["step"]:
+            if leader is not None and leader.step < self._next_step:
                 dtype = next(iter(weights.values())).dtype
                 weights = {name: value.to(dtype) for name, value in checkpoint.whole_weights(leader).items()}
                 summary["published_step"] = leader.step
@@ -279,6 +279,6 @@ def training_summary(entries: list[dict[str, Any]]) -> dict[str, Any]:
         "targets": round(sum(entry["positions"] for entry in entries)),
         "loss_first": float(np.mean(losses[:window])) if losses else None,
         "loss_last": float(np.mean(losses[-window:])) if losses else None,
-        "tokens_per_s": entries[-1]["tokens_per_s"],
-        "epochs": entries[-1]["epoch"],
+        "tokens_per_s": entries[-1]["tokens_per_s"] if entries else None,
+        "epochs": entries[-1]["epoch"] if entries else None,
     }

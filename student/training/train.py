@@ -102,7 +102,7 @@ def decide(config: PipelineConfig, loader: TrainingDataLoader, *, fresh: bool = 
             "checkpoint to go on from: restore train.steps and train.epochs, choose another `name`, or pass --fresh to "
             "train anew. With train.checkpoint_steps a finished run can be made longer"
         )
-    if not finished and checkpoints and is_longer(checkpoints[0].identity):
+    if checkpoints and is_longer(checkpoints[0].identity) and launch.CHECKED not in os.environ:
         log_extension(config, checkpoints[0], loader)
     return Decision(
         finished=finished, loss=settle_loss(config, loader).name, identity=identity, checkpoints=checkpoints

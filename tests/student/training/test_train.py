@@ -29,6 +29,7 @@ from student.evaluation.evaluate import evaluate
 from student.model.export import export_student
 from student.model.initialize import initialize_student
 from student.training.stopping import REQUEUE_EXIT_CODE
+from student.training.train import forget
 from tests.fixtures.conversations import conversations, teacher_tokenizer
 from tests.fixtures.toy_run import toy_config, write_toy_shards
 
@@ -137,7 +138,7 @@ def test_killed_damaged_and_resumed_equals_never_killed(run: Path) -> None:
     train(run, *overrides)
     config = load_config(run)
     whole, whole_weights = metrics(run), weights(config)
-    shutil.rmtree(config.student_final_dir)
+    forget(config)
     (config.run_dir / "metrics.jsonl").unlink()
 
     interrupt(run, overrides, step=20)
@@ -167,7 +168,7 @@ def test_a_run_goes_on_with_other_ranks_and_another_stage(run: Path, tmp_path: P
     config = load_config(run)
     average = weights(config)
     whole = torch.tensor([entry["loss"] for entry in metrics(run)])
-    shutil.rmtree(config.student_final_dir)
+    forget(config)
 
     interrupt(run, ("train.world_size=2", *steps), step=4)
     interrupt(run, ("train.world_size=3", *steps), step=8)
@@ -390,7 +391,7 @@ def test_a_signal_saves_and_ends_with_the_code_for_requeue(run: Path, name: str)
     train(run, *overrides)
     whole = metrics(run)
     config = load_config(run)
-    shutil.rmtree(config.student_final_dir)
+    forget(config)
     (config.run_dir / "metrics.jsonl").unlink()
     with subprocess.Popen(
         command(run, overrides), stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
@@ -458,7 +459,7 @@ def test_killed_at_any_moment_and_started_again_ends_as_if_nothing_had_happened(
     config = load_config(run, list(steps))
     whole, whole_weights = metrics(run), weights(config)
     assert whole[-1]["epoch"] > 2
-    shutil.rmtree(config.student_final_dir)
+    forget(config)
     (config.run_dir / "metrics.jsonl").unlink()
 
     bin_dir = Path(sys.executable).parent
