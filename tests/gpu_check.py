@@ -305,8 +305,11 @@ def training_step(shapes: Shapes, layers: int, *, lora: bool, checkpointing: boo
     pairs = int(layout.mask().sum())
     tokens = rows * shapes.row_tokens
     # The model's own FLOPs: 6 a parameter and token (4 where the weight is frozen), attention's over the pairs that
-    # the layout lets see each other, the head's at the supervised positions. Recomputation does not count.
-    flops = (4 if lora else 6) * weights * tokens + 12 * layers * shapes.width * pairs
+    # the layout lets see each other, the head's at the supervised positions, which the last block after its attention
+    # goes on with alone. Recomputation does not count.
+    after_attention = shapes.width * (shapes.width + 3 * shapes.mlp)
+    products = weights * tokens - after_attention * (tokens - len(batch.supervised))
+    flops = (4 if lora else 6) * products + 12 * layers * shapes.width * pairs
     flops += (4 if lora else 6) * shapes.vocabulary * shapes.width * batch.target_count
     medians = {name: statistics.median(seconds[2:]) for name, seconds in parts.items()}
     duration = sum(medians.values())

@@ -120,7 +120,8 @@ class TrainConfig(Section):
         "others a quarter less. Without effect elsewhere.",
     )
     checkpoint_steps: PositiveInt | None = Field(
-        None, description="Save every so many steps; null saves at the end only."
+        None,
+        description="Save every so many steps and at the end, so that a run can go on, or be made longer; null never.",
     )
     data_workers: NonNegativeInt = Field(
         1, description="Processes on each rank that make its batches ahead; 0 makes each when it is needed."

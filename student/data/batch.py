@@ -30,6 +30,7 @@ class MicroBatch:
         input_ids, position_ids, block_ids, document_ids: int64 [B, L]; document -1 is padding.
         supervised: int64 [N], indices into the flattened [B * L].
         targets: of the N supervised positions.
+        documents: clean and masked tokens of each document, row after row; the padding of a row is its last, clean.
         tokens: tokens that are not padding.
         target_count: this micro-batch's part of what the step's loss is divided by.
         sample_ids: of the samples in it, row after row.
@@ -41,6 +42,7 @@ class MicroBatch:
     document_ids: Tensor
     supervised: Tensor
     targets: TargetBatch
+    documents: list[list[tuple[int, int]]]
     tokens: int
     target_count: int
     sample_ids: list[str]
@@ -79,6 +81,7 @@ def collate(
     block_ids = np.zeros(shape, np.int64)
     document_ids = np.full(shape, PADDING_DOCUMENT, np.int64)
     supervised, blocks, next_block = [], [], 0
+    documents = [[block_row.clean_and_masked for _, block_row in row] for row in rows] or [[]]
     for number, row in enumerate(rows):
         start = 0
         for document, (_, block_row) in enumerate(row):
@@ -89,6 +92,9 @@ def collate(
             blocks.append(np.where(block_row.block < 0, -1, next_block + block_row.block))
             next_block += int(block_row.block_ids.max(initial=0))
             start += len(block_row)
+    for of_row, tokens in zip(documents, used or [0], strict=True):
+        if tokens < length:
+            of_row.append((length - tokens, 0))
     laid_out = [pair for row in rows for pair in row]
     depth = _joined([block_row.depth for _, block_row in laid_out], np.int64)
     return MicroBatch(
@@ -98,6 +104,7 @@ def collate(
         document_ids=torch.from_numpy(document_ids),
         supervised=torch.from_numpy(_joined(supervised, np.int64)),
         targets=_target_batch(laid_out, depth, _joined(blocks, np.int64), depth_decay),
+        documents=documents,
         tokens=sum(used),
         target_count=sum(block_row.count for _, block_row in laid_out),
         sample_ids=[sample.sample_id for sample, _ in laid_out],

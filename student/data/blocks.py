@@ -50,6 +50,12 @@ class BlockRow:
     def __len__(self) -> int:
         return len(self.input_ids)
 
+    @property
+    def clean_and_masked(self) -> tuple[int, int]:
+        """Tokens of the clean copy, which stands first, and of the blocks."""
+        masked = int(np.count_nonzero(self.block_ids))
+        return len(self) - masked, masked
+
     def at_depth(self, depth: int) -> BlockRow:
         """The same row, supervised at one depth only."""
         kept = self.depth == depth

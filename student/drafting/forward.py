@@ -4,8 +4,8 @@ That is the plain version, which this one is tested against. Here, per call: one
 products (q, k and v are one, gate and up are one) in the way that is fastest on this device (`products.py`), no padding
 rows, keys and values written and read by one operation each; then the head over the tokens that can be drafted, and its
 argmax. Query heads that share a key head are rows of one product, so keys are never repeated. With a sequential head
-(`student/model/sequential_head.py`) the argmax goes from left to right, each after the correction by the token before: a
-look-up and a product of r x S a position.
+(`student/model/sequential_head.py`) the argmax goes from left to right, each corrected by the token before: a look-up
+and a product of r x S a position.
 
 Under tensor parallelism (`parallel.py`) each rank has some heads, some of the MLP's width and a range of the
 vocabulary; it adds up after attention, MLP and embedding, and the argmax is that of all ranks' best tokens.

@@ -2,17 +2,19 @@
 
 A layout is a function of per-token features ("same document and key position before the query's limit"). The one
 function makes the dense mask of scaled_dot_product_attention (B x L x L booleans, right for CPUs and for short
-sequences) and the sparse block mask of flex attention (GPUs: empty 128 x 128 tiles cost nothing). This file is
-copied beside exported weights and imports nothing of this project.
+sequences) and the sparse block mask of flex attention (GPUs: empty 128 x 128 tiles cost nothing). Where the host knows
+how long the documents are, SDPA takes one after another: scores between two of them are never made. This file is copied
+beside exported weights and imports nothing of this project.
 
-Legend: B batch, L tokens, H query heads, K key and value heads, E head width. Positions are 0-based and count
-tokens of the document; document -1 is padding, which only sees padding.
+Legend: B batch, L tokens, H query heads, K key and value heads, E head width; D tokens of a document, of which C are
+clean and M masked. Positions are 0-based and count tokens of the document; document -1 is padding, which only sees
+padding.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -127,6 +129,8 @@ class AnchoredLayout(Layout):
         position_ids_BxL: a block's tokens have the positions of the clean tokens that they hide.
         clean: "bidirectional" lets clean tokens see the whole clean copy. Only right where the clean copy ends
             at the anchor: otherwise the block's answer leaks through the clean tokens' states.
+        documents: (C, M) of each document, row after row, if the host knows them: the clean copy stands first. Padding
+            is C, M = 0.
     """
 
     def __init__(
@@ -135,6 +139,7 @@ class AnchoredLayout(Layout):
         block_ids_BxL: Tensor,
         position_ids_BxL: Tensor,
         clean: Literal["causal", "bidirectional"] = "causal",
+        documents: Sequence[Sequence[tuple[int, int]]] | None = None,
     ) -> None:
         if not document_ids_BxL.shape == block_ids_BxL.shape == position_ids_BxL.shape:
             raise ValueError(
@@ -147,6 +152,7 @@ class AnchoredLayout(Layout):
         self.block_ids_BxL = block_ids_BxL
         self.position_ids_BxL = position_ids_BxL
         self.clean = clean
+        self.documents = documents
 
     def features(self) -> Features:
         positions = self.position_ids_BxL
@@ -163,6 +169,31 @@ class AnchoredLayout(Layout):
         visible = torch.where(k_block == 0, k_position < q_limit, k_block == q_block)
         return (q_document == k_document) & visible
 
+    def by_document(self) -> list[list[Document]]:
+        """The mask in parts, row after row."""
+        assert self.documents is not None
+        features, rows = self.features(), []
+        for row, sizes in enumerate(self.documents):
+            of_row, start = [], 0
+            for clean, masked in sizes:
+                end = start + clean + masked
+                query = tuple(f[row, start + clean : end, None] for f in features)
+                mask = self.sees(query, tuple(f[row, None, start:end] for f in features)) if masked else None
+                of_row.append(Document(clean, masked, self.clean == "causal", mask))
+                start = end
+            rows.append(of_row)
+        return rows
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """C clean tokens, which see one another, M masked ones, and whom these see."""
+
+    clean: int
+    masked: int
+    is_causal: bool
+    mask_MxD: Tensor | None
+
 
 @dataclass
 class AttentionPlan:
@@ -174,6 +205,7 @@ class AttentionPlan:
 
     implementation: str
     mask_Bx1xLxL: Tensor | None = None
+    documents: list[list[Document]] | None = None
     block_mask: Any = None
     flex_attention: Callable[..., Tensor] | None = None
     extend: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
@@ -187,12 +219,17 @@ class AttentionPlan:
         if implementation == "flex_attention":
             make_mask, kernel = _flex(layout.position_ids_BxL.device.type)
             return cls(implementation, block_mask=_block_mask(layout, make_mask), flex_attention=kernel)
+        if implementation == "sdpa" and isinstance(layout, AnchoredLayout) and layout.documents is not None:
+            return cls(implementation, documents=layout.by_document())
         return cls(implementation, mask_Bx1xLxL=layout.mask()[:, None])
 
 
 def attend(q_BxHxLxE: Tensor, k_BxKxTxE: Tensor, v_BxKxTxE: Tensor, plan: AttentionPlan) -> Tensor:
     """softmax(q k' / sqrt(E)) v under the plan's mask, BxHxLxE; each key head serves H / K query heads."""
     grouped = q_BxHxLxE.shape[1] != k_BxKxTxE.shape[1]
+    if plan.documents is not None:
+        rows = zip(q_BxHxLxE.unbind(), k_BxKxTxE.unbind(), v_BxKxTxE.unbind(), plan.documents, strict=True)
+        return torch.stack([_attend_by_document(*row) for row in rows])
     if plan.implementation == "sdpa":
         return F.scaled_dot_product_attention(
             q_BxHxLxE, k_BxKxTxE, v_BxKxTxE, attn_mask=plan.mask_Bx1xLxL, enable_gqa=grouped
@@ -200,6 +237,27 @@ def attend(q_BxHxLxE: Tensor, k_BxKxTxE: Tensor, v_BxKxTxE: Tensor, plan: Attent
     if plan.flex_attention is not None:
         return plan.flex_attention(q_BxHxLxE, k_BxKxTxE, v_BxKxTxE, block_mask=plan.block_mask, enable_gqa=grouped)
     return _eager_attention(q_BxHxLxE, k_BxKxTxE, v_BxKxTxE, plan.mask_Bx1xLxL)
+
+
+def _attend_by_document(q_HxLxE: Tensor, k_KxLxE: Tensor, v_KxLxE: Tensor, documents: list[Document]) -> Tensor:
+    """One row, HxLxE: sums of C x C / 2 + M x D scores instead of L x L."""
+    queries = iter(q_HxLxE.split([size for d in documents for size in (d.clean, d.masked)], dim=1))
+    lengths = [d.clean + d.masked for d in documents]
+    parts = []
+    for document, k, v in zip(documents, k_KxLxE.split(lengths, dim=1), v_KxLxE.split(lengths, dim=1), strict=True):
+        clean, masked = next(queries), next(queries)
+        if document.clean:
+            keys, values = k[:, : document.clean], v[:, : document.clean]
+            parts.append(_sdpa(clean, keys, values, is_causal=document.is_causal))
+        if document.masked:
+            parts.append(_sdpa(masked, k, v, attn_mask=document.mask_MxD))
+    return torch.cat(parts, dim=1)
+
+
+def _sdpa(q_HxNxE: Tensor, k_KxTxE: Tensor, v_KxTxE: Tensor, **who: Any) -> Tensor:
+    # CPUs have their fast kernel for four dimensions only.
+    q, k, v = q_HxNxE[None], k_KxTxE[None], v_KxTxE[None]
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **who)[0]
 
 
 def _eager_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

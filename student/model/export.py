@@ -71,7 +71,7 @@ def load_student(
     directory = Path(directory)
     config = read_config(directory)
     check_state({name: shape for name, (shape, _) in tensor_shapes(directory).items()}, config, directory)
-    tokenizer = _load_tokenizer(directory, config)
+    tokenizer = read_tokenizer(directory, config)
     with _no_progress_bars():
         model = LladaForMaskedDiffusion.from_pretrained(
             directory,
@@ -369,7 +369,12 @@ def _no_progress_bars() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _load_tokenizer(directory: Path, config: LladaConfig) -> Any:
+def read_tokenizer(directory: Path, config: LladaConfig) -> Any:
+    """The tokenizer of a saved student, with its mask.
+
+    Raises:
+        CheckpointError: if it is missing or does not fit the config.
+    """
     from transformers import AutoTokenizer
 
     if not (directory / "tokenizer.json").exists():

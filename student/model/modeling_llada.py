@@ -9,8 +9,8 @@ whole once its parameters are loaded.
 
 These files are copied beside exported weights and import only torch and transformers.
 
-Legend: B batch, L tokens, D width, H query heads, K key and value heads, E head width, V vocabulary, C new clean
-tokens, G block length, T cached tokens.
+Legend: B batch, L tokens, D width, H query heads, K key and value heads, E head width, V vocabulary, N chosen
+tokens, C new clean tokens, G block length, T cached tokens.
 """
 
 from __future__ import annotations
@@ -111,16 +111,20 @@ class LladaBlock(GradientCheckpointingLayer):
         self.up_proj = nn.Linear(config.d_model, config.mlp_hidden_size, bias=False)
         self.ff_out = nn.Linear(config.mlp_hidden_size, config.d_model, bias=False)
 
-    def forward(self, x_BxLxD: Tensor, rope: Rope, plan: AttentionPlan) -> Tensor:
+    def forward(self, x_BxLxD: Tensor, rope: Rope, plan: AttentionPlan, chosen_N: Tensor | None = None) -> Tensor:
+        """States BxLxD of all tokens, or NxD of those `chosen` of the flattened B x L."""
         normed = self.attn_norm(x_BxLxD)
         q = rotate(self._heads(self.q_proj(normed)), rope)
         k = rotate(self._heads(self.k_proj(normed)), rope)
         v = self._heads(self.v_proj(normed))
         if plan.extend is not None:
             k, v = plan.extend(self.layer, k, v)
-        x_BxLxD = x_BxLxD + self.attn_out(attend(q, k, v, plan).transpose(1, 2).flatten(2))
-        normed = self.ff_norm(x_BxLxD)
-        return x_BxLxD + self.ff_out(F.silu(self.ff_proj(normed)) * self.up_proj(normed))
+        x, attended = x_BxLxD, attend(q, k, v, plan).transpose(1, 2).flatten(2)
+        if chosen_N is not None:
+            x, attended = (states.flatten(0, 1).index_select(0, chosen_N) for states in (x, attended))
+        x = x + self.attn_out(attended)
+        normed = self.ff_norm(x)
+        return x + self.ff_out(F.silu(self.ff_proj(normed)) * self.up_proj(normed))
 
     def _heads(self, x_BxLxD: Tensor) -> Tensor:
         return x_BxLxD.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -184,6 +188,7 @@ class LladaForMaskedDiffusion(PreTrainedModel):
         attention_mask: Tensor | None = None,
         layout: Layout | None = None,
         position_ids: Tensor | None = None,
+        chosen_N: Tensor | None = None,
     ) -> Tensor:
         """States after the final norm, BxLxD: `head_weight` makes logits of them.
 
@@ -191,6 +196,8 @@ class LladaForMaskedDiffusion(PreTrainedModel):
             attention_mask: BxL, 1 for tokens and 0 for padding; a short name for `PackedLayout.from_padding`.
             layout: who attends to whom; None is every token to every token of its row.
             position_ids: BxL; by default the layout's, or the columns.
+            chosen_N: int64, indices into the flattened B x L: the states NxD of these alone. The last block then
+                computes the others' queries, keys and values and nothing more.
 
         Raises:
             ValueError: if the row is longer than the config allows, or two masks are given.
@@ -207,7 +214,7 @@ class LladaForMaskedDiffusion(PreTrainedModel):
                 self._check_length(length)
                 position_ids = torch.arange(length, device=input_ids_BxL.device)[None]
         plan = AttentionPlan.of(layout, self.config._attn_implementation)
-        return self._run(input_ids_BxL, position_ids, plan)
+        return self._run(input_ids_BxL, position_ids, plan, chosen_N)
 
     def forward(
         self,
@@ -230,10 +237,13 @@ class LladaForMaskedDiffusion(PreTrainedModel):
     def compile_blocks(self) -> None:
         """Compile every block, in place, for rows of one shape: their elementwise parts become few kernels.
 
+        The last one's number of chosen tokens is another in every forward: it is compiled once more, for any.
         Not under ZeRO-3, which gathers each block's weights in Python.
         """
-        for block in self.model.transformer["blocks"]:
+        *blocks, last = self.model.transformer["blocks"]
+        for block in blocks:
             block.compile(dynamic=False)
+        last.compile()
 
     @torch.no_grad()
     def draft_hidden_states(
@@ -271,13 +281,16 @@ class LladaForMaskedDiffusion(PreTrainedModel):
         cache.commit(step)
         return hidden.flatten(0, 1)[step.unpadded_N[step.block_BG]]
 
-    def _run(self, input_ids_BxL: Tensor, position_ids_BxL: Tensor, plan: AttentionPlan) -> Tensor:
+    def _run(
+        self, input_ids_BxL: Tensor, position_ids_BxL: Tensor, plan: AttentionPlan, chosen_N: Tensor | None = None
+    ) -> Tensor:
         transformer = self.model.transformer
         x_BxLxD = transformer["wte"](input_ids_BxL)
         rope = rotary_tables(self.config, position_ids_BxL)
-        for block in transformer["blocks"]:
+        *blocks, last = transformer["blocks"]
+        for block in blocks:
             x_BxLxD = block(x_BxLxD, rope, plan)
-        return transformer["ln_f"](x_BxLxD)
+        return transformer["ln_f"](last(x_BxLxD, rope, plan, chosen_N))
 
     def _check_length(self, length: int) -> None:
         if length > self.config.max_sequence_length:

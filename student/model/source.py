@@ -51,18 +51,11 @@ class Source:
             CheckpointError: if it is not there, incomplete, or of an architecture that LLaDA's block does not compute.
         """
         directory = resolve(name, revision)
-        family = read_config_tree(directory).get("model_type")
-        if family not in ("llada", "llama"):
-            raise CheckpointError(
-                f"{directory} is a {family!r} model; a student starts from a LLaDA or a LLaMA-architecture checkpoint "
-                "(model_type 'llada' or 'llama'), or at random with student.checkpoint: null"
-            )
+        family, config = config_of_checkpoint(directory)
         shapes = tensor_shapes(directory)
         if family == "llada":
-            config = read_config(directory)
             names = {name: name for name in shapes}
         else:
-            config = config_from_llama(read_config_tree(directory), directory)
             names = {ours: theirs for ours, theirs in _llama_names(config).items() if theirs in shapes}
             # A tied checkpoint may store its head all the same.
             expected = set(_llama_names(config).values()) | {"lm_head.weight"}
@@ -127,6 +120,24 @@ def changed(config: LladaConfig, **fields: Any) -> LladaConfig:
     """A copy of `config` with other values, checked anew."""
     tree = config.to_dict() | fields
     return type(config)(**{key: value for key, value in tree.items() if key not in ("model_type", "auto_map")})
+
+
+def config_of_checkpoint(directory: Path) -> tuple[str, LladaConfig]:
+    """The family of a checkpoint's architecture, llada or llama, and its config as LLaDA's.
+
+    Raises:
+        CheckpointError: if it is of another family, or LLaDA's block does not compute it.
+    """
+    tree = read_config_tree(directory)
+    family = tree.get("model_type")
+    if family == "llada":
+        return family, read_config(directory)
+    if family == "llama":
+        return family, config_from_llama(tree, directory)
+    raise CheckpointError(
+        f"{directory} is a {family!r} model; a student starts from a LLaDA or a LLaMA-architecture checkpoint "
+        "(model_type 'llada' or 'llama'), or at random with student.checkpoint: null"
+    )
 
 
 def config_from_llama(tree: dict[str, Any], source: Path | str) -> LladaConfig:

@@ -16,8 +16,8 @@ Legend, per rank: N tokens of a forward, S supervised ones, P parameters, T trai
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Literal
 
 from shared.config import LoraConfig, TrainConfig
 from student.losses.chunked import DEFAULT_CHUNK_BYTES, HEAD_ROWS, SCRATCH_BYTES
@@ -31,9 +31,10 @@ ELEMENT_BYTES: dict[Dtype, int] = {"bfloat16": 2, "float32": 4}
 # The optimizer's state beside the float32 weights: AdamW has two moments.
 STATE_BYTES = 8
 # What PyTorch's allocator cannot use, as a share, and the CUDA context with the libraries' workspaces and NCCL's
-# buffers. Both are usual values, not measured here.
+# buffers. Both are usual values, not measured here. On a CPU there are gloo's copies instead.
 FRAGMENTATION = 0.06
 CONTEXT_BYTES = int(1.5 * GIB)
+GLOO_BYTES = GIB // 4
 # Elements that DeepSpeed reduces at a time where it has no ZeRO bucket (engine.py, MEMORY_OPT_ALLREDUCE_SIZE).
 PLAIN_BUCKET = 500_000_000
 
@@ -131,6 +132,8 @@ class Moment:
     loss: int = 0
     update: int = 0
 
+    context: ClassVar[int] = CONTEXT_BYTES
+
     @property
     def total(self) -> int:
         return sum(getattr(self, field.name) for field in fields(self))
@@ -138,11 +141,18 @@ class Moment:
     @property
     def margin(self) -> int:
         """For what no tensor holds."""
-        return int(FRAGMENTATION * self.total) + CONTEXT_BYTES
+        return int(FRAGMENTATION * self.total) + self.context
 
     @property
     def needed(self) -> int:
         return self.total + self.margin
+
+
+class HostMoment(Moment):
+    """On a CPU, where the process itself is there already."""
+
+    __slots__ = ()
+    context: ClassVar[int] = GLOO_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +221,7 @@ def memory(
     bucket = e * zero.reduce_bucket if zero.stage == 3 else 0  # under ZeRO-3 it is never given back
 
     kept = kept_activations(shape, train, tokens, supervised, e, lora, device)
-    fixed = Moment(weights, gradients, 0 if offloaded else state)
+    fixed = (Moment if device == "cuda" else HostMoment)(weights, gradients, 0 if offloaded else state)
     host = 0
     if offloaded:
         # The state (on NVMe four buffers of it), the float32 gradients, and the weights on their way back.
@@ -228,7 +238,7 @@ def memory(
 
 
 def _at(fixed: Moment, communication: int, activations: int, loss: int, update: int) -> Moment:
-    return Moment(fixed.weights, fixed.gradients, fixed.optimizer, communication, activations, loss, update)
+    return replace(fixed, communication=communication, activations=activations, loss=loss, update=update)
 
 
 def _gradients(zero: Zero, e: int, trained: int, share: int, largest: int, accumulation: int) -> tuple[int, int, int]:
@@ -277,8 +287,9 @@ def masked_tokens(train: TrainConfig) -> int:
     return train.micro_batch * train.packed_row_tokens * blocks // (train.max_sequence_tokens + blocks)
 
 
-def saved_by_block(shape: LladaConfig, row_tokens: int, e: int, lora: LoraConfig | None, device: Device) -> int:
-    """Bytes a token that autograd saves in one block's forward.
+def saved_by_block(shape: LladaConfig, masked: int, e: int, lora: LoraConfig | None, device: Device) -> tuple[int, int]:
+    """Bytes a token that autograd saves in one block's forward: by attention, and by what comes after it; of a row, so
+    many tokens are masked.
 
     A norm saves its input in float32, 1 / rms, its output and, where its weight is trained, the normed input; attention
     q, k, v, its output and the log-sum-exp; the MLP both projections, silu of the first and the product. A frozen
@@ -288,20 +299,26 @@ def saved_by_block(shape: LladaConfig, row_tokens: int, e: int, lora: LoraConfig
     linears = block_linears(shape)
     dropout = lora is not None and lora.dropout > 0
     targets = linears.keys() if lora is None else [] if dropout else lora.targets
-    inputs = e * d * sum(
-        any(name in targets for name in group) for group in (("q_proj", "k_proj", "v_proj"), ("ff_proj", "up_proj"))
-    )  # fmt: skip
-    norms = 2 * (4 * d + 4) + inputs + (2 * e * d if lora is None else 0)
-    attention = 2 * e * d + 2 * e * kv + 4 * shape.n_heads
-    mlp = e * f * (4 if "ff_out" in targets else 3)
-    # Without a kernel of its own for the layout, SDPA makes a dense mask for every layer.
-    mask = e * row_tokens if device == "cpu" else 0
-    adapters = 0
-    if lora is not None:
-        adapters = e * lora.rank * len(lora.targets)
+    norm = 4 * d + 4 + (e * d if lora is None else 0)
+    early = norm + 2 * e * d + 2 * e * kv + 4 * shape.n_heads
+    late = norm + e * f * (4 if "ff_out" in targets else 3)
+    early += e * d * any(name in targets for name in ("q_proj", "k_proj", "v_proj"))
+    late += e * d * any(name in targets for name in ("ff_proj", "up_proj"))
+    if device == "cpu":
+        # SDPA makes a mask of all keys for every masked token and layer; the documents' outputs are copied together.
+        early += e * masked
+        late += e * d * ("attn_out" in targets)
+    if lora is None:
+        return early, late
+    for target in lora.targets:
+        adapter = e * lora.rank
         if dropout:
-            adapters += (e + (1 if device == "cuda" else e)) * sum(linears[target][0] for target in lora.targets)
-    return norms + attention + mlp + mask + adapters
+            adapter += (e + (1 if device == "cuda" else e)) * linears[target][0]
+        if target in ("q_proj", "k_proj", "v_proj"):
+            early += adapter
+        else:
+            late += adapter
+    return early, late
 
 
 def kept_activations(
@@ -313,13 +330,20 @@ def kept_activations(
     lora: LoraConfig | None,
     device: Device,
 ) -> int:
-    """Bytes that the whole forward leaves for the backward; with checkpointing, the input of every block."""
-    saved = saved_by_block(shape, train.packed_row_tokens, e, lora, device)
-    layers = shape.n_layers * (e * shape.d_model if train.activation_checkpointing else saved)
+    """Bytes that the whole forward leaves for the backward; with checkpointing, the input of every block.
+
+    After its attention the last block goes on with the supervised tokens alone.
+    """
+    masked = supervised // train.micro_batch
+    early, late = saved_by_block(shape, masked, e, lora, device)
+    if train.activation_checkpointing:
+        layers = shape.n_layers * tokens * e * shape.d_model
+    else:
+        layers = (shape.n_layers - 1) * tokens * (early + late) + tokens * early + supervised * late
     final = 4 * shape.d_model + 4 + (e * shape.d_model if lora is None else 0)
     rope = 2 * 4 * shape.head_dim
-    mask = train.packed_row_tokens if device == "cpu" else 0  # booleans, once
-    return tokens * (layers + final + rope + mask) + 2 * e * supervised * shape.d_model
+    mask = masked if device == "cpu" else 0  # booleans, once
+    return layers + tokens * (rope + mask) + supervised * (final + 2 * e * shape.d_model)
 
 
 def block_again(
@@ -327,7 +351,10 @@ def block_again(
 ) -> int:
     """Bytes beside the kept ones while one block's backward runs: its activations, where they are made again, and the
     gradients of states and of the MLP's two branches."""
-    again = saved_by_block(shape, train.packed_row_tokens, e, lora, device) if train.activation_checkpointing else 0
+    if not train.activation_checkpointing:
+        again = 0
+    else:
+        again = sum(saved_by_block(shape, masked_tokens(train) // train.micro_batch, e, lora, device))
     return tokens * (again + 2 * e * (shape.d_model + shape.mlp_hidden_size))
 
 

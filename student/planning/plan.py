@@ -7,31 +7,18 @@ nothing is computed meanwhile. Nothing is loaded but a shape: the start's where 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Group
 
-from shared.config import LoraConfig, PipelineConfig, TrainConfig
+from shared.config import PipelineConfig
 from shared.console import bytes_text, titled_table
-from shared.errors import ConfigError, DatasetError
-from student.alignment.prepared import PreparedDataset
-from student.model.configuration_llada import LladaConfig
-from student.planning.memory import (
-    ELEMENT_BYTES,
-    GIB,
-    Dtype,
-    Memory,
-    Moment,
-    Parameters,
-    Zero,
-    block_linears,
-    masked_tokens,
-    memory,
-)
+from student.planning.cost import Data, checkpoint_bytes, data_of, micro_batch_flops, wire_bytes
+from student.planning.fit import require_fit
+from student.planning.memory import ELEMENT_BYTES, GIB, Memory, Moment
+from student.planning.setup import Setup
 from student.planning.shapes import shape_of
 from student.training.engine import deepspeed_config
 from student.training.launch import ranks_here
@@ -51,72 +38,6 @@ class Assumptions:
     utilization: float = 0.4
     link: float = 450.0
     shape: Path | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Setup:
-    """What the arithmetic takes: a shape, and how it is trained."""
-
-    shape: LladaConfig
-    train: TrainConfig
-    settings: dict[str, Any]
-    lora: LoraConfig | None
-    ranks: int
-
-    @property
-    def dtype(self) -> Dtype:
-        return "float32" if self.train.dtype == "float32" else "bfloat16"
-
-    @property
-    def accumulation(self) -> int:
-        return -(-self.train.global_batch // (self.ranks * self.train.micro_batch))
-
-    @property
-    def zero(self) -> Zero:
-        return Zero.of(self.settings, self.ranks, self.dtype)
-
-    @property
-    def parameters(self) -> Parameters:
-        return Parameters.of(self.shape, self.lora)
-
-    def memory(self) -> Memory:
-        return memory(self.shape, self.train, self.zero, self.dtype, self.lora, self.accumulation)
-
-    def changed(
-        self,
-        *,
-        stage: int | None = None,
-        offload: bool = False,
-        lora: bool = False,
-        ranks: int | None = None,
-        **train: Any,
-    ) -> Setup:
-        """The same with other settings."""
-        zero = dict(self.settings.get("zero_optimization", {}))
-        if stage is not None:
-            zero["stage"] = stage
-        if offload:
-            zero["offload_optimizer"] = {"device": "cpu"}
-        settings = self.settings | {"zero_optimization": zero}
-        if zero.get("stage") and self.dtype == "bfloat16":
-            settings["data_types"] = {"grad_accum_dtype": "fp32"} | settings.get("data_types", {})
-        return replace(
-            self,
-            train=self.train.model_copy(update=train),
-            settings=settings,
-            lora=LoraConfig() if lora else self.lora,
-            ranks=ranks or self.ranks,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Data:
-    """The training samples: how many, and the mean tokens of one in a row, clean and masked."""
-
-    samples: int
-    clean_tokens: float
-    masked_tokens: float
-    source: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,25 +96,8 @@ class Plan:
         return self.memory.needed <= self.available
 
     def require_fit(self) -> None:
-        """Refuse what does not fit, with what would.
-
-        Raises:
-            ConfigError: naming the largest part, the bytes, and the changes that the same arithmetic accepts.
-        """
-        if self.fits:
-            return
-        name, moment = self.memory.fullest
-        part = max((field.name for field in fields(Moment)), key=lambda field: getattr(moment, field))
-        found = [f"{text} ({needed / GIB:.1f} GiB)" for text, needed in remedies(self.setup, self.available)]
-        raise ConfigError(
-            f"does not fit: a rank needs {self.memory.needed / GIB:.1f} GiB of {self.available / GIB:.1f} GiB, most of "
-            f"it in the {name} ({part} {getattr(moment, part) / GIB:.1f} GiB); "
-            + (
-                "any of these fits: " + "; ".join(found)
-                if found
-                else "nothing tried here fits: take more or larger GPUs"
-            )
-        )
+        """As `student.planning.fit.require_fit`."""
+        require_fit(self.setup, self.available)
 
     def table(self) -> Group:
         """For people."""
@@ -292,120 +196,3 @@ def plan(config: PipelineConfig, assumptions: Assumptions) -> Plan:
             steps = max(-(-int((epochs or 1) * rows) // train.global_batch), 1)
         epochs = steps / per_epoch
     return Plan(setup, assumptions, available, setup.memory(), source, data, steps, epochs)
-
-
-def step_flops(config: PipelineConfig, shape: LladaConfig, ranks: int, prepared: PreparedDataset) -> float:
-    """Multiplications and additions of a step on one rank, what checkpointing repeats left out."""
-    train = config.train.model_copy(update={"activation_checkpointing": False})
-    setup = Setup(shape, train, {}, config.student.lora, ranks)
-    return setup.accumulation * micro_batch_flops(setup, data_of_prepared(prepared, train))
-
-
-def data_of(config: PipelineConfig) -> Data | None:
-    """The run's training samples: of its prepared data, else of its dataset's manifest, else None."""
-    train = config.train
-    try:
-        return data_of_prepared(PreparedDataset.open(config.prepared_dir), train)
-    except DatasetError:
-        pass
-    try:
-        from shared.dataset.reader import Dataset
-
-        manifest = Dataset.open(config.shards_dir).manifest
-    except DatasetError:
-        return None
-    samples = sum(count for key, count in manifest.counts.items() if key.startswith("train/"))
-    tokens = manifest.tokens / max(manifest.rows, 1)
-    source = f"{config.shards_dir}, {tokens:.0f} response tokens each, of the teacher's; prompts not counted"
-    return Data(
-        samples, min(tokens, train.max_sequence_tokens), train.block_length * min(train.anchors, tokens), source
-    )
-
-
-def data_of_prepared(prepared: PreparedDataset, train: TrainConfig) -> Data:
-    """The training samples of prepared targets."""
-    chosen = prepared.indices(split="train")
-    lengths, prompts = prepared.lengths[chosen], prepared.prompt_lengths[chosen]
-    clean = float(lengths.clip(max=train.max_sequence_tokens).mean())
-    masked = train.block_length * float((lengths - prompts).clip(max=train.anchors).mean())
-    return Data(len(chosen), clean, masked, f"{prepared.directory}, {clean:.0f} + {masked:.0f} tokens each")
-
-
-def micro_batch_flops(setup: Setup, data: Data | None) -> float:
-    """Multiplications and additions of one forward and backward on a rank, what checkpointing repeats included.
-
-    Two a weight and token forward, twice that backward, or once where the weight is frozen. Attention: a query meets
-    half of its sample. The head sees supervised positions alone, three products each (`student.losses.chunked`).
-    """
-    shape, train, lora = setup.shape, setup.train, setup.lora
-    tokens = train.micro_batch * train.packed_row_tokens
-    matrices = shape.n_layers * sum(inputs * outputs for inputs, outputs in block_linears(shape).values())
-    sample = train.max_sequence_tokens if data is None else data.clean_tokens
-    attention = shape.n_layers * 4 * shape.d_model * sample / 2
-    supervised = float(masked_tokens(train))
-    if data is not None:
-        supervised = tokens * data.masked_tokens / (data.clean_tokens + data.masked_tokens)
-    again = 1 if train.activation_checkpointing else 0
-    blocks = tokens * ((2 * matrices) * (again + (3 if lora is None else 2)) + attention * (again + 3))
-    head = supervised * 2 * shape.embedding_size * shape.d_model * (3 if lora is None else 2)
-    adapters = 0 if lora is None else tokens * 2 * setup.parameters.trained * (again + 3)
-    return blocks + head + adapters
-
-
-def wire_bytes(setup: Setup) -> tuple[float, float]:
-    """Bytes that a rank sends in a step, by rings: a share of (W - 1) / W to gather or to reduce and scatter, twice
-    that to all-reduce. During the micro-batches, and after them."""
-    zero, e, count = setup.zero, ELEMENT_BYTES[setup.dtype], setup.parameters
-    ring = (zero.ranks - 1) / zero.ranks
-    gradients = ring * e * count.trained
-    if zero.stage == 0:
-        return 0.0, 2 * gradients
-    if zero.stage == 1:
-        return 0.0, 2 * gradients + gradients  # the updated weights are as many bytes as the gradients
-    if zero.stage == 2:
-        return setup.accumulation * gradients * (2 if zero.all_reduces else 1), gradients
-    # Weights for the forward and again for the backward.
-    return setup.accumulation * (2 * ring * e * count.total + gradients), 0.0
-
-
-def checkpoint_bytes(setup: Setup) -> int:
-    """Of one step-N: the weights, and float32 weights with AdamW's moments of what is trained."""
-    return ELEMENT_BYTES[setup.dtype] * setup.parameters.total + 12 * setup.parameters.trained
-
-
-def remedies(setup: Setup, available: int) -> Iterator[tuple[str, int]]:
-    """Changes that make it fit, with the bytes needed then: single ones, else the first sum of them that does."""
-    train, stage = setup.train, setup.zero.stage
-    # Without the second DeepSpeed refuses an optimizer of PyTorch's.
-    offload = '"offload_optimizer": {"device": "cpu"} and "zero_force_ds_cpu_optimizer": false in the DeepSpeed file'
-    changes: list[tuple[str, dict[str, Any]]] = []
-    if not train.activation_checkpointing:
-        changes.append(("train.activation_checkpointing: true", {"activation_checkpointing": True}))
-    halves = [train.micro_batch >> shift for shift in range(1, train.micro_batch.bit_length())]
-    changes += [(f"train.micro_batch: {rows}", {"micro_batch": rows}) for rows in halves]
-    if setup.ranks > 1:
-        changes += [(f"ZeRO stage {higher} in {train.deepspeed}", {"stage": higher}) for higher in range(stage + 1, 4)]
-    if stage and setup.zero.optimizer_on == "none":
-        changes.append((offload, {"offload": True}))
-    if setup.lora is None:
-        changes.append(("student.lora: {}", {"lora": True}))
-    changes += [(f"{ranks} GPUs", {"ranks": ranks}) for ranks in (2, 4, 8, 16, 32, 64) if ranks > setup.ranks]
-    found: list[tuple[str, int]] = []
-    kinds: set[str] = set()
-    for text, change in changes:
-        needed = setup.changed(**change).memory().needed
-        if needed <= available and not kinds & change.keys():  # the first of a kind costs least
-            kinds |= change.keys()
-            found.append((text, needed))
-    if found:
-        yield from found
-        return
-    texts: dict[str, str] = {}
-    together: dict[str, Any] = {}
-    for text, change in changes:
-        texts |= dict.fromkeys(change, text)  # a later change of a kind replaces the one before
-        together |= change
-        needed = setup.changed(**together).memory().needed
-        if needed <= available:
-            yield " with ".join(texts.values()), needed
-            return

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from shared.config import PipelineConfig
-from shared.errors import CheckpointError, ConfigError
+from shared.errors import ConfigError
 from student.model.configuration_llada import LladaConfig
-from student.model.export import read_config, read_config_tree
+from student.model.export import read_config
 from student.model.initialize import random_shape
-from student.model.source import changed, config_from_llama
+from student.model.source import changed, config_of_checkpoint
 
 # LladaConfig's defaults are theirs.
 PUBLISHED = ("GSAI-ML/LLaDA-8B-Base", "GSAI-ML/LLaDA-8B-Instruct", "GSAI-ML/LLaDA-1.5")
@@ -31,7 +31,7 @@ def shape_of(config: PipelineConfig, given: Path | None = None) -> tuple[LladaCo
         asked = student.shape if given is None else given
         shape, source = random_shape(asked), "student.shape" if given is None else f"{given}"
     elif (directory := _directory(student.checkpoint, student.revision)) is not None:
-        shape, source = _of_checkpoint(directory), student.checkpoint
+        shape, source = config_of_checkpoint(directory)[1], student.checkpoint
     elif student.checkpoint in PUBLISHED:
         shape, source = LladaConfig(), f"{student.checkpoint}, as published"
     else:
@@ -59,13 +59,3 @@ def _directory(name: str, revision: str | None) -> Path | None:
 
     found = try_to_load_from_cache(name, "config.json", revision=revision) if name.count("/") == 1 else None
     return Path(found).parent if isinstance(found, str) else None
-
-
-def _of_checkpoint(directory: Path) -> LladaConfig:
-    tree = read_config_tree(directory)
-    family = tree.get("model_type")
-    if family == "llada":
-        return read_config(directory)
-    if family == "llama":
-        return config_from_llama(tree, directory)
-    raise CheckpointError(f"{directory} is a {family!r} model, expected 'llada' or 'llama'")

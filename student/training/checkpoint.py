@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -141,16 +141,26 @@ def save(
             "sizes": {str(path.relative_to(folder)): path.stat().st_size for path in files},
         }
         write_json(folder / COMPLETE, record)
-        whole = [path for path in _folders(directory) if (path / COMPLETE).exists()]
-        leader = best(directory)
-        for old in whole[keep:]:
-            if leader is None or old != leader.directory:
-                shutil.rmtree(old)
+        prune(directory, keep)
     torch.distributed.barrier()
 
 
-def complete(directory: Path, identity: dict[str, Any]) -> list[Checkpoint]:
+def prune(directory: Path, keep: int) -> None:
+    """Delete all but the newest `keep` and the best."""
+    whole = [path for path in _folders(directory) if (path / COMPLETE).exists()]
+    leader = best(directory)
+    for old in whole[keep:]:
+        if leader is None or old != leader.directory:
+            shutil.rmtree(old)
+
+
+def complete(
+    directory: Path, identity: dict[str, Any], is_longer: Callable[[dict[str, Any]], bool] | None = None
+) -> list[Checkpoint]:
     """Checkpoints whose save came to its end, the newest first; the log names the others.
+
+    Args:
+        is_longer: whether the run is, but for more steps, the one with the identity that was found.
 
     Raises:
         CheckpointError: if one belongs to other settings or inputs, before anything of it is loaded.
@@ -163,7 +173,8 @@ def complete(directory: Path, identity: dict[str, Any]) -> list[Checkpoint]:
                 "%s has no %s: its save was interrupted or is an earlier release's; it is not used", folder, COMPLETE
             )
             continue
-        require_same_run(found.identity, identity, folder)
+        if is_longer is None or not is_longer(found.identity):
+            require_same_run(found.identity, identity, folder)
         checkpoints.append(found)
     return checkpoints
 

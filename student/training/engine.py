@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import math
 import os
 import warnings
@@ -21,6 +22,8 @@ from shared.config import TrainConfig
 from shared.errors import ConfigError
 from student.training import averaging, skipping
 from student.training.optimizer import build_optimizer, build_schedule
+
+logger = logging.getLogger(__name__)
 
 
 def initialize_process_group() -> tuple[int, int]:
@@ -138,6 +141,36 @@ def _require_agreement(settings: dict[str, Any], follows: dict[str, tuple[Any, s
             f"{where} contradicts the train section: {'; '.join(contradictions)}; remove it there, or change the train "
             "section"
         )
+
+
+def require_nvme(settings: dict[str, Any]) -> None:
+    """Refuse to offload to NVMe where that cannot work; DeepSpeed would say so in the middle of its start, if at all.
+
+    Raises:
+        ConfigError: if the stage is not 3, the directory is not there, or DeepSpeed's reader cannot be built.
+    """
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    zero = settings.get("zero_optimization", {})
+    for name in ("offload_optimizer", "offload_param"):
+        section = zero.get(name) or {}
+        if section.get("device") != "nvme":
+            continue
+        where = f"zero_optimization.{name}"
+        if zero_stage(settings) != 3:
+            raise ConfigError(
+                f"{where}.device is nvme under ZeRO-{zero_stage(settings)}, DeepSpeed has that under ZeRO-3 alone: set "
+                "stage 3, or device cpu"
+            )
+        directory = section.get("nvme_path")
+        if directory is None or not os.access(directory, os.W_OK) or not Path(directory).is_dir():
+            raise ConfigError(f"{where}.nvme_path is {directory}, expected a directory to write into; make it first")
+        if not AsyncIOBuilder().is_compatible(verbose=False):
+            raise ConfigError(
+                f"{where}.device is nvme, for which DeepSpeed builds its async_io, and libaio is not here to build it "
+                "with: install libaio-dev (Debian) or libaio-devel (Red Hat) on every node, or set device cpu"
+            )
+        logger.warning("%s.device is nvme: no test of this program has trained so, for want of libaio", where)
 
 
 def zero_stage(settings: dict[str, Any]) -> int:

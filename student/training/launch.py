@@ -64,6 +64,12 @@ def ranks_here(train: TrainConfig) -> int:
     return train.world_size or max(torch.cuda.device_count(), 1)
 
 
+def ranks_of_node(world_size: int) -> int:
+    """Ranks on this node of a rank's: as torchrun, DeepSpeed or Slurm say, else all."""
+    tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "").partition("(")[0].partition(",")[0]
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or tasks or world_size)
+
+
 def run_ranks(count: int, train: TrainConfig, arguments: list[str]) -> NoReturn:
     """Run `count` ranks of this same command under `torchrun` in this process, and end with the code of theirs.
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -48,6 +47,7 @@ class TrainingRun:
         held_out: what checkpoints are measured on; None where they are not.
         step_flops: this rank's, of the model alone; None where the shape does not say.
         done: steps that a checkpoint has brought along.
+        batches: this rank's micro-batches after those.
     """
 
     config: PipelineConfig
@@ -60,15 +60,16 @@ class TrainingRun:
     step_flops: float | None = None
     metrics: MetricsLogger | None = None
     done: int = 0
+    batches: Iterator[MicroBatch] = field(default_factory=lambda: iter(()))
     monitor: StepMonitor = field(init=False)
     gradients: GradientStatistics = field(init=False)
     stop: StopRequest | None = None
-    _batches: Iterator[MicroBatch] = field(default_factory=lambda: iter(()))
-    _next_step: int = -1
+    _next_step: int = field(init=False)
     _started: float = field(default_factory=time.monotonic)
     _tokens: int = 0
 
     def __post_init__(self) -> None:
+        self._next_step = self.done
         self.monitor = StepMonitor(self.step_flops)
         self.gradients = GradientStatistics(self.engine.module)
 
@@ -85,7 +86,7 @@ class TrainingRun:
                 logger.info("resuming after step %d of %d", self.done, steps)
         self.stop = StopRequest()
         self._started = time.monotonic()
-        with progress() as bar:
+        with progress() as bar, self.monitor.watching_collectives():
             task = bar.add_task("training", total=steps, completed=self.done, note="", visible=self.rank == 0)
             for step in range(self.done, steps):
                 with stack_if_it_hangs(train.hang_minutes):
@@ -100,13 +101,13 @@ class TrainingRun:
                     note = f"loss {loss:.3f} match@1 {match:.3f} {entry['tokens_per_s']:,.0f} tok/s"
                     bar.update(task, completed=at, note=note)
                 skipping.require_few(entry["skipped"], train)
-                if at < steps and (due or asked):
+                if due or asked or (at == steps and train.checkpoint_steps):
                     self.save(at, entry.get("evaluation"))
                 if at < steps and asked:
                     self.end_early(at)
                 if due and self.out_of_patience(at):
                     break
-        self.publish(entry.get("evaluation"))
+        self.publish()
 
     def step(self, step: int) -> dict[str, Any]:
         """Train step `step` (0-based); its entry of the metrics, the same on every rank. A collective."""
@@ -116,7 +117,9 @@ class TrainingRun:
         self.gradients.watching = every is not None and step % every == 0
         with monitor.part("data"):
             batches = self._batches_of(step)
-        targets = sum_over_ranks(torch.tensor(sum(batch.target_count for batch in batches), device=device))
+        targets = torch.tensor(sum(batch.target_count for batch in batches), device=device)
+        with monitor.part("communication"):
+            targets = sum_over_ranks(targets)
         scale = loss_scale(int(targets), world_size=order.world_size, accumulation_steps=order.accumulation)
         sums = []
         for batch in batches:
@@ -129,7 +132,8 @@ class TrainingRun:
             sums.append(terms)
         asked = self.stop is not None and self.stop.name is not None
         own = sums[0].new_tensor([sum(batch.tokens for batch in batches), asked])
-        reduced = sum_over_ranks(torch.cat([torch.stack(sums).sum(0), own]))
+        with monitor.part("communication"):
+            reduced = sum_over_ranks(torch.cat([torch.stack(sums).sum(0), own]))
         reduced, tokens, asked_ranks = reduced[:-2], int(reduced[-2]), int(reduced[-1])
         self._tokens += tokens
         elapsed = time.monotonic() - self._started
@@ -158,9 +162,9 @@ class TrainingRun:
     def _batches_of(self, step: int) -> list[MicroBatch]:
         """This rank's micro-batches of a step; steps that follow one another are made ahead."""
         if step != self._next_step:
-            self._batches = self.loader.micro_batches(self.rank, self.tokenizer, first_step=step)
+            self.batches = self.loader.micro_batches(self.rank, self.tokenizer, first_step=step)
         self._next_step = step + 1
-        return list(itertools.islice(self._batches, self.loader.sampler.accumulation))
+        return list(itertools.islice(self.batches, self.loader.sampler.accumulation))
 
     def measure(self, step: int) -> dict[str, Any]:
         """The student of now on held-out text, every rank a part of it; the same on every rank. A collective."""
@@ -213,16 +217,18 @@ class TrainingRun:
             logger.info("no checkpoint was better than that of step %d: training ends at step %d", leader.step, step)
         return verdict[0]
 
-    def publish(self, evaluation: dict[str, Any] | None) -> None:
-        """Write the trained model, whole or not at all. A collective: under ZeRO-3 every rank holds a part."""
+    def publish(self) -> None:
+        """Write the trained model, whole or not at all; its last checkpoint stays, for a run that is made longer.
+
+        A collective: under ZeRO-3 every rank holds a part.
+        """
         weights = full_weights(self.engine, averaged=self.config.train.ema is not None)
         if self.metrics is not None:
             self.metrics.close()
             summary = training_summary(self.metrics.entries) | {IDENTITY: self.identity}
             model, train = self.engine.module.model, self.config.train
             leader = checkpoint.best(self.config.checkpoints_dir) if train.publish == "best" else None
-            last = score(evaluation)
-            if leader is not None and leader.score is not None and (last is None or leader.score >= last):
+            if leader is not None and leader.step < self._next_step:
                 dtype = next(iter(weights.values())).dtype
                 weights = {name: value.to(dtype) for name, value in checkpoint.whole_weights(leader).items()}
                 summary["published_step"] = leader.step
@@ -235,7 +241,7 @@ class TrainingRun:
                 write_text(directory / "resolved_config.yaml", dump_config(self.config))
                 write_json(directory / "training.json", summary)
             if self.held_out is None:
-                shutil.rmtree(self.config.checkpoints_dir, ignore_errors=True)
+                checkpoint.prune(self.config.checkpoints_dir, keep=1)
             logger.info("trained model: %s", self.config.student_final_dir)
         torch.distributed.barrier()
 
@@ -276,6 +282,6 @@ def training_summary(entries: list[dict[str, Any]]) -> dict[str, Any]:
         "targets": round(sum(entry["positions"] for entry in entries)),
         "loss_first": float(np.mean(losses[:window])) if losses else None,
         "loss_last": float(np.mean(losses[-window:])) if losses else None,
-        "tokens_per_s": entries[-1]["tokens_per_s"],
-        "epochs": entries[-1]["epoch"],
+        "tokens_per_s": entries[-1]["tokens_per_s"] if entries else None,
+        "epochs": entries[-1]["epoch"] if entries else None,
     }

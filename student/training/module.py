@@ -27,9 +27,8 @@ class DistillationModule(nn.Module):
 
     def hidden_states(self, batch: MicroBatch) -> Tensor:
         """[N, D] final hidden states of the supervised positions, with what the sequential head adds to them."""
-        layout = AnchoredLayout(batch.document_ids, batch.block_ids, batch.position_ids)
-        hidden_BxLxD = self.model.hidden_states(batch.input_ids, layout=layout, position_ids=batch.position_ids)
-        hidden_NxD = hidden_BxLxD.flatten(0, 1).index_select(0, batch.supervised)
+        layout = AnchoredLayout(batch.document_ids, batch.block_ids, batch.position_ids, documents=batch.documents)
+        hidden_NxD = self.model.hidden_states(batch.input_ids, layout=layout, chosen_N=batch.supervised)
         if self.model.sequential_head is None:
             return hidden_NxD
         # Positions of a block are consecutive: from depth 2 on the token before is the one of the position before.

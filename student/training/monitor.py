@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -20,7 +20,11 @@ logger = logging.getLogger(__name__)
 # Dense bfloat16 peaks in TFLOP/s, as the vendor's data sheets give them.
 PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "B200": 2250.0}
 GIB = 1 << 30
-PARTS = ("data", "forward", "backward", "optimizer")
+PARTS = ("data", "forward", "backward", "optimizer", "communication")
+COLLECTIVES = (
+    "all_reduce", "all_gather", "all_gather_coalesced", "all_gather_into_tensor", "all_to_all", "all_to_all_single",
+    "broadcast", "reduce", "reduce_scatter", "reduce_scatter_tensor",
+)  # fmt: skip
 
 
 def peak_flops() -> float | None:
@@ -32,8 +36,9 @@ def peak_flops() -> float | None:
 class StepMonitor:
     """Times the parts of a step and reads memory when it is over.
 
-    On a GPU the parts are timed by events on its stream, so nothing waits for them. What the ranks send one another
-    runs beside the backward and the optimizer, and is in their times.
+    On a GPU the parts are timed by events on its stream, so nothing waits for them. `communication` is how long
+    collectives held up their stream (on a CPU the process), waiting for slower ranks included. DeepSpeed's run inside
+    forward, backward and optimizer, beside the computing where `overlap_comm` says so: the parts do not add up.
 
     Args:
         flops: of a step on this rank; None leaves the utilization out.
@@ -59,6 +64,28 @@ class StepMonitor:
         end_event.record()
         self._marks[name].append((start_event, end_event))
 
+    @contextmanager
+    def watching_collectives(self) -> Iterator[None]:
+        """Count the collectives that DeepSpeed calls meanwhile as communication."""
+        import deepspeed.comm.comm as comm
+
+        backend = comm.cdb
+        for name in COLLECTIVES:
+            setattr(backend, name, self._timed(getattr(backend, name)))
+        try:
+            yield
+        finally:
+            for name in COLLECTIVES:
+                delattr(backend, name)  # the class has them still
+
+    def _timed(self, collective: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            with self.part("communication"):
+                handle = collective(*args, **kwargs)
+            return None if handle is None else _Awaited(handle, self)
+
+        return timed
+
     def finish(self, step_s: float) -> dict[str, Any]:
         """The figures of the step that took `step_s` seconds, the largest memory of any rank; starts the next. A
         collective."""
@@ -80,6 +107,20 @@ class StepMonitor:
             "host_gib": host,
             "utilization": self._flops / self._peak / step_s if known else None,  # type: ignore[operator]
         }
+
+
+class _Awaited:
+    """A collective under way; what counts is how long it is waited for."""
+
+    def __init__(self, handle: Any, monitor: StepMonitor) -> None:
+        self._handle, self._monitor = handle, monitor
+
+    def wait(self, *args: Any) -> Any:
+        with self._monitor.part("communication"):
+            return self._handle.wait(*args)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._handle, name)
 
 
 def _seconds(mark: Any) -> float:

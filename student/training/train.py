@@ -15,6 +15,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from shared.config import PipelineConfig
@@ -22,12 +23,12 @@ from shared.errors import USER_ERROR_EXIT_CODE, CheckpointError, ConfigError
 from student.alignment.sanity import check_alignment
 from student.data.data_loader import TrainingDataLoader
 from student.evaluation.measure import HeldOut
-from student.lineage import IDENTITY, present, read_json
+from student.lineage import IDENTITY, differences, present, read_json
 from student.losses.settings import LossChoice, LossSettings, ResolvedLossName, check_temperature, resolve_loss
 from student.model.export import read_config
 from student.training import checkpoint, launch
 from student.training.checkpoint import Checkpoint, require_same_run, run_identity
-from student.training.engine import deepspeed_config, training_dtype, zero_stage
+from student.training.engine import deepspeed_config, require_nvme, training_dtype, zero_stage
 from student.training.metrics_logger import check_trackers
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
+RECORD = "training.json"
 ALREADY_TRAINED = "already trained: %s (--fresh trains anew)"
 SANITY_SAMPLES = 64
 
@@ -59,8 +61,8 @@ class Decision:
 def train(config: PipelineConfig, *, fresh: bool = False) -> None:
     """Train `config.student_init_dir` on `config.prepared_dir` into `config.student_final_dir`.
 
-    A run that is finished is left as it is; one that was interrupted goes on from its newest undamaged checkpoint;
-    `fresh` forgets both. Started by hand, this becomes one process per rank.
+    A run that is finished is left as it is. One that was interrupted, or is to have more steps now, goes on from its
+    newest undamaged checkpoint. `fresh` forgets both. Started by hand, this becomes one process per rank.
 
     Raises:
         DatasetError, ConfigError, CheckpointError, AlignmentError, StaleError, TrainingError: before anything is
@@ -72,30 +74,71 @@ def train(config: PipelineConfig, *, fresh: bool = False) -> None:
     world_size = launch.ranks_here(config.train)
     if world_size == 1:
         train_rank(config, fresh=fresh)
-    elif decide(config, world_size, fresh=fresh).finished:  # here, so that a mistake ends without starting ranks
+    elif decide(
+        config, check(config, world_size), fresh=fresh
+    ).finished:  # here, so that a mistake ends without starting ranks
         logger.info(ALREADY_TRAINED, config.student_final_dir)
     else:
         launch.run_ranks(world_size, config.train, [argument for argument in sys.argv[1:] if argument != "--fresh"])
 
 
-def decide(config: PipelineConfig, world_size: int, *, fresh: bool = False, checked: bool = False) -> Decision:
-    """Check everything that can be checked, forget an earlier run if asked to, and say what there is to do.
+def decide(config: PipelineConfig, loader: TrainingDataLoader, *, fresh: bool = False) -> Decision:
+    """Forget an earlier run if asked to, and say what there is to do.
 
     Args:
-        checked: `check` has passed already.
+        loader: of samples that `check` has passed.
 
     Raises: as `train`.
     """
-    loader = TrainingDataLoader.open(config, world_size) if checked else check(config, world_size)
     if fresh:
         forget(config)
     identity = identity_of(config, loader)
+    is_longer = partial(lengthens, wanted=identity, loader=loader)
+    checkpoints = checkpoint.complete(config.checkpoints_dir, identity, is_longer)
+    finished = is_finished(config, identity, is_longer)
+    if not finished and (config.student_final_dir / RECORD).exists() and not checkpoints:
+        raise CheckpointError(
+            f"{config.student_final_dir} was trained for fewer steps than the {loader.steps} of now and left no "
+            "checkpoint to go on from: restore train.steps and train.epochs, choose another `name`, or pass --fresh to "
+            "train anew. With train.checkpoint_steps a finished run can be made longer"
+        )
+    if checkpoints and is_longer(checkpoints[0].identity) and launch.CHECKED not in os.environ:
+        log_extension(config, checkpoints[0], loader)
     return Decision(
-        finished=is_finished(config, identity),
-        loss=settle_loss(config, loader).name,
-        identity=identity,
-        checkpoints=checkpoint.complete(config.checkpoints_dir, identity),
+        finished=finished, loss=settle_loss(config, loader).name, identity=identity, checkpoints=checkpoints
     )
+
+
+def lengthens(found: dict[str, Any], wanted: dict[str, Any], loader: TrainingDataLoader) -> bool:
+    """Whether `wanted`, of `loader`'s run, is the identity of a run as `found`, but for more steps."""
+    others = wanted.keys() - {"train.steps", "train.epochs"}
+    same = not differences({key: found[key] for key in others & found.keys()}, wanted)
+    return same and {"train.steps", "train.epochs"} <= found.keys() and length_of(found, loader) < loader.steps
+
+
+def length_of(identity: dict[str, Any], loader: TrainingDataLoader) -> int:
+    """Steps of a run with the samples of `loader`."""
+    return identity["train.steps"] or loader.sampler.steps_of(identity["train.epochs"] or 1)
+
+
+def log_extension(config: PipelineConfig, found: Checkpoint, loader: TrainingDataLoader) -> None:
+    """Say what a run is that goes on for more steps than it began with.
+
+    The data, and a constant learning rate, do not depend on the length. Other rates do: they go on as the longer
+    schedule has them from here, which is safe for the optimizer, whose moments are warm, but not what that schedule
+    would have made of the steps that are done.
+    """
+    train, before, after = config.train, length_of(found.identity, loader), loader.steps
+    warmed = [min(round(train.warmup * steps), found.step) for steps in (before, after)]
+    if train.schedule == "constant" and warmed[0] == warmed[1]:
+        logger.info("a run of %d steps is made one of %d: the same as if it had been that long", before, after)
+        return
+    logger.warning(
+        "a run of %d steps is made one of %d: after step %d the learning rate follows the %s schedule of %d steps, the "
+        "steps before followed that of %d. For the same as a run of that length, train anew (--fresh), or with "
+        "train.schedule=constant and train.warmup=0 from the start",
+        before, after, found.step, train.schedule, after, before,
+    )  # fmt: skip
 
 
 def forget(config: PipelineConfig) -> None:
@@ -113,6 +156,7 @@ def check(config: PipelineConfig, world_size: int) -> TrainingDataLoader:
         raise CheckpointError(f"{config.student_init_dir} holds no model; run `student init` with this config first")
     loader = TrainingDataLoader.open(config, world_size)
     settings = deepspeed_config(config.train, loader.sampler.accumulation)
+    require_nvme(settings)
     check_trackers(config.train.trackers)
     if config.train.evaluate_checkpoints:
         if zero_stage(settings) == 3:
@@ -154,16 +198,19 @@ def identity_of(config: PipelineConfig, loader: TrainingDataLoader) -> dict[str,
     return run_identity(config, inputs)
 
 
-def is_finished(config: PipelineConfig, identity: dict[str, Any]) -> bool:
-    """Whether this very run has published its model.
+def is_finished(config: PipelineConfig, identity: dict[str, Any], is_longer: Callable[[dict[str, Any]], bool]) -> bool:
+    """Whether this very run has published its model, and not one of fewer steps.
 
     Raises:
         CheckpointError: if a model is there that other settings or inputs trained.
     """
-    record = read_json(config.student_final_dir / "training.json")
+    record = read_json(config.student_final_dir / RECORD)
     if record is None:
         return False
-    require_same_run(record.get(IDENTITY) or {}, identity, config.student_final_dir)
+    found = record.get(IDENTITY) or {}
+    if is_longer(found):
+        return False
+    require_same_run(found, identity, config.student_final_dir)
     return True
 
 
@@ -176,13 +223,23 @@ def train_rank(config: PipelineConfig, *, fresh: bool = False) -> None:
     """
     import torch
 
+    from student.planning.fit import require_memory
     from student.training.engine import initialize_process_group
 
     rank, world_size = initialize_process_group()
-    decision = agreed(lambda: decide(config, world_size, fresh=fresh, checked=launch.CHECKED in os.environ))
+    loader = None
+
+    def decided() -> Decision:
+        nonlocal loader
+        checked = launch.CHECKED in os.environ
+        loader = TrainingDataLoader.open(config, world_size) if checked else check(config, world_size)
+        return decide(config, loader, fresh=fresh)
+
+    decision = agreed(decided)
     if not decision.finished:
+        agreed(lambda: require_memory(config, world_size, launch.ranks_of_node(world_size)))
         resumed = checkpoint.undamaged(decision.checkpoints)
-        build(config, decision, resumed, rank, world_size).run()
+        build(config, decision, resumed, rank, world_size, loader).run()
     elif rank == 0:
         logger.info(ALREADY_TRAINED, config.student_final_dir)
     torch.distributed.destroy_process_group()
@@ -212,15 +269,24 @@ class _Failed:
 
 
 def build(
-    config: PipelineConfig, decision: Decision, resumed: Checkpoint | None, rank: int, world_size: int
+    config: PipelineConfig,
+    decision: Decision,
+    resumed: Checkpoint | None,
+    rank: int,
+    world_size: int,
+    loader: TrainingDataLoader | None = None,
 ) -> TrainingRun:
-    """The model, the engine around it, and what is resumed of it. A collective."""
+    """The model, the engine around it, and what is resumed of it. A collective.
+
+    Args:
+        loader: if this rank has opened it.
+    """
     import torch
 
-    from student.model.export import load_student
+    from student.model.export import load_student, read_tokenizer
     from student.model.lora import add_lora
     from student.model.sequential_head import add_sequential_head
-    from student.planning.plan import step_flops
+    from student.planning.cost import step_flops
     from student.training.engine import build_engine, partitioned_loading
     from student.training.loop import TrainingRun
     from student.training.module import DistillationModule
@@ -228,9 +294,13 @@ def build(
     # One rank of a node compares the checksums of what lies there; the others rely on its stamp.
     if os.environ["LOCAL_RANK"] != "0":
         torch.distributed.barrier()
-    loader = TrainingDataLoader.open(config, world_size)
+    loader = loader or TrainingDataLoader.open(config, world_size)
     if os.environ["LOCAL_RANK"] == "0":
         torch.distributed.barrier()
+    done = resumed.step if resumed is not None else 0
+    # The first batches are made while the model is loaded.
+    start = config.student_init_dir
+    batches = loader.micro_batches(rank, read_tokenizer(start, read_config(start)), first_step=done)
     accumulation = loader.sampler.accumulation
     settings = deepspeed_config(config.train, accumulation)
     is_universal = resumed is not None and not resumed.fits(world_size, zero_stage(settings))
@@ -239,7 +309,7 @@ def build(
         settings = deepspeed_config(config.train, accumulation, is_universal=True)
     torch.manual_seed(config.seed)
     partitioned = partitioned_loading(settings)
-    model, tokenizer = load_student(config.student_init_dir, dtype=getattr(torch, training_dtype(config.train)))
+    model, tokenizer = load_student(start, dtype=getattr(torch, training_dtype(config.train)))
     del partitioned
     if config.student.lora:
         add_lora(model, config.student.lora)
@@ -263,5 +333,6 @@ def build(
         rank,
         held_out=HeldOut.open(config, loader.prepared) if config.train.evaluate_checkpoints else None,
         step_flops=step_flops(config, model.config, world_size, loader.prepared),
-        done=resumed.step if resumed is not None else 0,
+        done=done,
+        batches=batches,
     )

@@ -4,7 +4,8 @@
 
 Both ways run forward and backward of the run's student over the samples of the same steps, in forwards of about as many
 tokens. `padded` is what training did before rows were packed: samples sorted by length, one a row, padded to the
-longest of their forward. Tokens are counted without padding; times are interleaved, so that a busy machine slows both.
+longest of their forward; attention over whole rows, and every block over all tokens. Tokens are counted without
+padding; times are interleaved, so that a busy machine slows both.
 The run needs its start and its prepared targets (`make train` makes them); by default the tests' toy run is made.
 """
 
@@ -20,12 +21,14 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from shared.config import PipelineConfig, load_config
 from student.alignment.prepare import prepare
 from student.data.batch import MicroBatch, collate
 from student.data.data_loader import TrainingDataLoader
 from student.losses.settings import LossSettings
+from student.model.attention import AnchoredLayout
 from student.model.export import load_student
 from student.model.initialize import initialize_student
 from student.training.engine import training_device, training_dtype
@@ -58,12 +61,21 @@ def main(
         json_path.write_text(json.dumps({"date": time.strftime("%Y-%m-%d"), "rows": rows}, indent=2))
 
 
+class BeforePacking(DistillationModule):
+    """The module as it was when every sample had a row of its own."""
+
+    def hidden_states(self, batch: MicroBatch) -> Tensor:
+        layout = AnchoredLayout(batch.document_ids, batch.block_ids, batch.position_ids)
+        return self.model.hidden_states(batch.input_ids, layout=layout).flatten(0, 1).index_select(0, batch.supervised)
+
+
 def measure(config: PipelineConfig, steps: int) -> list[dict[str, Any]]:
     """A row for each way; the ratio is to `padded`."""
     model, tokenizer = load_student(config.student_init_dir, getattr(torch, training_dtype(config.train)))
     device = training_device()
     model.to(device).train()
-    module = DistillationModule(model, LossSettings(loss="kl", block_length=config.train.block_length))
+    settings = LossSettings(loss="kl", block_length=config.train.block_length)
+    modules = {"padded": BeforePacking(model, settings), "packed": DistillationModule(model, settings)}
     loader = TrainingDataLoader.open(config, 1)
     forwards: dict[str, list[MicroBatch]] = {"padded": [], "packed": []}
     for step in range(steps):
@@ -77,7 +89,7 @@ def measure(config: PipelineConfig, steps: int) -> list[dict[str, Any]]:
         for name, batches in forwards.items():
             batch = batches[max(turn, 0)].to(device)
             start = time.perf_counter()
-            module(batch)[0].backward()
+            modules[name](batch)[0].backward()
             if device.type == "cuda":
                 torch.cuda.synchronize()
             seconds[name] += (time.perf_counter() - start) * (turn >= 0)  # the first turn warms up

@@ -268,10 +268,10 @@ def test_checkpoints_of_another_start_are_refused_before_they_are_loaded(config:
     identity = identity_of(config, check(config, 1))
     record = {"step": 1, "ranks": 1, "zero_stage": 2, "identity": identity, "sizes": {}}
     write_json(config.checkpoints_dir / "step-1/complete.json", record)
-    assert [found.step for found in decide(config, 1).checkpoints] == [1]
+    assert [found.step for found in decide(config, check(config, 1)).checkpoints] == [1]
     other = another_start(config)
     with pytest.raises(CheckpointError, match=r"step-1 was trained with other .*start: .* there, .* now"):
-        decide(other, 1)
+        decide(other, check(other, 1))
 
 
 def test_an_export_says_what_it_was_trained_from(config: PipelineConfig, caplog: pytest.LogCaptureFixture) -> None:

@@ -89,6 +89,8 @@ def test_a_packed_row_is_its_samples_side_by_side() -> None:
             assert torch.equal(part, getattr(batch, name)[0]), name
     documents = together.document_ids[0]
     assert documents.tolist() == [0] * a + [1] * b + [-1] * (32 - a - b)
+    assert together.documents[0] == [(5, 6), (3, 6), (32 - a - b, 0)]  # each two blocks of 3, and the padding
+    assert [sum(clean + masked for clean, masked in row) for row in together.documents] == [32, 32]
     assert together.tokens == sum(batch.tokens for batch in alone)
     # Targets come in the order of the rows, and say which token stands where.
     joined = torch.cat([batch.targets.observed_ids for batch in alone])

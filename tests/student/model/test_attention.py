@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from student.model.modeling_llada import (
 )
 from tests.fixtures.tiny_model import anchored_row, random_ids, reference_logits, tiny_model
 
+Clean = Literal["causal", "bidirectional"]
 DOCUMENTS = torch.tensor([[0] * 9 + [1] * 14 + [2] * 5 + [-1] * 4, [0] * 20 + [1] * 12])
 LENGTH = DOCUMENTS.shape[1]
 
@@ -136,6 +138,31 @@ def test_flex_attention_computes_the_same(name: str) -> None:
     model = tiny_model(init_std=0.1).requires_grad_(False)
     expected = model(ids, layout=layout).logits
     assert (with_attention(model, "flex_attention")(ids, layout=layout).logits - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("clean", ["causal", "bidirectional"])
+def test_document_by_document_is_the_same_and_for_chosen_tokens_alone(dtype: torch.dtype, clean: Clean) -> None:
+    """Forward and gradients against the dense mask; of two rows that are cut up differently, one with padding."""
+    documents = [[(10, 6), (7, 4), (2, 0)], [(0, 9), (20, 0)]]
+    rows = [[number for number, (c, m) in enumerate(row) for _ in range(c + m)] for row in documents]
+    rows[0][-2:] = [-1, -1]
+    blocks = [[0] * 10 + [1] * 3 + [2] * 3 + [0] * 7 + [1] * 4 + [0] * 2, [1] * 9 + [0] * 20]
+    positions = [[*range(10), *range(2, 5), *range(7, 10), *range(7), *range(3, 7), 0, 1], [*range(9), *range(20)]]
+    tensors = [torch.tensor(values) for values in (rows, blocks, positions)]
+    ids, chosen = random_ids(2, 29), torch.tensor([11, 12, 15, 23, 26, 29, 40, 57])
+    found = []
+    for known, few in ((None, False), (documents, False), (documents, True)):
+        model = tiny_model(init_std=0.1).to(dtype)
+        layout = AnchoredLayout(*tensors, clean=clean, documents=known)
+        hidden = model.hidden_states(ids, layout=layout, chosen_N=chosen if few else None)
+        logits = model.logits(hidden if few else hidden.flatten(0, 1)[chosen])
+        torch.nn.functional.cross_entropy(logits, random_ids(1, len(chosen), seed=3)[0]).backward()
+        found.append([logits, *(parameter.grad for parameter in model.parameters())])
+    dense, *others = found
+    for other in others:
+        for one, same in zip(dense, other, strict=True):
+            assert (one - same).abs().max() <= (1e-12 if dtype == torch.float64 else 1e-5)
 
 
 @pytest.mark.parametrize("changed", [0, 1, 2])

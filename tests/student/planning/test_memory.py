@@ -21,6 +21,7 @@ from student.planning.memory import Dtype, Parameters, Zero, kept_activations, m
 from student.training.engine import deepspeed_config
 
 NO_IDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "mask_token_id": 0}
+SUPERVISED = 128
 ADAPTERS = LoraConfig(rank=4, targets=["q_proj", "v_proj", "ff_out"])
 
 
@@ -61,7 +62,9 @@ def saved_tensors(shape: LladaConfig, dtype: torch.dtype, lora: LoraConfig | Non
     ids, zeros = torch.randint(shape.vocab_size, shape_BxL), torch.zeros(shape_BxL, dtype=torch.int64)
     positions = torch.arange(train.packed_row_tokens).expand(shape_BxL).contiguous()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model.hidden_states(ids, layout=AnchoredLayout(zeros, zeros, positions), position_ids=positions)
+        documents = [[(64, train.packed_row_tokens - 64)]] * train.micro_batch
+        layout = AnchoredLayout(zeros, (positions >= 64).long(), positions, documents=documents)
+        model.hidden_states(ids, layout=layout, chosen_N=torch.arange(SUPERVISED))
     return sum(storage.nbytes() for storage in found.values())
 
 
@@ -85,18 +88,18 @@ def test_a_block_saves_what_the_formula_says(dtype: Dtype, lora: LoraConfig | No
             d_model=64, n_layers=layers, n_heads=4, n_kv_heads=2, mlp_hidden_size=160, vocab_size=128, **NO_IDS
         )
         counted.append(saved_tensors(shape, getattr(torch, dtype), lora, train))
-        formula.append(kept_activations(shape, train, 256, 0, e, lora, "cpu"))
+        formula.append(kept_activations(shape, train, 256, SUPERVISED, e, lora, "cpu"))
     assert counted[1] - counted[0] == formula[1] - formula[0]
     if not checkpointing:  # which keeps the rotary tables and the mask as arguments, out of autograd's sight
         # Behind a frozen embedding the first norm saves nothing; the formula does not go into that.
-        assert formula[1] == pytest.approx(counted[1], rel=0.07)
+        assert formula[1] == pytest.approx(counted[1], rel=0.08)
 
 
 def test_llada_8b_by_hand() -> None:
     """A block of LLaDA-8B keeps 48 bytes a token and unit of width in bfloat16, log-sum-exp and 1 / rms apart."""
     shape, train = LladaConfig(), TrainConfig(steps=1, micro_batch=1, anchors=16, block_length=16)
     assert train.packed_row_tokens == 4352
-    assert saved_by_block(shape, 4352, 2, None, "cuda") == 48 * 4096 + 8 + 4 * 32
+    assert sum(saved_by_block(shape, 4352, 2, None, "cuda")) == 48 * 4096 + 8 + 4 * 32
     zero2 = Zero.of({"zero_optimization": {"stage": 2}, "data_types": {"grad_accum_dtype": "fp32"}}, 8, "bfloat16")
     step = memory(shape, train, zero2, "bfloat16").step
     share = 8_015_581_184 // 8

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from typer.testing import CliRunner
 
-from shared.config import load_config
+from shared.config import PipelineConfig, load_config
 from shared.errors import ConfigError
 from student.alignment.prepare import prepare
 from student.cli import app
 from student.model.initialize import initialize_student
+from student.planning import fit
+from student.planning.cost import data_of
+from student.planning.fit import require_memory
 from student.planning.memory import GIB
-from student.planning.plan import Assumptions, Plan, data_of, plan
+from student.planning.plan import Assumptions, Plan, plan
 from tests.fixtures.toy_run import toy_config, write_toy_shards
 
 FULL = Path("configs/llama-3.3-70b.yaml")
@@ -48,6 +53,7 @@ def test_time_and_traffic_by_hand() -> None:
     assert found.wire == pytest.approx((32 * 2 * 7 / 8 * weights, 7 / 8 * weights))
     tokens, supervised, matrices = 4352, 256, 32 * (4 * 4096**2 + 3 * 4096 * 12288)
     forward = tokens * (2 * matrices + 32 * 4 * 4096 * 2048)
+    forward -= 2 * (tokens - supervised) * (4096**2 + 3 * 4096 * 12288)  # of the last block
     head = supervised * 2 * 126464 * 4096
     assert found.compute_s == pytest.approx(32 * 3 * (forward + head) / (989e12 * 0.4))
     assert found.step_s == pytest.approx(found.compute_s + 7 / 8 * weights / 450e9)
@@ -66,10 +72,10 @@ def test_what_does_not_fit_is_refused_with_what_does() -> None:
     with pytest.raises(ConfigError) as refused:
         planned(FULL, "train.micro_batch=2").require_fit()
     message = str(refused.value)
-    assert message.startswith("does not fit: a rank needs 91.8 GiB of 80.0 GiB, most of it in the backward")
-    assert "(activations 51.3 GiB); any of these fits: train.activation_checkpointing: true (40.0 GiB)" in message
+    assert message.startswith("does not fit: a rank needs 90.5 GiB of 80.0 GiB, most of it in the backward")
+    assert "(activations 50.1 GiB); any of these fits: train.activation_checkpointing: true (39.8 GiB)" in message
     planned(FULL, "train.micro_batch=2", "train.activation_checkpointing=true").require_fit()
-    assert "train.micro_batch: 1 (64.6 GiB)" in message
+    assert "train.micro_batch: 1 (64.0 GiB)" in message
     with pytest.raises(ConfigError, match=r"optimizer 89.6 GiB.*student\.lora: {} \(.*8 GPUs"):
         planned(FULL, gpus=1).require_fit()
     # A sum of changes where no single one is enough, and nothing where nothing is.
@@ -123,3 +129,30 @@ def test_the_command_prints_tables_or_json_and_refuses_with_code_2() -> None:
     assert tree["memory"]["needed"] < tree["memory"]["available"] == 80 * GIB
     refused = CliRunner().invoke(app, [*arguments, "--set", "train.micro_batch=4"])
     assert isinstance(refused.exception, ConfigError)  # exit code 2, by shared.console.run
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> PipelineConfig:
+    config = load_config(toy_config(tmp_path))
+    write_toy_shards(config, train=40)
+    initialize_student(config)
+    prepare(config)
+    return config
+
+
+def test_training_refuses_what_the_host_has_no_memory_for(toy: PipelineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is loaded; all ranks of the node share what is free."""
+    require_memory(toy, 2, 2)
+    monkeypatch.setattr(fit, "host_bytes_free", lambda: GIB // 2)
+    require_memory(toy, 1, 1)
+    with pytest.raises(ConfigError) as refused:
+        require_memory(toy, 2, 2)
+    assert re.match(
+        r"does not fit: each of 2 ranks on this machine needs 0\.3 GiB of 0\.2 GiB, most of it in the \w+ \(",
+        str(refused.value),
+    )
+    assert "take a larger machine, or fewer ranks on it" in str(refused.value)
+
+
+def test_free_memory_of_the_host_is_read() -> None:
+    assert 0 < fit.host_bytes_free() <= psutil.virtual_memory().total

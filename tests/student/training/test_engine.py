@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.ops.op_builder import AsyncIOBuilder
 
 from shared.config import PipelineConfig, StudentConfig, TrainConfig
 from shared.errors import ConfigError
 from student.training.checkpoint import run_identity
-from student.training.engine import deepspeed_config, training_dtype
+from student.training.engine import deepspeed_config, require_nvme, training_dtype
 
 
 def config(path: Path) -> TrainConfig:
@@ -115,3 +116,26 @@ def test_auto_is_the_dtype_that_the_machine_is_fast_in(
     assert training_dtype(TrainConfig(steps=1, dtype="bfloat16")) == "bfloat16"
     config = PipelineConfig.model_construct(train=TrainConfig(steps=1), student=StudentConfig(checkpoint="c"), seed=0)
     assert run_identity(config, {})["train.dtype"] == dtype
+
+
+def test_what_cannot_be_offloaded_to_nvme_is_refused_with_the_fix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whether libaio is here or not; DeepSpeed's own answer is taken in the end."""
+
+    def settings(stage: int, device: str = "nvme", path: Path = tmp_path) -> dict[str, Any]:
+        return {"zero_optimization": {"stage": stage, "offload_optimizer": {"device": device, "nvme_path": str(path)}}}
+
+    require_nvme(settings(2, device="cpu"))
+    with pytest.raises(
+        ConfigError, match=r"offload_optimizer\.device is nvme under ZeRO-2.*set stage 3, or device cpu"
+    ):
+        require_nvme(settings(2))
+    with pytest.raises(ConfigError, match=r"nvme_path is .*none, expected a directory to write into"):
+        require_nvme(settings(3, path=tmp_path / "none"))
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda *_, **__: False)
+    with pytest.raises(ConfigError, match=r"libaio is not here.*install libaio-dev .* or set device cpu"):
+        require_nvme(settings(3))
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda *_, **__: True)
+    require_nvme(settings(3))
+    assert "no test of this program has trained so" in caplog.text

@@ -47,6 +47,15 @@ def test_a_task_of_srun_is_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [os.environ[name] for name in names] == ["5", "8", "0", "gpu-1", "24567"]  # no GPU here: device 0
 
 
+def test_ranks_of_this_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_STEP_TASKS_PER_NODE"):
+        monkeypatch.delenv(name, raising=False)
+    assert launch.ranks_of_node(8) == 8
+    for name, value in (("SLURM_STEP_TASKS_PER_NODE", "4(x2)"), ("LOCAL_SIZE", "2"), ("LOCAL_WORLD_SIZE", "1")):
+        monkeypatch.setenv(name, value)
+        assert launch.ranks_of_node(8) == int(value[0])
+
+
 def test_the_first_host_of_a_compressed_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scontrol = tmp_path / "scontrol"
     scontrol.write_text("#!/bin/sh\necho gpu03\necho gpu04\n")

@@ -29,6 +29,7 @@ from student.alignment.prepare import prepare
 from student.evaluation.evaluate import evaluate
 from student.model.export import export_student
 from student.model.initialize import initialize_student
+from student.training.train import forget
 from tests.fixtures.conversations import conversations, teacher_tokenizer
 from tests.fixtures.toy_run import toy_config, write_toy_shards
 
@@ -55,7 +56,7 @@ def run(prepared: Path, tmp_path: Path) -> Path:
 
 
 def command(path: Path, overrides: Sequence[str]) -> list[str]:
-    options = [word for override in overrides for word in ("--set", override)]
+    options = [word for override in overrides for word in (["--set"] if "=" in override else []) + [override]]
     return [sys.executable, "-m", "student.cli", "train", str(path), *options]
 
 
@@ -137,7 +138,7 @@ def test_killed_damaged_and_resumed_equals_never_killed(run: Path) -> None:
     train(run, *overrides)
     config = load_config(run)
     whole, whole_weights = metrics(run), weights(config)
-    shutil.rmtree(config.student_final_dir)
+    forget(config)
     (config.run_dir / "metrics.jsonl").unlink()
 
     interrupt(run, overrides, step=20)
@@ -167,7 +168,7 @@ def test_a_run_goes_on_with_other_ranks_and_another_stage(run: Path, tmp_path: P
     config = load_config(run)
     average = weights(config)
     whole = torch.tensor([entry["loss"] for entry in metrics(run)])
-    shutil.rmtree(config.student_final_dir)
+    forget(config)
 
     interrupt(run, ("train.world_size=2", *steps), step=4)
     interrupt(run, ("train.world_size=3", *steps), step=8)
@@ -278,10 +279,41 @@ def test_a_finished_run_is_left_alone_and_other_settings_are_refused(run: Path) 
     stamp = published.stat().st_mtime_ns
     assert "already trained" in train(run, "train.steps=3").stderr
     assert published.stat().st_mtime_ns == stamp
-    refused = subprocess.run(command(run, ["train.steps=4"]), capture_output=True, text=True)
-    assert refused.returncode == 2
-    assert "train.steps: 3 there, 4 now" in " ".join(refused.stderr.split())
+    for steps, message in ((2, "train.steps: 3 there, 2 now"), (4, "left no checkpoint to go on from")):
+        refused = subprocess.run(command(run, [f"train.steps={steps}"]), capture_output=True, text=True)
+        assert refused.returncode == 2
+        assert message in " ".join(refused.stderr.split())
     assert published.stat().st_mtime_ns == stamp
+
+
+def test_a_finished_run_is_made_longer_from_its_last_checkpoint(run: Path) -> None:
+    """With a constant rate to the bit as if it had been that long; with another the log says what it is instead."""
+    config = load_config(run)
+    steps = ("train.schedule=constant", "train.warmup=0", "train.checkpoint_steps=4")
+    train(run, *steps, "train.steps=14")
+    whole, whole_weights = metrics(run), weights(config)
+    train(run, *steps, "train.steps=6", "--fresh")
+    log = " ".join(train(run, *steps, "train.steps=14").stderr.split())
+    assert "a run of 6 steps is made one of 14: the same as if it had been that long" in log
+    assert "resuming after step 6 of 14" in log
+    without = [{key: value for key, value in entry.items() if key != "steps"} for entry in metrics(run)]
+    assert without == [{key: value for key, value in entry.items() if key != "steps"} for entry in whole]
+    assert all(torch.equal(weights(config)[name], value) for name, value in whole_weights.items())
+    assert [path.name for path in config.checkpoints_dir.glob("step-*")] == ["step-14"]
+    # Killed on its way, it goes on with the rest; until it ends there is the model of 14 steps.
+    interrupt(run, (*steps, "train.steps=40"), step=16)
+    assert (config.student_final_dir / "model.safetensors").exists()
+    assert "resuming after step" in train(run, *steps, "train.steps=40").stderr
+    assert [entry["step"] for entry in metrics(run)] == list(range(1, 41))
+
+    cosine = ("train.checkpoint_steps=4", "train.schedule=cosine")
+    train(run, *cosine, "train.steps=6", "--fresh")
+    rates = [entry["learning_rate"] for entry in metrics(run)]
+    log = " ".join(train(run, *cosine, "train.epochs=4", "train.steps=null").stderr.split())
+    assert "after step 6 the learning rate follows the cosine schedule of" in log
+    longer = [entry["learning_rate"] for entry in metrics(run)]
+    assert longer[:6] == rates
+    assert longer[6] > rates[-1]
 
 
 def test_conversations_alone_train_by_random_masking_and_are_answered(tmp_path: Path) -> None:
@@ -359,7 +391,7 @@ def test_a_signal_saves_and_ends_with_the_code_for_requeue(run: Path, name: str)
     train(run, *overrides)
     whole = metrics(run)
     config = load_config(run)
-    shutil.rmtree(config.student_final_dir)
+    forget(config)
     (config.run_dir / "metrics.jsonl").unlink()
     with subprocess.Popen(
         command(run, overrides), stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
@@ -427,7 +459,7 @@ def test_killed_at_any_moment_and_started_again_ends_as_if_nothing_had_happened(
     config = load_config(run, list(steps))
     whole, whole_weights = metrics(run), weights(config)
     assert whole[-1]["epoch"] > 2
-    shutil.rmtree(config.student_final_dir)
+    forget(config)
     (config.run_dir / "metrics.jsonl").unlink()
 
     bin_dir = Path(sys.executable).parent

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -137,16 +137,10 @@ def state_of(run: TrainingRun) -> dict[str, Any]:
 
 def spoil(run: TrainingRun, change: Callable[[MicroBatch], MicroBatch]) -> None:
     """`change` the first micro-batch of rank 1 in the poisoned step."""
-    loader = run.loader
-    micro_batches = loader.micro_batches
-
-    def changed(rank: int, tokenizer: Any, first_step: int) -> Iterator[MicroBatch]:
-        first = first_step * loader.sampler.accumulation
-        poisoned = POISONED * loader.sampler.accumulation
-        for number, batch in enumerate(micro_batches(rank, tokenizer, first_step), first):
-            yield change(batch) if (rank, number) == (1, poisoned) else batch
-
-    object.__setattr__(loader, "micro_batches", changed)
+    poisoned = POISONED * run.loader.sampler.accumulation
+    run.batches = (
+        change(batch) if (run.rank, number) == (1, poisoned) else batch for number, batch in enumerate(run.batches)
+    )
 
 
 def poison_loss(run: TrainingRun) -> None:
