@@ -109,7 +109,8 @@ class DraftForward:
             return separate(modules) if way is None else fused(way, modules)
 
         def norm(module: nn.Module) -> Tensor:
-            return module.weight if way is None else module.weight.detach().to(self.dtype)  # type: ignore[return-value,union-attr,operator]
+            weight: Tensor = module.get_parameter("weight")
+            return weight if way is None else weight.detach().to(self.dtype)
 
         self._layers = [
             _Layer(
