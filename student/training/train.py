@@ -198,8 +198,13 @@ def identity_of(config: PipelineConfig, loader: TrainingDataLoader) -> dict[str,
     return run_identity(config, inputs)
 
 
-def is_finished(config: PipelineConfig, identity: dict[str, Any], is_longer: Callable[[dict[str, Any]], bool]) -> bool:
+def is_finished(
+    config: PipelineConfig, identity: dict[str, Any], is_longer: Callable[[dict[str, Any]], bool] | None = None
+) -> bool:
     """Whether this very run has published its model, and not one of fewer steps.
+
+    Args:
+        is_longer: whether the run is, but for more steps, the one with the identity that was found.
 
     Raises:
         CheckpointError: if a model is there that other settings or inputs trained.
@@ -208,7 +213,7 @@ def is_finished(config: PipelineConfig, identity: dict[str, Any], is_longer: Cal
     if record is None:
         return False
     found = record.get(IDENTITY) or {}
-    if is_longer(found):
+    if is_longer is not None and is_longer(found):
         return False
     require_same_run(found, identity, config.student_final_dir)
     return True
