@@ -50,18 +50,20 @@ class Parameters:
     largest_of_block: int
 
     @classmethod
-    def of(cls, shape: LladaConfig, lora: LoraConfig | None) -> Parameters:
+    def of(cls, shape: LladaConfig, lora: LoraConfig | None, sequential_rank: int | None = None) -> Parameters:
         linears = block_linears(shape)
         block = sum(inputs * outputs for inputs, outputs in linears.values()) + 2 * shape.d_model
         vocabulary = shape.embedding_size * shape.d_model
-        saved = shape.n_layers * block + shape.d_model + vocabulary * (1 if shape.weight_tying else 2)
+        draft_head = 3 * (sequential_rank or 0) * shape.d_model
+        saved = shape.n_layers * block + shape.d_model + vocabulary * (1 if shape.weight_tying else 2) + draft_head
         if lora is None:
             matrix = max(inputs * outputs for inputs, outputs in linears.values())
             return cls(saved, saved, saved, max(vocabulary, matrix), matrix)
         ends = [linears[target] for target in lora.targets]
         adapters = shape.n_layers * lora.rank * sum(a + b for a, b in ends)
         matrix = lora.rank * max(max(pair) for pair in ends)
-        return cls(saved, saved + adapters, adapters, matrix, matrix)
+        largest = max(matrix, draft_head // 3)
+        return cls(saved, saved + adapters, adapters + draft_head, largest, matrix)
 
 
 def block_linears(shape: LladaConfig) -> dict[str, tuple[int, int]]:
@@ -193,7 +195,7 @@ def memory(
 ) -> Memory:
     """What a rank holds of a student of `shape`, trained as `train` and `zero` say."""
     e = ELEMENT_BYTES[dtype]
-    parameters = Parameters.of(shape, lora)
+    parameters = Parameters.of(shape, lora, train.sequential_rank)
     trained, share = parameters.trained, -(-parameters.trained // zero.share)
     tokens = train.micro_batch * train.packed_row_tokens
     supervised = masked_tokens(train)
@@ -343,7 +345,8 @@ def kept_activations(
     final = 4 * shape.d_model + 4 + (e * shape.d_model if lora is None else 0)
     rope = 2 * 4 * shape.head_dim
     mask = masked if device == "cpu" else 0  # booleans, once
-    return layers + tokens * (rope + mask) + supervised * (final + 2 * e * shape.d_model)
+    draft_head = 2 * e * (shape.d_model + train.sequential_rank) if train.sequential_rank else 0
+    return layers + tokens * (rope + mask) + supervised * (final + 2 * e * shape.d_model + draft_head)
 
 
 def block_again(

@@ -35,7 +35,7 @@ class Setup:
 
     @property
     def parameters(self) -> Parameters:
-        return Parameters.of(self.shape, self.lora)
+        return Parameters.of(self.shape, self.lora, self.train.sequential_rank)
 
     def memory(self) -> Memory:
         zero = self.zero

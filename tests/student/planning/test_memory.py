@@ -17,6 +17,7 @@ from student.model.attention import AnchoredLayout
 from student.model.configuration_llada import LladaConfig
 from student.model.lora import add_lora
 from student.model.modeling_llada import LladaForMaskedDiffusion
+from student.model.sequential_head import add_sequential_head
 from student.planning.memory import Dtype, Parameters, Zero, kept_activations, memory, saved_by_block
 from student.training.engine import deepspeed_config
 
@@ -27,14 +28,21 @@ ADAPTERS = LoraConfig(rank=4, targets=["q_proj", "v_proj", "ff_out"])
 
 @pytest.mark.parametrize("fields", [{}, {"n_layers": 8}, {"n_kv_heads": 8, "weight_tying": True}])
 @pytest.mark.parametrize("lora", [None, LoraConfig(), ADAPTERS])
-def test_parameters_are_those_of_the_model(fields: dict[str, Any], lora: LoraConfig | None) -> None:
+@pytest.mark.parametrize("sequential_rank", [None, 256])
+def test_parameters_are_those_of_the_model(
+    fields: dict[str, Any], lora: LoraConfig | None, sequential_rank: int | None
+) -> None:
     shape = LladaConfig(**fields)
     with torch.device("meta"):
         model = LladaForMaskedDiffusion(shape)
+        if sequential_rank is not None:
+            add_sequential_head(model, sequential_rank)
         saved = sum(parameter.numel() for parameter in model.parameters())
         if lora is not None:
             add_lora(model, lora)
-    counted = Parameters.of(shape, lora)
+            if model.sequential_head is not None:
+                model.sequential_head.requires_grad_(True)
+    counted = Parameters.of(shape, lora, sequential_rank)
     trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
     assert counted.saved == saved
     assert counted.total == sum(parameter.numel() for parameter in model.parameters())
@@ -124,7 +132,12 @@ def test_offloading_moves_the_state_off_the_device() -> None:
 CASES = [
     ("ZeRO-1", {"stage": 1}, {"max_sequence_tokens": 192}, None),
     ("ZeRO-2", {"stage": 2, "overlap_comm": True}, {"max_sequence_tokens": 448}, None),
-    ("ZeRO-2, all kept", {"stage": 2}, {"max_sequence_tokens": 448, "activation_checkpointing": False}, None),
+    (
+        "ZeRO-2, all kept, sequential head",
+        {"stage": 2},
+        {"max_sequence_tokens": 448, "activation_checkpointing": False, "sequential_rank": 32},
+        None,
+    ),
     ("ZeRO-2, float32", {"stage": 2}, {"max_sequence_tokens": 192, "dtype": "float32"}, None),
     ("ZeRO-3", {"stage": 3, "overlap_comm": True}, {"max_sequence_tokens": 192}, None),
     ("ZeRO-2, LoRA", {"stage": 2}, {"max_sequence_tokens": 448, "activation_checkpointing": False}, {"rank": 8}),
