@@ -70,7 +70,7 @@ def test_an_http_client_gets_the_teachers_own_words(served_run: Path, served_tea
         server = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"})
     url = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(180):
+        for _ in range(600):
             assert server.poll() is None, (tmp_path / "log").read_text()[-4000:]
             try:
                 ask(f"{url}/health")
