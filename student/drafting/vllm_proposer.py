@@ -135,6 +135,13 @@ class LladaProposer:
         self.options = replace(self.options, **changes)
         self.policy = Policy(self.rows, self.draft_tokens, enabled=self.options.policy)
         self.counters.reset()
+        if self.drafter is not None:
+            self._load_lookup()
+
+    def _load_lookup(self) -> None:
+        # Only where it is asked for: it brings numba, beside which vLLM 0.32 starts no further engine in this process.
+        if self.options.lookup and self.lookup is None:
+            self.lookup = Lookup(self.draft_tokens, self.max_model_len)
 
     def load_model(self, target: Any = None, *_args: Any, **_kwargs: Any) -> None:
         """Check vLLM's sampler and load the student onto the target's device; vLLM calls this after loading the target.
@@ -160,7 +167,7 @@ class LladaProposer:
             self.ranks = group if group.world_size > 1 else None
             self.leads = group.rank_in_group == 0  # vLLM takes the drafts of this rank (`take_draft_token_ids`)
             self.load_drafter(device)
-            self.lookup = Lookup(self.draft_tokens, self.max_model_len)
+            self._load_lookup()
 
     def load_drafter(self, device: torch.device) -> None:
         """Load the student. Raises as `load_model` does."""
