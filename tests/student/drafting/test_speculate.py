@@ -30,7 +30,11 @@ from student.drafting.speculate import (
 from tests.fixtures.served_run import pipeline
 from tests.student.drafting.conftest import CORPUS
 
-ENVIRONMENT = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_CPU_KVCACHE_SPACE": "1"}
+ENVIRONMENT = {
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # as `student speculate` has it on a CPU
+}
 
 
 @pytest.mark.slow
@@ -104,7 +108,7 @@ def test_two_tensor_parallel_ranks_draft_together(served_run: Path, served_teach
     stop = [dataset.vocabulary.roles["end_of_turn"]]
     engine = shared_arguments(config) | {"tensor_parallel_size": 2}
     drafting = engine | drafter_arguments(config, str(config.student_final_dir), dataset)
-    two_cores = ENVIRONMENT | {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
+    two_cores = ENVIRONMENT | {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
     passes = {"throughput": Pass(options={"policy": False, "lookup": False})}
     drafted = run(Job(drafting, prompts, 24, stop, passes), served_run / "two_drafted", "two ranks", two_cores)
     job = Job(engine, prompts, 24, stop, {"throughput": Pass()}, [str(served_run / "two_drafted.json")])
