@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from shared.config import PipelineConfig, load_config
+from shared.tokenizer.vocabulary import Vocabulary
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -59,7 +60,17 @@ def tiny_model(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
         vocab_size=size, hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, max_position_embeddings=256, bos_token_id=None, eos_token_id=2, initializer_range=0.2,
     )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(directory)
+    model = LlamaForCausalLM(config)
+    # The first dimension is a bias: what this teacher says is mostly printable, and ends.
+    vocabulary = Vocabulary.from_tokenizer(directory)
+    ends = {vocabulary.roles[role] for role in ("end_of_turn", "end_of_text") if role in vocabulary.roles}
+    printable = [bool(token) and all(32 <= byte < 127 for byte in token) for token in vocabulary.tokens]
+    bias = [1.1 if index in ends else 0.0 if printable[index] else -8.0 for index in range(len(printable))]
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 0] = 20
+        model.lm_head.weight[:, 0] = -8
+        model.lm_head.weight[: len(bias), 0] = torch.tensor(bias)
+    model.save_pretrained(directory)
     return directory
 
 

@@ -188,7 +188,7 @@ def test_a_teacher_writes_prompts_and_goes_on_after_a_kill(folder: Path, tiny_mo
     config = config_of(folder, tiny_model, "write", [server.url])
 
     def write(path: Path) -> subprocess.Popen[str]:
-        section = f"{{path: {path}, count: 60, max_prompt_tokens: 100, min_characters: 2}}"
+        section = f"{{path: {path}, count: 200, max_prompt_tokens: 100, min_characters: 2}}"
         return teacher("write-prompts", config, "--set", f"collect.write_prompts={section}")
 
     whole, cut = folder / "whole.jsonl", folder / "cut.jsonl"
