@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import difflib
 import importlib.metadata
+import json
 import os
-from collections.abc import Collection
+import sys
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from shared.config import TeacherConfig
@@ -73,6 +75,29 @@ def check_devices(teacher: TeacherConfig, gpus: int) -> None:
             f"vLLM sees {gpus} on this machine; lower them, or span machines with "
             "teacher.engine_args: {distributed_executor_backend: ray}"
         )
+
+
+def server_command(arguments: Mapping[str, Any]) -> list[str]:
+    """vLLM's OpenAI-compatible server: the program, and `arguments` by vLLM's names as flags; None states nothing."""
+    model = str(arguments["model"])
+    # The `vllm` command of the CPU build fails: it looks for the metadata of a package of that name.
+    program = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+    if not is_cpu_build():
+        program = ["vllm", "serve", model]
+    stated = {name: value for name, value in arguments.items() if name != "model" and value is not None}
+    return [*program, *(word for name, value in stated.items() for word in _flag(name, value))]
+
+
+def _flag(name: str, value: Any) -> Iterator[str]:
+    words = name.replace("_", "-")
+    if isinstance(value, bool):
+        yield f"--{words}" if value else f"--no-{words}"
+        return
+    yield f"--{words}"
+    if isinstance(value, list):
+        yield from map(str, value)
+    else:
+        yield json.dumps(value) if isinstance(value, dict) else str(value)
 
 
 def environment(teacher: TeacherConfig) -> dict[str, str]:

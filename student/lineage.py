@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 IDENTITY = "identity"
 """The key under which a product's JSON file has its identity."""
+RECORD = "training.json"
+"""Beside a trained model: what it was trained from, and a summary."""
 TRAINED_FROM = ("dataset", "tokenizer", "start", "prepared data")
 """The inputs of a trained model that may lie in its run's directory."""
 
@@ -235,7 +237,7 @@ def require_model_of_run(run: Path) -> None:
 
 def _require_model(config: PipelineConfig, settings: dict[str, Any], way_out: str) -> None:
     directory = config.student_final_dir
-    record = read_json(directory / "training.json")
+    record = read_json(directory / RECORD)
     if record is None:
         _logger.warning("%s does not say what it was trained from (no training.json); it is taken as it is", directory)
         return
@@ -249,7 +251,7 @@ def _require_model(config: PipelineConfig, settings: dict[str, Any], way_out: st
 def warn_of_another_teacher(student: Path, teacher: Vocabulary) -> None:
     """Say so where a student is about to draft for another vocabulary than it was trained for. The output is the
     target's all the same, and a served checkpoint may have a token more: so this is no error."""
-    made = (read_json(student / "training.json") or {}).get(IDENTITY) or {}
+    made = (read_json(student / RECORD) or {}).get(IDENTITY) or {}
     if found := differences(made, {"teacher vocabulary": teacher.fingerprint}):
         _logger.warning("%s was trained for another teacher (%s); few drafts may be accepted", student, found[0])
 

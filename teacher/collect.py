@@ -24,11 +24,10 @@ from teacher.checkpoints import (
     ensure_checkpoint,
     fingerprint,
     hub_commit,
-    load_tokenizer,
     vocabulary_size,
 )
 from teacher.engine import prepare_environment, version_of
-from teacher.prompts import Prompt, Renderer, load_sources, prompts_fingerprint, split_prompts
+from teacher.prompts import Prompt, Renderer, load_renderer, load_sources, prompts_fingerprint, split_prompts
 from teacher.prompts.lengths import FittingPrompts, fit_prompts
 from teacher.runners.local import Job, Kind, Shard, run_here
 from teacher.runners.ray_pool import run_on_ray
@@ -81,11 +80,6 @@ def prepare(config: PipelineConfig) -> Plan:
             f"is in one of them; change collect.held_out (now {collect.held_out})"
         )
     return Plan(fitting, units, renderer)
-
-
-def load_renderer(config: PipelineConfig) -> Renderer:
-    """The teacher's tokenizer with the template's arguments; errors as `Renderer` and `load_tokenizer`."""
-    return Renderer(load_tokenizer(config.teacher), config.collect.template_arguments, config.collect.rendered)
 
 
 def check_top_k(config: PipelineConfig) -> None:

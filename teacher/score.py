@@ -19,9 +19,9 @@ from shared.config import PipelineConfig, Split
 from shared.dataset.reader import Dataset
 from shared.dataset.records import UNKNOWN_SAMPLING, Record
 from shared.errors import ConfigError
-from teacher.collect import DEFAULT, Launch, check_top_k, load_renderer, run
+from teacher.collect import DEFAULT, Launch, check_top_k, run
 from teacher.engine import prepare_environment
-from teacher.prompts import Prompt, load_prompts, prompts_fingerprint, split_prompts
+from teacher.prompts import Prompt, load_prompts, load_renderer, prompts_fingerprint, split_prompts
 from teacher.prompts.lengths import fit_prompts
 from teacher.summary import Summary
 from teacher.units import Task, Unit, slices

@@ -6,7 +6,6 @@ The command and its environment are those that a person could type; it is printe
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import shlex
 import signal
@@ -14,13 +13,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from typing import Any
 
+from shared import vllm_settings
 from shared.config import PipelineConfig
 from shared.dataset.manifest import MANIFEST
 from shared.dataset.reader import Dataset
 from shared.errors import MissingExtraError
-from shared.vllm_settings import engine_arguments, environment, is_cpu_build
+from shared.vllm_settings import engine_arguments, environment
 from student.drafting.speculate import check_student, check_teacher, drafter_arguments
 
 METRICS = "PROMETHEUS_MULTIPROC_DIR"
@@ -63,20 +62,4 @@ def serve(config: PipelineConfig, further: Sequence[str] = (), *, start: bool = 
 def server_command(config: PipelineConfig, student: str) -> list[str]:
     """The server's program and arguments, from the teacher section and the drafter's options."""
     arguments = engine_arguments(config.teacher, config.speculate.dtype or config.teacher.dtype)
-    model = arguments.pop("model")
-    # The command `vllm` of the CPU build fails: it asks for the metadata of a package of that name.
-    program = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
-    if not is_cpu_build():
-        program = ["vllm", "serve", model]
-    return [*program, *_flags(arguments | drafter_arguments(config, student))]
-
-
-def _flags(arguments: dict[str, Any]) -> list[str]:
-    flags: list[str] = []
-    for name, value in arguments.items():
-        flag = "--" + name.replace("_", "-")
-        if isinstance(value, bool):
-            flags += [flag] if value else []
-        elif value is not None:
-            flags += [flag, json.dumps(value) if isinstance(value, dict) else str(value)]
-    return flags
+    return vllm_settings.server_command(arguments | drafter_arguments(config, student))

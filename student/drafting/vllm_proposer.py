@@ -133,10 +133,13 @@ class LladaProposer:
     def reset(self, **changes: Any) -> None:
         """Forget what was measured and counted, and go on with other `policy` or `lookup` options."""
         self.options = replace(self.options, **changes)
-        self.policy = Policy(self.rows, self.draft_tokens, enabled=self.options.policy)
+        self.policy = self._new_policy()
         self.counters.reset()
         if self.drafter is not None:
             self._load_lookup()
+
+    def _new_policy(self) -> Policy:
+        return Policy(self.rows, self.draft_tokens, enabled=self.options.policy)
 
     def _load_lookup(self) -> None:
         # Only where it is asked for: it brings numba, beside which vLLM 0.32 starts no further engine in this process.
@@ -224,7 +227,7 @@ class LladaProposer:
                 self._agreed([])
             self._failed(error)
             self.counters.add("undrafted", "failed", len(drafts))
-            self.policy = Policy(self.rows, self.draft_tokens, enabled=self.options.policy)
+            self.policy = self._new_policy()
         self._ended = time.perf_counter()
         self.counters.add("seconds", "all", self._ended - started)
         return drafts

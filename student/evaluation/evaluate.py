@@ -11,17 +11,15 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from shared.config import PipelineConfig
 from shared.dataset.records import Record
 from shared.errors import CheckpointError
 from shared.files import write_json
-from student.evaluation.measure import HeldOut, measure, merged
+from student.evaluation.measure import HeldOut, gathered, measure, merged
 from student.lineage import IDENTITY, differences, evaluation_identity, read_json, require_current_model
 from student.training import launch
-
-T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -105,10 +103,10 @@ def evaluate_rank(config: PipelineConfig) -> dict[str, Any]:
             model, tokenizer = load_student(directory, getattr(torch, dtype))
             model.eval().to(training_device())
             mine = measure(held_out.part(rank, ranks), model, tokenizer, directory, name, way=dtype, quiet=rank > 0)
-            result[name] = merged(_gathered(mine, ranks)).figures(config.evaluate.rule)
+            result[name] = merged(gathered(mine, ranks)).figures(config.evaluate.rule)
             if name == "after":
                 shown = answers(held_out.some(ANSWERS)[rank::ranks], model, tokenizer, directory)
-                parts = _gathered(shown, ranks)
+                parts = gathered(shown, ranks)
                 result["answers"] = [parts[number % ranks][number // ranks] for number in range(sum(map(len, parts)))]
         if rank == 0:
             write_json(config.run_dir / RESULT, result)
@@ -123,16 +121,6 @@ def evaluate_rank(config: PipelineConfig) -> dict[str, Any]:
 
 def _directories(config: PipelineConfig) -> dict[str, Path]:
     return {"before": config.student_init_dir, "after": config.student_final_dir}
-
-
-def _gathered(mine: T, ranks: int) -> list[T]:
-    """What every rank has, on all of them. A collective."""
-    parts = [mine] * ranks
-    if ranks > 1:
-        import torch
-
-        torch.distributed.all_gather_object(parts, mine)
-    return parts
 
 
 def answers(records: Sequence[Record], model: Any, tokenizer: Any, directory: Path) -> list[dict[str, str]]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     import torch
 
     from student.drafting.products import Way
+
+T = TypeVar("T")
 
 RULES = ("greedy", "sample")
 
@@ -172,6 +174,16 @@ def merged(parts: Sequence[Measurement]) -> Measurement:
         tuple(sum(column) for column in zip(*(part.alpha for part in parts), strict=True)),
         tuple(sum(column) for column in zip(*(part.masked for part in parts), strict=True)),
     )
+
+
+def gathered(mine: T, ranks: int) -> list[T]:
+    """What every rank has, on all of them. A collective."""
+    parts = [mine] * ranks
+    if ranks > 1:
+        import torch
+
+        torch.distributed.all_gather_object(parts, mine)
+    return parts
 
 
 def measure(

@@ -19,6 +19,7 @@ from shared.errors import UserError
 from shared.files import write_json, write_text
 from student.lineage import (
     IDENTITY,
+    RECORD,
     TRAINED_FROM,
     differences,
     evaluation_identity,
@@ -74,7 +75,7 @@ def _sources(config: PipelineConfig) -> dict[str, Path]:
         "collect": config.run_dir / "collect.json",
         "init": config.student_init_dir / "initialization.json",
         "prepare": config.prepared_dir / "summary.json",
-        "train": config.student_final_dir / "training.json",
+        "train": config.student_final_dir / RECORD,
         "evaluate": config.run_dir / "evaluate.json",
         "speculate": config.run_dir / "speculate.json",
     }

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from shared.errors import CheckpointError
 from shared.files import new_directory
-from student.lineage import require_model_of_run
+from student.lineage import RECORD, require_model_of_run
 from student.model.lora import merge_lora
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ def export_student(
     model, tokenizer = load_student(source, kinds[dtype] if dtype else None)
     with new_directory(target) as partial:
         save_student(model, tokenizer, partial, max_shard_size=max_shard_size)
-        for name in ("training.json", "token_counts.npy"):
+        for name in (RECORD, "token_counts.npy"):
             if (source / name).exists():
                 shutil.copyfile(source / name, partial / name)
         copy, _ = load_student(partial)

@@ -27,8 +27,8 @@ from student.data.batch import MicroBatch
 from student.data.data_loader import TrainingDataLoader
 from student.drafting.frequencies import count_tokens, write_counts
 from student.evaluation.evaluate import headline
-from student.evaluation.measure import HeldOut, measure, merged
-from student.lineage import IDENTITY
+from student.evaluation.measure import HeldOut, gathered, measure, merged
+from student.lineage import IDENTITY, RECORD
 from student.losses.objective import loss_scale, named_sums, sum_over_ranks, summarize
 from student.model.export import save_student
 from student.training import averaging, checkpoint, skipping
@@ -180,9 +180,7 @@ class TrainingRun:
             quiet=self.rank > 0,
         )
         model.train()
-        parts = [mine] * ranks
-        torch.distributed.all_gather_object(parts, mine)
-        figures = merged(parts).figures(self.config.evaluate.rule)
+        figures = merged(gathered(mine, ranks)).figures(self.config.evaluate.rule)
         blocks = figures["ratio"]
         kept = {name: figures.get(name) for name in ("tau", "alpha_low", "alpha_high", "masked_ce")}
         kept |= {name: blocks.get(name) for name in ("ce", "kl")}
@@ -239,7 +237,7 @@ class TrainingRun:
                 save_student(model, self.tokenizer, directory, state_dict=weights)
                 write_counts(directory, count_tokens(self.loader.prepared, model.config.vocab_size))
                 write_text(directory / "resolved_config.yaml", dump_config(self.config))
-                write_json(directory / "training.json", summary)
+                write_json(directory / RECORD, summary)
             if self.held_out is None:
                 checkpoint.prune(self.config.checkpoints_dir, keep=1)
             logger.info("trained model: %s", self.config.student_final_dir)

@@ -23,7 +23,7 @@ from shared.errors import USER_ERROR_EXIT_CODE, CheckpointError, ConfigError
 from student.alignment.sanity import check_alignment
 from student.data.data_loader import TrainingDataLoader
 from student.evaluation.measure import HeldOut
-from student.lineage import IDENTITY, differences, present, read_json
+from student.lineage import IDENTITY, RECORD, differences, present, read_json
 from student.losses.settings import LossChoice, LossSettings, ResolvedLossName, check_temperature, resolve_loss
 from student.model.export import read_config
 from student.training import checkpoint, launch
@@ -38,7 +38,6 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-RECORD = "training.json"
 ALREADY_TRAINED = "already trained: %s (--fresh trains anew)"
 SANITY_SAMPLES = 64
 
@@ -74,9 +73,8 @@ def train(config: PipelineConfig, *, fresh: bool = False) -> None:
     world_size = launch.ranks_here(config.train)
     if world_size == 1:
         train_rank(config, fresh=fresh)
-    elif decide(
-        config, check(config, world_size), fresh=fresh
-    ).finished:  # here, so that a mistake ends without starting ranks
+    # Decided here too, so that a mistake ends without starting ranks.
+    elif decide(config, check(config, world_size), fresh=fresh).finished:
         logger.info(ALREADY_TRAINED, config.student_final_dir)
     else:
         launch.run_ranks(world_size, config.train, [argument for argument in sys.argv[1:] if argument != "--fresh"])

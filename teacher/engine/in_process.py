@@ -15,6 +15,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -96,10 +97,7 @@ class Engine:
         self._top_k = top_k
         # Scoring computes the vocabulary's logprobs of every prompt token: few requests at a time bound the memory.
         self._in_flight = 8 if score_tokens is not None else 2 * teacher.max_num_seqs
-        arguments = engine_arguments(teacher) | {
-            **_location(teacher, model),
-            "max_logprobs": -1,
-            "logprobs_mode": "raw_logprobs",
+        arguments = capturing_arguments(teacher, model) | {
             "disable_log_stats": True,
             "use_tqdm_on_load": False,
             "distributed_executor_backend": executor,
@@ -141,14 +139,9 @@ class Engine:
         """
         waiting = iter(requests)
         pending: dict[str, Request] = {}
-        exhausted = False
         try:
             while True:
-                while not exhausted and len(pending) < self._in_flight:
-                    request = next(waiting, None)
-                    if request is None:
-                        exhausted = True
-                        break
+                for request in islice(waiting, self._in_flight - len(pending)):
                     pending[request.key] = request
                     self._submit(request, capture)
                 if not pending:
@@ -227,12 +220,19 @@ class Engine:
         list(self.stream(requests))  # what the first use compiles is not part of the first unit
 
 
-def _location(teacher: TeacherConfig, directory: str) -> dict[str, Any]:
-    """Where vLLM finds the checkpoint: a hub name at its commit, which the machine of every rank can fetch itself."""
+def capturing_arguments(teacher: TeacherConfig, directory: str) -> dict[str, Any]:
+    """Arguments of vLLM, in this process or as a server, that make it this teacher and let its rows be captured.
+
+    A hub name stays one, at its commit, which the machine of every rank can fetch itself.
+    """
     commit = hub_commit(teacher)
-    if commit is None:
-        return {"model": directory}
-    return {"model": teacher.model, "revision": commit, "tokenizer_revision": commit}
+    return engine_arguments(teacher) | {
+        "model": directory if commit is None else teacher.model,
+        "revision": commit,
+        "tokenizer_revision": commit,
+        "max_logprobs": -1,
+        "logprobs_mode": "raw_logprobs",
+    }
 
 
 def _as_columns(container: Any, rows: int) -> Columns:

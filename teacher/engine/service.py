@@ -20,6 +20,7 @@ import os
 import re
 from collections.abc import Awaitable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
@@ -107,14 +108,9 @@ class ServiceEngine:
         waiting = iter(requests)
         tasks: set[asyncio.Task[Answer]] = set()
         done: set[asyncio.Task[Answer]] = set()
-        exhausted = False
         try:
             while True:
-                while not exhausted and len(tasks) < self._per_server * len(self._servers):
-                    request = next(waiting, None)
-                    if request is None:
-                        exhausted = True
-                        break
+                for request in islice(waiting, self._per_server * len(self._servers) - len(tasks)):
                     tasks.add(self._loop.create_task(self._answer(request, capture)))
                 if not tasks:
                     return

@@ -93,23 +93,18 @@ def fit_prompts(prompts: Sequence[Prompt], renderer: Renderer, config: PipelineC
     too_long = np.flatnonzero(lengths >= room)
     if len(too_long) and (config.collect.overlong == "refuse" or len(too_long) == len(prompts)):
         _refuse(prompts, lengths, too_long, config)
-    fitting = [prompt for prompt, length in zip(prompts, lengths, strict=True) if length < room]
     tokens = {prompt.id: int(n) for prompt, n in zip(prompts, lengths, strict=True) if n < room}
-    overlong = []
-    if len(too_long):
-        cut: dict[str, Prompt] = {}
-        for index in too_long:
-            prompt, kept = prompts[index], None
-            shorter = None
-            if config.collect.overlong == "truncate" and prompt.response is None:
-                shorter = renderer.truncate(prompt, room - min(_longest_answer(prompt, config), room // 2))
+    overlong: list[Overlong] = []
+    cut: dict[str, Prompt] = {}
+    for index in too_long:
+        prompt = prompts[index]
+        if config.collect.overlong == "truncate" and prompt.response is None:
+            shorter = renderer.truncate(prompt, room - min(_longest_answer(prompt, config), room // 2))
             if shorter is not None:
-                cut[prompt.id], kept = shorter, len(renderer.render(shorter).ids)
-                tokens[prompt.id] = kept
-            overlong.append(Overlong(prompt.id, int(lengths[index]), kept))
-        fitting = [cut.get(prompt.id, prompt) for prompt in prompts if prompt.id in tokens]
-        if not fitting:
-            _refuse(prompts, lengths, too_long, config)
+                cut[prompt.id], tokens[prompt.id] = shorter, len(renderer.render(shorter).ids)
+        overlong.append(Overlong(prompt.id, int(lengths[index]), tokens.get(prompt.id)))
+    fitting = [cut.get(prompt.id, prompt) for prompt in prompts if prompt.id in tokens]
+    if overlong:
         log.warning(
             "%d of %d prompts have %d tokens (teacher.max_sequence_tokens) or more: %d are cut, %d are not asked; "
             "`teacher collect` names them in %s",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from shared.config import PipelineConfig
 from shared.errors import ConfigError, PromptError
 from shared.tokenizer.chat import ChatEncoder, RenderedPrompt
 from shared.tokenizer.files import of_tree
+from teacher.checkpoints import load_tokenizer
 from teacher.prompts.prompt import Prompt
 
 _BATCH = 1000
@@ -70,10 +73,8 @@ class Renderer:
         Raises:
             PromptError: as `ChatEncoder.prompt`, naming the prompt.
         """
-        try:
+        with _naming(prompt):
             return self._chat.prompt(prompt.messages, prompt.rendered)
-        except PromptError as error:
-            raise PromptError(f"prompt {prompt.id!r}: {error}") from error
 
     def lengths(self, prompts: Sequence[Prompt]) -> Iterator[int]:
         """Tokens of every prompt, and of its response where one is given, in batches.
@@ -107,10 +108,8 @@ class Renderer:
         return None
 
     def _marked(self, prompt: Prompt) -> str:
-        try:
+        with _naming(prompt):
             return self._chat.marked(prompt.messages, prompt.rendered)[1]
-        except PromptError as error:
-            raise PromptError(f"prompt {prompt.id!r}: {error}") from error
 
     def encode_user_header(self, system_prompt: str | None) -> NDArray[np.int32]:
         """Token ids of all that the template writes before the words of a conversation's first user turn.
@@ -127,10 +126,22 @@ class Renderer:
             PromptError: as `ChatEncoder.response`, naming the prompt.
         """
         assert prompt.response is not None
-        try:
+        with _naming(prompt):
             return self._chat.response(prompt.response, prompt.finished, rendered=prompt.rendered)
-        except PromptError as error:
-            raise PromptError(f"prompt {prompt.id!r}: {error}") from error
+
+
+@contextmanager
+def _naming(prompt: Prompt) -> Iterator[None]:
+    """What is wrong with the prompt, said with its id."""
+    try:
+        yield
+    except PromptError as error:
+        raise PromptError(f"prompt {prompt.id!r}: {error}") from error
+
+
+def load_renderer(config: PipelineConfig) -> Renderer:
+    """The teacher's tokenizer with the template's arguments; errors as `Renderer` and `load_tokenizer`."""
+    return Renderer(load_tokenizer(config.teacher), config.collect.template_arguments, config.collect.rendered)
 
 
 def _stop_ids(model: str) -> Any:

@@ -31,7 +31,7 @@ from teacher.checkpoints import ensure_checkpoint, fingerprint, hub_commit
 from teacher.engine import Answer, Request, open_engine, prepare_environment
 from teacher.interrupts import lasting_interrupts
 from teacher.prompts.prompt import Prompt
-from teacher.prompts.render import Renderer
+from teacher.prompts.render import Renderer, load_renderer
 
 log = logging.getLogger(__name__)
 
@@ -81,8 +81,6 @@ def write_prompts(config: PipelineConfig) -> Drafts:
             f"{settings.path} (collect.write_prompts.path) is there already; collect with it, or name another file"
         )
     prepare_environment(config.teacher)
-    from teacher.collect import load_renderer
-
     renderer = load_renderer(config)
     partial = PartialFile(settings.path.with_name(settings.path.name + ".partial"), _key(config, renderer))
     drafts = partial.read()

@@ -24,10 +24,9 @@ from shared.dataset.writer import DatasetWriter
 from shared.errors import ConfigError, EngineError, MissingExtraError, UserError
 from shared.stopping import StopRequest
 from shared.vllm_settings import is_cpu_build
-from teacher.checkpoints import load_tokenizer
 from teacher.collector import Collector, Counts
 from teacher.engine import Engine, ServiceEngine, prepare_environment
-from teacher.prompts import Renderer
+from teacher.prompts import load_renderer
 from teacher.runners.local import LABELS, Job, Outcome, engine_for
 from teacher.runners.progress import Display
 from teacher.runners.worker import GRACE_S, Worker
@@ -52,7 +51,7 @@ class Replica:
     def work(self, units: Sequence[Unit]) -> Counts:
         """As `Worker.work`."""
         job, config = self._job, self._job.config
-        renderer = Renderer(load_tokenizer(config.teacher), config.collect.template_arguments, config.collect.rendered)
+        renderer = load_renderer(config)
         # The tokenizer's files are there: the process that started this actor put them there.
         writer = DatasetWriter(config.shards_dir, job.provenance, job.vocabulary, tokenizer_dir=None)
         engine = self.open_engine()

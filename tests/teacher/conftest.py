@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import yaml
 from shared.config import PipelineConfig, load_config
 from shared.tokenizer.vocabulary import Vocabulary
 
+ROOT = Path(__file__).parents[2]
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -117,3 +120,18 @@ def write_config(folder: Path, checkpoint: Path, prompts: int | str = 12) -> Pat
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
+
+
+def teacher(*arguments: str | Path) -> subprocess.Popen[str]:
+    """`teacher …` in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "teacher.cli", *map(str, arguments)],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    """What it printed, once it has ended well."""
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    return output

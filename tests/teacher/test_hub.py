@@ -19,8 +19,9 @@ from shared.errors import CheckpointError, DatasetError
 from shared.tokenizer.vocabulary import Vocabulary
 from teacher import checkpoints
 from teacher.checkpoints import ensure_checkpoint, fingerprint, hub_commit, load_tokenizer, vocabulary_size
-from teacher.collect import load_renderer, prepare, provenance_of
-from teacher.engine.in_process import _location
+from teacher.collect import prepare, provenance_of
+from teacher.engine.in_process import capturing_arguments
+from teacher.prompts import load_renderer
 
 Maker = Callable[..., PipelineConfig]
 NAME = "someone/tiny"
@@ -67,7 +68,8 @@ def test_a_snapshot_keeps_what_a_directory_keeps(hub: Path, tiny_checkpoint: Pat
     assert directory.name == FIRST == hub_commit(teacher)
     assert vocabulary_size(teacher) == len(load_tokenizer(teacher))
     assert Vocabulary.from_tokenizer(directory).roles["end_of_text"] == STOPS[0]
-    assert _location(teacher, str(directory)) == {"model": NAME, "revision": FIRST, "tokenizer_revision": FIRST}
+    of_vllm, where = capturing_arguments(teacher, str(directory)), ("model", "revision", "tokenizer_revision")
+    assert {name: of_vllm[name] for name in where} == dict(zip(where, (NAME, FIRST, FIRST), strict=True))
     assert hub_commit(TeacherConfig(model=str(directory))) is None
 
 

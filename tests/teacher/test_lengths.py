@@ -11,8 +11,8 @@ import pytest
 
 from shared.config import PipelineConfig
 from shared.errors import PromptError
-from teacher.collect import load_renderer, prepare
-from teacher.prompts import Prompt, lengths, load_sources
+from teacher.collect import prepare
+from teacher.prompts import Prompt, lengths, load_renderer, load_sources
 from teacher.prompts.lengths import OVERLONG, fit_prompts
 
 Maker = Callable[..., PipelineConfig]

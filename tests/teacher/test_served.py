@@ -22,7 +22,7 @@ from shared.dataset.reader import Dataset
 from shared.dataset.records import Record
 from shared.errors import ServiceError
 from teacher.engine import ServiceEngine
-from tests.teacher.conftest import write_config
+from tests.teacher.conftest import finish, teacher, write_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.xdist_group("teacher_served")]
 
@@ -35,19 +35,6 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
-
-
-def teacher(*arguments: str | Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "teacher.cli", *map(str, arguments)],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
-
-
-def finish(process: subprocess.Popen[str]) -> str:
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, output
-    return output
 
 
 class Server:

@@ -9,8 +9,6 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -23,6 +21,7 @@ import yaml
 from shared.config import load_config
 from shared.dataset.reader import Dataset
 from shared.dataset.records import Record, Sampling
+from tests.teacher.conftest import finish, teacher
 
 # One worker runs them all: another one would start the engine and the collections of the fixtures again.
 pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.xdist_group("teacher_vllm")]
@@ -151,28 +150,15 @@ def _write_config(folder: Path, name: str) -> Path:
     return path
 
 
-def _teacher(*arguments: str | Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "teacher.cli", *map(str, arguments)],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
-
-
-def _finish(process: subprocess.Popen[str]) -> str:
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, output
-    return output
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`whole` collected in one go; `cut` killed twice, by SIGKILL and by ctrl-C, and resumed; `scored` from `whole`."""
     folder = tmp_path_factory.mktemp("collect")
-    _finish(_teacher("collect", _write_config(folder, "whole")))
+    finish(teacher("collect", _write_config(folder, "whole")))
     cut = _write_config(folder, "cut")
     commits = folder / "runs" / "cut" / "shards" / "commits"
     for number, how in ((2, signal.SIGKILL), (6, signal.SIGINT)):
-        process = _teacher("collect", cut)
+        process = teacher("collect", cut)
         while len(list(commits.glob("*.json"))) < number:
             assert process.poll() is None, process.communicate()[0]
             time.sleep(0.02)
@@ -180,9 +166,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         output, _ = process.communicate(timeout=60)
         assert process.returncode != 0, f"it was done before it could be killed:\n{output}"
         assert "Traceback" not in output
-    (folder / "resumed.txt").write_text(_finish(_teacher("collect", cut)))
+    (folder / "resumed.txt").write_text(finish(teacher("collect", cut)))
     score = [_write_config(folder, "scored"), "--set", f"collect.responses={folder / 'runs/whole/shards'}"]
-    _finish(_teacher("score", *score))
+    finish(teacher("score", *score))
     return folder
 
 
@@ -217,7 +203,7 @@ def test_resuming_repeated_nothing(runs: Path) -> None:
 def test_a_finished_run_is_not_started_again(runs: Path) -> None:
     before = (runs / "runs/whole/shards/manifest.json").read_bytes()
     started = time.monotonic()
-    output = _finish(_teacher("collect", runs / "whole.yaml"))
+    output = finish(teacher("collect", runs / "whole.yaml"))
     assert "0 to collect" in " ".join(output.split())
     assert "vLLM" not in output
     assert time.monotonic() - started < 60

@@ -11,9 +11,9 @@ import pytest
 from shared.config import PipelineConfig
 from shared.errors import ConfigError, PromptError
 from shared.tokenizer.vocabulary import Vocabulary
-from teacher.collect import load_renderer, prepare, provenance_of
+from teacher.collect import prepare, provenance_of
 from teacher.engine import Answer, Request
-from teacher.prompts import load_prompts, write
+from teacher.prompts import load_prompts, load_renderer, write
 from teacher.prompts.write import write_prompts
 
 Maker = Callable[..., PipelineConfig]

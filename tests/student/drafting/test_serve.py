@@ -37,6 +37,9 @@ def test_the_command_is_printed(served_run: Path, served_teacher: Path, capsys: 
     speculation = json.loads(words[words.index("--speculative-config") + 1])
     assert speculation["num_speculative_tokens"] == 3
     assert "--enforce-eager" in server_command(config, student)
+    assert "--enable-prefix-caching" in server_command(config, student)
+    without = config.model_copy(update={"teacher": config.teacher.model_copy(update={"prefix_caching": False})})
+    assert "--no-enable-prefix-caching" in server_command(without, student)
 
 
 def test_a_missing_student_is_said(served_run: Path, served_teacher: Path, tmp_path: Path) -> None:
