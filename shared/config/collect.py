@@ -101,7 +101,10 @@ class CollectConfig(Section):
     held_out: float = Field(0.1, ge=0, lt=1, description="Share of the prompts that training never sees.")
     top_k: PositiveInt = Field(64, description="Most candidates kept per token.")
     retained_mass: float | None = Field(
-        None, gt=0, lt=1, description="Stop a token's candidates where they hold this mass; top_k stays the cap."
+        0.98,
+        gt=0,
+        lt=1,
+        description="Stop a token's candidates where they hold this mass, top_k at most; null keeps top_k of each.",
     )
     unit_prompts: PositiveInt = Field(64, description="Prompts per unit of work, the unit of resume.")
     decoding: list[DecodingConfig] = Field(
