@@ -23,7 +23,6 @@ evaluation drafts along stored responses with this class.
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -77,8 +76,8 @@ class Drafter:
         cached: False recomputes every context, for comparison.
 
     Attributes:
-        counts: requests by what became of them, one count a call: `drafted`; `too_long` for the model; `no_room` in
-            the cache.
+        passed_over: requests of the last call that were not drafted for, and why: `too long` for the model, or `no
+            room` in the cache.
 
     Raises:
         ConfigError: if `memory_bytes` is less than a page of the cache.
@@ -99,7 +98,7 @@ class Drafter:
         self.forward, self.bridge = forward, bridge
         self.draft_tokens, self.block_length = draft_tokens, block_length
         self.in_turns, self.keep_extendable, self.cached = in_turns, keep_extendable, cached
-        self.counts: Counter[str] = Counter()
+        self.passed_over: dict[Hashable, str] = {}
         self.cache = forward.cache(_pages(forward, memory_bytes))
         self._numbers = count()
         self._requests: dict[int, _Request] = {}
@@ -201,7 +200,7 @@ class Drafter:
             self.cache.truncate(request.slot, min(self.cache.length(request.slot), request.context.unchanged))
         longest = self.forward.max_tokens - self.block_length
         waiting = [request for request in requests if len(request.context.student) <= longest]
-        self.counts["too_long"] += len(requests) - len(waiting)
+        self.passed_over = {request.name: "too long" for request in requests if len(request.context.student) > longest}
         drafts: dict[int, list[int]] = {}
         while waiting:
             admitted, waiting = self._admit(waiting)
@@ -212,8 +211,7 @@ class Drafter:
                     drafts[request.slot] = proposed[: self.draft_tokens]
             if not (self.in_turns and admitted):
                 break
-        self.counts["no_room"] += len(waiting)
-        self.counts["drafted"] += len(drafts)
+        self.passed_over |= {request.name: "no room" for request in waiting}
         return [drafts.get(request.slot, []) for request in requests]
 
     def release(self, request_ids: Sequence[Hashable]) -> None:

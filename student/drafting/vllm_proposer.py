@@ -121,6 +121,8 @@ class LladaProposer:
         """Tensor-parallel ranks that share the student's weights out; None where there is one rank."""
         self.leads = True
         self._told = False
+        self._passed_over: dict[int, str] = {}
+        """Rows of this step that the drafter had no room for, or that are too long for it."""
         self.lookup: Lookup | None = None
         self.ends: frozenset[int] = frozenset()
         self.vocabulary = 0
@@ -253,6 +255,7 @@ class LladaProposer:
             drafts[row] = found_RxK[row, : plan.tokens_R[row]].tolist()
         chosen = [row for row in plan.llada_rows.tolist() if self._in_vocabulary(row, lengths[row], tokens_RxL)]
         llada_rows = np.array(chosen, int)
+        self._passed_over.clear()
         started = time.perf_counter()
         drafted = self._draft(self._agreed(chosen), lengths, tokens_RxL)
         for row, draft in drafted.items():
@@ -268,6 +271,9 @@ class LladaProposer:
             self.counters.add("drafts", name, len(made_R))
             self.counters.add("draft_tokens", name, int(made_R.sum()))
         undrafted_R = going_R & (given_R == 0)
+        for row, reason in self._passed_over.items():
+            self.counters.add("undrafted", reason)
+            undrafted_R[row] = False
         for reason, these_R in (
             ("refused", policy.refused_R[:rows]),
             ("nothing to propose", plan.tokens_R > 0),
@@ -297,14 +303,16 @@ class LladaProposer:
             return {}
         try:
             contexts = [tokens_RxL[row, : lengths[row]] for row in rows]
-            return dict(zip(rows, self.drafter.propose(rows, contexts), strict=True))
+            drafts = dict(zip(rows, self.drafter.propose(rows, contexts), strict=True))
+            self._passed_over |= self.drafter.passed_over  # type: ignore[arg-type]  # requests are rows here
+            return drafts
         except Exception as error:
             self._failed(error)
             self.drafter.release(range(self.rows))  # what the failure left half done
             if len(rows) == 1:
                 self.policy.refused_R[rows[0]] = True
                 return {}
-        drafts: dict[int, list[int]] = {}
+        drafts = {}
         for row in rows:
             drafts |= self._draft([row], lengths, tokens_RxL)
         return drafts

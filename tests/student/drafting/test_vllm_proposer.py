@@ -112,16 +112,18 @@ def test_no_draft_beyond_the_model_length_or_after_the_end(tmp_path: Path) -> No
 
 
 class FailingDrafter:
-    """Raises for contexts that hold a certain token, alone or among others."""
+    """Raises for contexts that hold a certain token, alone or among others; has room for so many."""
 
-    def __init__(self, bad: int) -> None:
-        self.bad, self.calls, self.released = bad, 0, 0
+    def __init__(self, bad: int, room: int = 100) -> None:
+        self.bad, self.room, self.calls, self.released = bad, room, 0, 0
+        self.passed_over: dict[int, str] = {}
 
     def propose(self, rows: Any, contexts: Any) -> list[list[int]]:
         self.calls += 1
         if any(self.bad in ids for ids in contexts):
             raise RuntimeError("out of memory")
-        return [[1, 2, 3] for _ in rows]
+        self.passed_over = dict.fromkeys(rows[self.room :], "no room")
+        return [[] if row in self.passed_over else [1, 2, 3] for row in rows]
 
     def release(self, _rows: Any) -> None:
         self.released += 1
@@ -166,6 +168,15 @@ def test_a_token_outside_the_vocabulary_is_never_shown_to_the_drafter() -> None:
     assert step(proposer, tokens, np.array([10, 12])) == [[], [1, 2, 3]]
     assert proposer.counters.tree()["failures"] == {}
     assert proposer.counters.tree()["undrafted"] == {"refused": 1}
+
+
+def test_requests_without_room_in_the_cache_are_counted() -> None:
+    proposer = LladaProposer(vllm_config({OPTIONS_KEY: {"student": "none", "policy": False}}))
+    proposer.drafter = FailingDrafter(bad=77, room=2)  # type: ignore[assignment]
+    tokens, lengths = np.full((3, MAX_LENGTH), 7, np.int32), np.array([10, 11, 12])
+    assert step(proposer, tokens, lengths) == [[1, 2, 3], [1, 2, 3], []]
+    assert step(proposer, tokens, lengths) == [[1, 2, 3], [1, 2, 3], []]
+    assert proposer.counters.tree()["undrafted"] == {"no room": 2}
 
 
 def test_nothing_that_goes_wrong_reaches_vllm(caplog: pytest.LogCaptureFixture) -> None:
