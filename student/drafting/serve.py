@@ -5,7 +5,6 @@ The command and its environment are those that a person could type; it is printe
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shlex
 import signal
@@ -18,8 +17,7 @@ from shared import vllm_settings
 from shared.config import PipelineConfig
 from shared.dataset.manifest import MANIFEST
 from shared.dataset.reader import Dataset
-from shared.errors import MissingExtraError
-from shared.vllm_settings import engine_arguments, environment
+from shared.vllm_settings import engine_arguments, engine_version, environment
 from student.drafting.speculate import check_student, check_teacher, drafter_arguments
 
 METRICS = "PROMETHEUS_MULTIPROC_DIR"
@@ -49,8 +47,7 @@ def serve(config: PipelineConfig, further: Sequence[str] = (), *, start: bool = 
     print(f'env {METRICS}="$(mktemp -d)" {shown} {shlex.join(command)}')
     if not start:
         return 0
-    if importlib.util.find_spec("vllm") is None:
-        raise MissingExtraError("serving needs vLLM; pip install 'llada-drafter[serve]' with the vLLM of your machine")
+    engine_version()
     sys.stdout.flush()
     with tempfile.TemporaryDirectory(prefix="llada-drafter-metrics-") as metrics:
         process = subprocess.Popen(command, env=os.environ | variables | {METRICS: metrics})

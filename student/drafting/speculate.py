@@ -23,10 +23,10 @@ from typing import Any
 from shared.config import PipelineConfig
 from shared.console import progress
 from shared.dataset.reader import Dataset
-from shared.errors import CheckpointError, DatasetError, MissingExtraError, VocabularyError
+from shared.errors import CheckpointError, DatasetError, VocabularyError
 from shared.files import write_json
 from shared.tokenizer.vocabulary import Vocabulary
-from shared.vllm_settings import engine_arguments, environment
+from shared.vllm_settings import engine_arguments, engine_version, environment
 from student.drafting.decode import LATENCY, THROUGHPUT, Decoded, Difference, Job, Pass, Result, read_result
 from student.drafting.lookup import LONGEST, SHORTEST
 from student.drafting.vllm_proposer import OPTIONS_KEY
@@ -53,33 +53,41 @@ def speculate(config: PipelineConfig) -> dict[str, Any]:
         VocabularyError: if the teacher's tokenizer is not the one that the dataset was collected with.
         MissingExtraError: if vLLM is not installed.
     """
+    dataset, prompts, student = inputs(config)
+    directory = config.run_dir / "speculate"
+    identity = speculation_identity(config)
+    engine = shared_arguments(config)
+    files: dict[str, Path] = {}
+    results: dict[str, Result] = {}
+    for name, arguments, passes in variants(config, dataset, student):
+        job = Job(
+            engine | arguments, list(prompts.values()), config.speculate.max_response_tokens, ends(dataset), passes
+        )
+        if name == BASELINE:
+            job = replace(job, compare_with=[str(file) for file in files.values()])
+        files[name] = directory / f"{name}.json"
+        results[name] = run(job, directory / name, name.replace("_", " "), decoding_environment(config))
+    result = summarize(results, list(prompts), dtype_of(config)) | {IDENTITY: identity}
+    write_json(config.run_dir / "speculate.json", result)
+    logger.info("%s", headline(result, config.speculate.max_num_seqs))
+    return result
+
+
+def inputs(config: PipelineConfig) -> tuple[Dataset, dict[str, list[int]], Path]:
+    """The dataset, its held-out prompts and the trained student, which belong together. Raises as `speculate` does."""
     dataset = Dataset.open(config.shards_dir)
     prompts = held_out_prompts(dataset, config.speculate.max_prompts, config.teacher.max_sequence_tokens)
     student = check_student(config)
     require_current_model(config)
     check_teacher(config, dataset)
-    if importlib.util.find_spec("vllm") is None:
-        raise MissingExtraError(
-            "speculative decoding needs vLLM, which is not installed; `make setup` installs it, and so does "
-            "pip install 'llada-drafter[serve]' with the vLLM of your machine"
-        )
-    directory = config.run_dir / "speculate"
-    identity = speculation_identity(config)
-    engine = shared_arguments(config)
+    engine_version()
+    return dataset, prompts, student
+
+
+def ends(dataset: Dataset) -> list[int]:
+    """Tokens that end a response."""
     roles = dataset.vocabulary.roles
-    stop = sorted({roles[role] for role in ("end_of_turn", "end_of_text") if role in roles})
-    files: dict[str, Path] = {}
-    results: dict[str, Result] = {}
-    for name, arguments, passes in variants(config, dataset, student):
-        job = Job(engine | arguments, list(prompts.values()), config.speculate.max_response_tokens, stop, passes)
-        if name == BASELINE:
-            job = replace(job, compare_with=[str(file) for file in files.values()])
-        files[name] = directory / f"{name}.json"
-        results[name] = run(job, directory / name, name.replace("_", " "), _environment(config))
-    result = summarize(results, list(prompts), _dtype(config)) | {IDENTITY: identity}
-    write_json(config.run_dir / "speculate.json", result)
-    logger.info("%s", headline(result, config.speculate.max_num_seqs))
-    return result
+    return sorted({roles[role] for role in ("end_of_turn", "end_of_text") if role in roles})
 
 
 def variants(
@@ -128,7 +136,7 @@ def held_out_prompts(dataset: Dataset, most: int | None, max_sequence_tokens: in
 
 def shared_arguments(config: PipelineConfig) -> dict[str, Any]:
     """Arguments of `vllm.LLM` that both runs share."""
-    return engine_arguments(config.teacher, _dtype(config)) | {
+    return engine_arguments(config.teacher, dtype_of(config)) | {
         "max_num_seqs": config.speculate.max_num_seqs,
         "enable_prefix_caching": False,
         "disable_log_stats": False,
@@ -198,13 +206,13 @@ def summarize(results: dict[str, Result], prompt_ids: list[str], dtype: str) -> 
     """The report's figures of all runs over the same prompts."""
     baseline = results[BASELINE]
     drafted = results[WITH_DRAFT].passes
-    found = [_described(entry, prompt_ids, TIE[dtype]) for entry in baseline.differences]
+    found = [described(entry, prompt_ids, TIE[dtype]) for entry in baseline.differences]
     differences = [entry for entry in found if entry["with"] == WITH_DRAFT]
 
     def figures(name: str, run: str) -> dict[str, Any] | None:
         if name not in results:
             return None
-        return _figures(results[name].passes[run], baseline.passes[LATENCY if run.startswith(LATENCY) else run])
+        return figures_of(results[name].passes[run], baseline.passes[LATENCY if run.startswith(LATENCY) else run])
 
     latency = figures(WITH_DRAFT, LATENCY) or {}
     return {
@@ -224,7 +232,7 @@ def summarize(results: dict[str, Result], prompt_ids: list[str], dtype: str) -> 
     }
 
 
-def _figures(drafted: Decoded, baseline: Decoded) -> dict[str, Any]:
+def figures_of(drafted: Decoded, baseline: Decoded) -> dict[str, Any]:
     """What one pass gave, against the same without a draft."""
     drafts, accepted = (drafted.counters.get(name, 0) for name in ("drafts", "accepted_tokens"))
     speed, plain = (made.tokens / made.seconds for made in (drafted, baseline))
@@ -261,7 +269,7 @@ def headline(result: dict[str, Any], in_flight: int) -> str:
     )
 
 
-def _described(entry: Difference, prompt_ids: list[str], tie: float) -> dict[str, Any]:
+def described(entry: Difference, prompt_ids: list[str], tie: float) -> dict[str, Any]:
     return {
         "with": entry.file,
         "pass": entry.run,
@@ -274,7 +282,7 @@ def _described(entry: Difference, prompt_ids: list[str], tie: float) -> dict[str
     }
 
 
-def _environment(config: PipelineConfig) -> dict[str, str]:
+def decoding_environment(config: PipelineConfig) -> dict[str, str]:
     return environment(config.teacher) | {
         "VLLM_LOGGING_LEVEL": "WARNING",
         "TOKENIZERS_PARALLELISM": "false",
@@ -283,7 +291,7 @@ def _environment(config: PipelineConfig) -> dict[str, str]:
     }
 
 
-def _dtype(config: PipelineConfig) -> str:
+def dtype_of(config: PipelineConfig) -> str:
     return config.speculate.dtype or config.teacher.dtype
 
 

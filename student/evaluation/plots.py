@@ -113,3 +113,23 @@ def speed_bars(speeds: dict[str, dict[str, float]], path: Path) -> Path:
         axes.set(xlim=(0, 1.25 * max(by_draft.values())), title=title)
     panels[-1, 0].set_xlabel("tokens a second")
     return _save(figure, path)
+
+
+def break_even(result: dict[str, Any], student: dict[str, Any] | None, path: Path) -> Path:
+    """Speed-up over acceptance length, measured and by its fit; `student` is what LLaDA alone reached."""
+    figure, axes = plt.subplots(figsize=(6.4, 3.6))
+    ends = np.array([1.0, result["draft_tokens"] + 1])
+    named = {"latency": ("one request in flight", AFTER), "throughput": (f"{result['in_flight']} in flight", SERVED)}
+    for name, (label, color) in named.items():
+        points = [entry[name] for entry in result["measured"]]
+        axes.scatter([p["acceptance_length"] for p in points], [p["speedup"] for p in points], color=color, s=18)
+        needed = result["needed"][name]
+        axes.plot(ends, ends / needed, color=color, label=f"{label}: pays from {needed:.2f}")
+    axes.axhline(1, color="black", linewidth=0.8)
+    if student:
+        axes.scatter(
+            student["acceptance_length"], student["speedup"], color="black", marker="*", s=90, label="this student, one"
+        )
+    axes.set(xlabel="acceptance length", ylabel="times the speed without a draft", title="What a draft is worth here")
+    axes.legend()
+    return _save(figure, path)

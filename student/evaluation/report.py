@@ -44,6 +44,7 @@ SPECULATE = (
     "tokens_per_s",
     "baseline_tokens_per_s",
 )
+_COMMANDS = {"collect": "teacher collect", "break_even": "student speculate --break-even"}
 LATENCY = ("tokens_per_s", "baseline_tokens_per_s", "speedup")
 LLADA_ALONE = ("tokens_per_s", "speedup")
 
@@ -78,6 +79,8 @@ def _sources(config: PipelineConfig) -> dict[str, Path]:
         "train": config.student_final_dir / RECORD,
         "evaluate": config.run_dir / "evaluate.json",
         "speculate": config.run_dir / "speculate.json",
+        "break_even": config.run_dir / "break_even.json",
+        "certify": config.run_dir / "certificate.json",
     }
 
 
@@ -93,19 +96,20 @@ def _stale(config: PipelineConfig, stages: dict[str, dict[str, Any]]) -> dict[st
     trained = run_identity(config, {name: value for name, value in found.items() if name in TRAINED_FROM})
     if config.train.dtype == "auto":
         del trained["train.dtype"]  # whoever reports need not have the machine that trained
+    speculated = speculation_identity(config)
     now: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
         "collect": (stages["collect"], collected),
         "prepare": (prepared.get(IDENTITY), prepared_identity(config.prepare, inputs)),
         "train": (stages["train"].get(IDENTITY), trained),
         "evaluate": (stages["evaluate"].get(IDENTITY), evaluation_identity(config)),
-        "speculate": (stages["speculate"].get(IDENTITY), speculation_identity(config)),
+        **{name: (stages[name].get(IDENTITY), speculated) for name in ("speculate", "break_even", "certify")},
     }
     stale = {}
     for name, (made, wanted) in now.items():
         problems = ["it does not say what it was made from"] if made is None else differences(made, wanted, config)
         if stages[name] and problems:
-            program = "teacher" if name == "collect" else "student"
-            stale[name] = f"{'; '.join(problems)}; run `{program} {name}` again"
+            command = _COMMANDS.get(name, f"student {name}")
+            stale[name] = f"{'; '.join(problems)}; run `{command}` again"
     return stale
 
 
@@ -160,6 +164,12 @@ def _draw(config: PipelineConfig, report: dict[str, Any], entries: list[dict[str
     if speeds := _speeds(report["details"]["speculate"]):
         plots.speed_bars(speeds, directory / "speed.png")
         pictures.append(("speed.png", "Decoding speed in vLLM, measured, with each kind of draft and with none."))
+    if worth := report["details"]["break_even"]:
+        latency = report["details"]["speculate"].get("latency") or {}
+        plots.break_even(worth, latency.get("llada_alone"), directory / "break_even.png")
+        pictures.append(
+            ("break_even.png", "Speed-up by acceptance length: right tokens in place of the student's, at its cost.")
+        )
     return pictures
 
 
@@ -272,6 +282,7 @@ def _stages(config: PipelineConfig, report: dict[str, Any]) -> list[tuple[str, s
                 ("many in flight: tokens/s without draft, with", _pair(speculate)),
                 ("many in flight: acceptance length", speculate["acceptance_length"]),
                 ("outputs identical", _identical(report["details"]["speculate"])),
+                *_proven(report["details"]),
             ],
         ),
     ]
@@ -290,6 +301,17 @@ def _one_in_flight(report: dict[str, Any]) -> list[tuple[str, Any]]:
     for name, label in _DRAFTS.items():
         if found := details.get(name):
             rows.append((f"  acceptance length of {label}", found["acceptance_length"]))
+    return rows
+
+
+def _proven(details: dict[str, Any]) -> list[tuple[str, Any]]:
+    """What the two commands have found that are no part of `make demo`, where they were run."""
+    rows: list[tuple[str, Any]] = []
+    if needed := details["break_even"].get("needed"):
+        pair = f"{needed['latency']:.2f}, {needed['throughput']:.2f}"
+        rows.append(("acceptance length needed to pay: one in flight, many", pair))
+    if details["certify"]:
+        rows.append(("certificate", "passed" if details["certify"]["passed"] else "FAILED"))
     return rows
 
 

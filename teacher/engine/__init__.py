@@ -1,6 +1,6 @@
 """The teacher behind one interface: `stream` takes requests and gives answers with their logprob columns."""
 
-from teacher.engine.in_process import Engine, engine_version, prepare_environment
+from teacher.engine.in_process import Engine, prepare_environment
 from teacher.engine.open import open_engine, version_of
 from teacher.engine.requests import Answer, Request
 from teacher.engine.service import ServiceEngine
@@ -10,7 +10,6 @@ __all__ = [
     "Engine",
     "Request",
     "ServiceEngine",
-    "engine_version",
     "open_engine",
     "prepare_environment",
     "version_of",

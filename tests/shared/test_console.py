@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
 import logging
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from shared.console import application, configure_logging, progress, run
 from shared.errors import DatasetError, UserError
@@ -24,7 +27,7 @@ def app_that_raises(error: Exception) -> typer.Typer:
 def test_a_users_mistake_is_one_message_and_code_2(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("sys.argv", ["x"])
+    monkeypatch.setattr("sys.argv", ["x", "fail"])
     with pytest.raises(SystemExit) as end:
         run(app_that_raises(DatasetError("seen [3], expected [4]; do this")))
     assert end.value.code == 2
@@ -34,7 +37,7 @@ def test_a_users_mistake_is_one_message_and_code_2(
 
 
 def test_our_own_mistake_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["x"])
+    monkeypatch.setattr("sys.argv", ["x", "fail"])
     with pytest.raises(ZeroDivisionError):
         run(app_that_raises(ZeroDivisionError("ours")))
 
@@ -60,3 +63,11 @@ def test_the_progress_bar_counts_and_notes(capsys: pytest.CaptureFixture[str]) -
     assert "working" in err
     assert "2/3" in err
     assert "[x] fine" in err
+
+
+@pytest.mark.parametrize("module", ["teacher.cli", "student.cli", "shared.commands.cli"])
+def test_every_program_says_its_version_and_completes(module: str) -> None:
+    app = importlib.import_module(module).app
+    said = CliRunner().invoke(app, ["--version"])
+    assert (said.exit_code, said.stdout.strip()) == (0, importlib.metadata.version("llada-drafter"))
+    assert "--install-completion" in CliRunner().invoke(app, ["--help"]).stdout

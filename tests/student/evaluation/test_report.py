@@ -86,6 +86,25 @@ def test_speeds_are_shown_by_kind_of_draft(tmp_path: Path) -> None:
         assert shown in page
 
 
+def test_what_proves_and_prices_the_draft_is_shown_where_it_was_measured(tmp_path: Path) -> None:
+    config = load_toy(tmp_path)
+    finished(config)
+    identity = {"identity": speculation_identity(config)}
+    point = {"acceptance_length": 2.0, "speedup": 1.1}
+    worth = {"draft_tokens": 3, "in_flight": 8, "measured": [{"latency": point, "throughput": point}]}
+    worth["needed"] = {"latency": 1.82, "throughput": 2.5}
+    write_json(config.run_dir / "break_even.json", worth | identity)
+    write_json(config.run_dir / "certificate.json", {"passed": False} | identity)
+    write_report(config)
+    page = (config.report_dir / "index.html").read_text()
+    assert 'src="break_even.png"' in page
+    assert "1.82, 2.50" in page
+    assert "FAILED" in page
+    # Of another model, both are left out, and how to make them again is said.
+    write_json(config.run_dir / "break_even.json", worth | {"identity": {"speculate.draft_tokens": 99}})
+    assert "student speculate --break-even" in write_report(config)["stale"]["break_even"]
+
+
 @pytest.mark.parametrize(("ties", "words"), [(True, "all numerical ties"), (False, "NOT all numerical ties")])
 def test_outputs_that_differ_are_said_to(tmp_path: Path, ties: bool, words: str) -> None:
     config = load_toy(tmp_path)

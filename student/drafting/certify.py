@@ -1,0 +1,188 @@
+"""`student certify`: is what is served with this student the teacher's own output, here and with these versions?
+
+Three checks on the held-out prompts, with a draft in every step, many requests in flight:
+
+1. *Greedy*: the outputs with and without the draft are equal, or differ first at a numerical tie.
+2. *Sampled* at temperature 1: the tokens that come out with the draft follow the rows of the engine without one
+   (`goodness_of_fit.py`). Plain sampling is put to the same test, as its control.
+3. *Acceptance*: LLaDA alone accepts as much as `student evaluate` said, within 5 %.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from shared.config import PipelineConfig
+from shared.files import write_json, write_text
+from shared.vllm_settings import engine_version
+from student.drafting.decode import SAMPLED, THROUGHPUT, Job, Pass, Result
+from student.drafting.goodness_of_fit import CLASSES, LEVEL, POSITIONS
+from student.drafting.speculate import (
+    BASELINE,
+    TIE,
+    WITH_DRAFT,
+    decoding_environment,
+    described,
+    drafter_arguments,
+    dtype_of,
+    ends,
+    inputs,
+    run,
+    shared_arguments,
+)
+from student.lineage import IDENTITY, differences, evaluation_identity, read_json, speculation_identity
+
+logger = logging.getLogger(__name__)
+
+RESULT, PAGE = "certificate.json", "certificate.md"
+AGREEMENT = 0.05
+"""Of served and offline acceptance length."""
+
+
+def certify(config: PipelineConfig, tokens: int = 100_000) -> dict[str, Any]:
+    """Run the checks; writes `certificate.json` and `certificate.md` into the run's directory.
+
+    Args:
+        tokens: to sample, at least, with the draft and without; more find smaller faults.
+
+    Raises:
+        DatasetError, CheckpointError, StaleError, VocabularyError, MissingExtraError: as `speculate`.
+    """
+    dataset, prompts, student = inputs(config)
+    samples = math.ceil(tokens / (len(prompts) * config.speculate.max_response_tokens))
+    alone, chosen = ({"policy": False, "lookup": lookup} for lookup in (False, config.speculate.lookup))
+    drafting = {THROUGHPUT: Pass(options=alone), SAMPLED: Pass(samples=samples, options=chosen)}
+    if config.speculate.lookup:
+        drafting[f"{THROUGHPUT}_lookup"] = Pass(options=chosen)
+    plain = {THROUGHPUT: Pass(), SAMPLED: Pass(samples=samples)}
+    identity = speculation_identity(config)
+    engine, directory, stop = shared_arguments(config), config.run_dir / "certify", ends(dataset)
+    job = Job(engine, list(prompts.values()), config.speculate.max_response_tokens, stop, plain)
+    with_draft = replace(job, engine=engine | drafter_arguments(config, str(student), dataset), passes=drafting)
+    drafted = run(with_draft, directory / WITH_DRAFT, "with draft", decoding_environment(config))
+    job = replace(job, compare_with=[str(directory / f"{WITH_DRAFT}.json")])
+    baseline = run(job, directory / BASELINE, "without draft", decoding_environment(config))
+
+    checks = {
+        "greedy": greedy_check(baseline, list(prompts), TIE[dtype_of(config)]),
+        "sampled": sampled_check(baseline),
+        "acceptance": acceptance_check(config, drafted),
+    }
+    certificate = {
+        "passed": all(check["passed"] is not False for check in checks.values()),
+        "checks": checks,
+        "prompts": len(prompts),
+        "in_flight": config.speculate.max_num_seqs,
+        "draft_tokens": config.speculate.draft_tokens,
+        "dtype": dtype_of(config),
+        "date": time.strftime("%Y-%m-%d"),
+        "vllm": engine_version(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU",
+        "teacher": config.teacher.model,
+        IDENTITY: identity,
+    }
+    write_json(config.run_dir / RESULT, certificate)
+    write_text(config.run_dir / PAGE, page(config.name, certificate))
+    logger.info("%s", config.run_dir / PAGE)
+    return certificate
+
+
+def greedy_check(baseline: Result, prompt_ids: list[str], tie: float) -> dict[str, Any]:
+    """Whether every difference of greedy outputs is a tie."""
+    found = [described(entry, prompt_ids, tie) for entry in baseline.differences]
+    outputs = baseline.passes[THROUGHPUT].outputs
+    return {
+        "passed": all(entry["tie"] for entry in found),
+        "tokens": sum(map(len, outputs)),
+        "responses": len(outputs),
+        "differences": found,
+    }
+
+
+def sampled_check(baseline: Result) -> dict[str, Any]:
+    """Whether tokens sampled with the draft follow the teacher's rows, and tokens sampled without it."""
+    drafted, plain = (baseline.tallies[file][SAMPLED].figures() for file in (WITH_DRAFT, ""))
+    return {"passed": drafted["p"] >= LEVEL, "control_passed": plain["p"] >= LEVEL, "drafted": drafted, "plain": plain}
+
+
+def acceptance_check(config: PipelineConfig, drafted: Result) -> dict[str, Any]:
+    """Whether LLaDA alone accepts what `evaluate.json` says; `passed` is null where that says nothing to compare."""
+    counters = drafted.passes[THROUGHPUT].counters
+    served = 1 + counters["accepted_tokens"] / counters["drafts"] if counters.get("drafts") else None
+    offline = read_json(config.run_dir / "evaluate.json") or {"rule": None}
+    comparable = offline["rule"] == "greedy" and offline["draft_tokens"] == config.speculate.draft_tokens
+    current = comparable and not differences(offline[IDENTITY], evaluation_identity(config))
+    tau = offline["after"].get("tau") if current else None
+    passed = None if tau is None or served is None else abs(served / tau - 1) <= AGREEMENT
+    return {"passed": passed, "served": served, "offline": tau}
+
+
+def page(name: str, certificate: dict[str, Any]) -> str:
+    """The certificate for a reader, as Markdown."""
+    greedy, sampled, acceptance = (certificate["checks"][name] for name in ("greedy", "sampled", "acceptance"))
+    drafted, plain = sampled["drafted"], sampled["plain"]
+    other = f"{len(greedy['differences'])} differ, all at ties" if greedy["differences"] else "all equal"
+    if not greedy["passed"]:
+        other = f"{sum(not entry['tie'] for entry in greedy['differences'])} differ, and not at a tie"
+    tau = "not compared: `student evaluate` has no current τ for greedy drafts of this length"
+    if acceptance["passed"] is not None:
+        tau = f"{acceptance['served']:.3f} served, {acceptance['offline']:.3f} offline"
+    verdicts = {True: "passed", False: "FAILED", None: "-"}
+    lines = [
+        f"# {'Passed' if certificate['passed'] else 'FAILED'}: {name} drafts for {certificate['teacher']}",
+        "",
+        f"{certificate['date']}, vLLM {certificate['vllm']}, torch {certificate['torch']}, {certificate['device']}, "
+        f"{certificate['dtype']}; {certificate['prompts']} held-out prompts, {certificate['in_flight']} in flight, "
+        f"{certificate['draft_tokens']} tokens a draft.",
+        "",
+        "| check | verdict | found |",
+        "|---|---|---|",
+        f"| greedy output with the draft equals that without | {verdicts[greedy['passed']]} | {greedy['responses']} "
+        f"responses, {greedy['tokens']} tokens: {other} |",
+        f"| output sampled with the draft follows the teacher's probabilities | {verdicts[sampled['passed']]} | "
+        f"{drafted['tokens']} tokens, p = {drafted['p']:.3g} (fails below {LEVEL:g}) |",
+        f"| the same of output sampled without it: the control | {verdicts[sampled['control_passed']]} | "
+        f"{plain['tokens']} tokens, p = {plain['p']:.3g} |",
+        f"| acceptance length of LLaDA alone within {AGREEMENT:.0%} of `student evaluate` | "
+        f"{verdicts[acceptance['passed']]} | {tau} |",
+        "",
+        f"A change of {drafted['detectable']:.2%} in the probability of the teacher's likeliest token, over all rows, "
+        "would have failed in 99 of 100 such tests. Where the control fails, the test says nothing of the draft: the "
+        "engine's own rounding differs between its forwards.",
+        "",
+        "Sampled tokens by their rank in the teacher's row:",
+        "",
+        *_head(CLASSES),
+    ]
+    both = (("with the draft", drafted), ("without", plain))
+    lines += [
+        _row(f"{label}, {kind}", [f"{figures[kind][name]:.1f}" for name in CLASSES])
+        for label, figures in both
+        for kind in ("observed", "expected")
+    ]
+    places = [place for place in POSITIONS if place in drafted["by_position"]]
+    lines += ["", "By position in the response:", "", *_head(places)]
+    for label, figures in both:
+        at = [figures["by_position"][place] for place in places]
+        lines.append(_row(f"{label}: mean logprob", [f"{entry['mean_logprob']:.3f}" for entry in at]))
+        lines.append(_row(f"{label}: outside the top 5", [f"{entry['outside_top_5']:.1%}" for entry in at]))
+    lines += ["", "Made from:", ""]
+    lines += [f"- {key}: {value}" for key, value in certificate[IDENTITY].items()]
+    return "\n".join(lines) + "\n"
+
+
+def _head(columns: Sequence[str]) -> list[str]:
+    return [_row("", columns), "|---|" + "---:|" * len(columns)]
+
+
+def _row(label: str, cells: Sequence[str]) -> str:
+    return f"| {label} | {' | '.join(cells)} |"

@@ -1,0 +1,84 @@
+"""The certificate: an honest drafter passes in vLLM itself; each kind of fault fails, and the page says which."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from student.drafting.certify import acceptance_check, certify, greedy_check, page, sampled_check
+from student.drafting.decode import SAMPLED, THROUGHPUT, Decoded, Difference, Result
+from student.drafting.goodness_of_fit import CANDIDATES, Tally
+from student.lineage import IDENTITY, evaluation_identity
+from tests.fixtures.served_run import pipeline
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_an_untrained_student_is_certified(served_run: Path, served_teacher: Path) -> None:
+    config = pipeline(served_run, served_teacher)
+    certificate = certify(config, tokens=1000)
+    assert certificate == json.loads((served_run / "certificate.json").read_text())
+    assert certificate["passed"]
+    greedy, sampled, acceptance = certificate["checks"].values()
+    assert greedy["responses"] == 8
+    assert sampled["drafted"]["tokens"] == sampled["plain"]["tokens"] == 6 * 8 * 24
+    assert min(sampled["drafted"]["p"], sampled["plain"]["p"]) > 1e-3
+    assert acceptance["passed"] is None  # nothing was evaluated
+    assert acceptance["served"] >= 1
+    text = (served_run / "certificate.md").read_text()
+    assert text.startswith(f"# Passed: tiny drafts for {served_teacher}")
+    assert "1152 tokens, p = " in text
+
+
+def tally(ranks: list[int]) -> Tally:
+    """Tokens of these ranks, of rows in which each of twenty has the probability 1/20."""
+    made = Tally()
+    logprob = -np.log(CANDIDATES)
+    made.add(ranks, [logprob] * len(ranks), np.full((len(ranks), CANDIDATES), logprob))
+    return made
+
+
+FAIR = tally(list(range(1, 21)) * 10)
+
+
+def result(differences: list[Difference], drafted: Tally) -> Result:
+    decoded = Decoded([[1, 2]], 1.0, 2, {"drafts": 10, "accepted_tokens": 5})
+    tallies = {"": {SAMPLED: FAIR}, "with_draft": {SAMPLED: drafted}}
+    return Result({THROUGHPUT: decoded}, differences, None, tallies)
+
+
+def test_each_fault_fails_its_check(served_run: Path, served_teacher: Path) -> None:
+    tie = Difference(0, 1, 5, 6, 1e-4, "with_draft", THROUGHPUT)
+    wrong = Difference(0, 1, 5, 6, 0.5, "with_draft", THROUGHPUT)
+    assert greedy_check(result([], FAIR), ["a"], 1e-3)["passed"]
+    assert greedy_check(result([tie], FAIR), ["a"], 1e-3)["passed"]
+    assert not greedy_check(result([tie, wrong], FAIR), ["a"], 1e-3)["passed"]
+
+    assert sampled_check(result([], FAIR))["passed"]
+    always_the_first = sampled_check(result([], tally([1] * 200)))
+    assert not always_the_first["passed"]
+    assert always_the_first["control_passed"]
+
+    config = pipeline(served_run, served_teacher)
+    assert acceptance_check(config, result([], FAIR)) == {"passed": None, "served": 1.5, "offline": None}
+    evaluated = {"rule": "greedy", "draft_tokens": 3, IDENTITY: evaluation_identity(config)}
+    for tau, passed in ((1.45, True), (1.6, False)):
+        config.run_dir.joinpath("evaluate.json").write_text(json.dumps(evaluated | {"after": {"tau": tau}}))
+        assert acceptance_check(config, result([], FAIR))["passed"] == passed
+    config.run_dir.joinpath("evaluate.json").unlink()
+
+    checks = {
+        "greedy": greedy_check(result([wrong], FAIR), ["a"], 1e-3),
+        "sampled": always_the_first,
+        "acceptance": {"passed": False, "served": 1.5, "offline": 1.6},
+    }
+    about = {"date": "d", "vllm": "v", "torch": "t", "device": "CPU", "dtype": "float32", "teacher": "T"}
+    counts = {"prompts": 1, "in_flight": 8, "draft_tokens": 3, IDENTITY: {"model": "m"}}
+    lines = page("run", {"passed": False, "checks": checks} | about | counts).splitlines()
+    assert lines[0] == "# FAILED: run drafts for T"
+    assert sum("| FAILED |" in line for line in lines) == 3
+    assert any("1 differ, and not at a tie" in line for line in lines)
+    assert "| with the draft, observed | 200.0 | 0.0 | 0.0 | 0.0 | 0.0 |" in lines
