@@ -60,7 +60,7 @@ define say
 endef
 
 demo: setup ## the whole main job on the embedded teacher: collect, train, evaluate, speculate, report
-	@$(MAKE) --no-print-directory collect-logits train evaluate speculate report CONFIG=configs/demo.yaml
+	@$(MAKE) --no-print-directory collect-logits train speculate report CONFIG=configs/demo.yaml
 
 collect-logits: setup ## the teacher answers the prompts; its top-k distributions become shards
 	$(say)
