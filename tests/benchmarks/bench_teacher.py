@@ -2,9 +2,9 @@
 
 For each dtype, one engine in a process of its own answers the same requests without logprobs; with them through numpy
 rows, and so cut into units that are written to disk, at several k; through vLLM's FlatLogprobs; and with vLLM's own
-lists, which nothing reads. Rounds alternate, so that a drift of the machine's speed cancels. Figures are tokens per
-second, medians of the rounds; ratios are to plain generation in the same engine. The writer's own cost is the processor
-time of the threads that write, per token.
+lists, which nothing reads. Then a server of the same teacher answers them over HTTP. Rounds alternate, so that a drift
+of the machine's speed cancels. Figures are tokens per second, medians of the rounds; ratios are to plain generation in
+the engine in this process. The writer's own cost is the processor time of the threads that write, per token.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import json
 import multiprocessing
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,7 +24,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from shared.config import load_config
+from shared.config import PipelineConfig, ServiceConfig, TeacherConfig, dump_config, load_config
+from teacher.engine import Answer, ServiceEngine
+from tests.fixtures.teacher_server import Server
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "configs" / "demo.yaml"
@@ -68,8 +71,11 @@ def measure(dtype: str, fp32_head: bool, requests: int, tokens: int, rounds: int
     def asked() -> Iterator[Request]:
         return (Request(str(i), ids, sampling, ignore_end=True) for i, ids in enumerate(rendered))
 
+    def tokens_of(answers: Iterable[Answer]) -> int:
+        return sum(len(answer.response_ids) for answer in answers)
+
     def stream(capture: bool) -> int:
-        return sum(len(answer.response_ids) for answer in engine.stream(asked(), capture=capture))
+        return tokens_of(engine.stream(asked(), capture=capture))
 
     def lists() -> int:
         parameters = SamplingParams(
@@ -124,9 +130,31 @@ def measure(dtype: str, fp32_head: bool, requests: int, tokens: int, rounds: int
         rate("FlatLogprobs", lambda: stream(capture=True))
         rate("plain", lambda: stream(capture=False))
     engine.close()
+    with served(config) as teacher:
+        service = ServiceEngine(teacher, K, False)
+        list(service.stream(asked(), capture=True))
+        for _ in range(rounds):
+            for capture, way in ((True, "service"), (False, "service, without logprobs")):
+                rate(way, lambda capture=capture: tokens_of(service.stream(asked(), capture=capture)))
+        service.close()
     found["tokens_per_s"] = {way: median(values) for way, values in rates.items()}
     found["ratio"] = {way: value / found["tokens_per_s"]["plain"] for way, value in found["tokens_per_s"].items()}
     return found | {"writer_us_per_token": {k: median(values) for k, values in writing.items()}}
+
+
+@contextmanager
+def served(config: PipelineConfig) -> Iterator[TeacherConfig]:
+    """The same teacher behind a server of its own; the section that asks it."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.yaml"
+        path.write_text(dump_config(config))
+        server = Server(path, Path(folder) / "server.log")
+        server.start()
+        try:
+            server.wait()
+            yield config.teacher.model_copy(update={"service": ServiceConfig(urls=[server.url])})
+        finally:
+            server.kill()
 
 
 def main() -> None:

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
-import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +18,7 @@ from shared.dataset.reader import Dataset
 from shared.dataset.records import Record
 from shared.errors import ServiceError
 from teacher.engine import ServiceEngine
+from tests.fixtures.teacher_server import Server
 from tests.teacher.conftest import finish, teacher, write_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.xdist_group("teacher_served")]
@@ -29,50 +26,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.xdist_group("teach
 ROOT = Path(__file__).parents[2]
 TOLERANCE = 2e-3
 """Nats between two runs of vLLM in float32 with other batches."""
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-class Server:
-    """`teacher serve --run`, which can be killed and started again on its port."""
-
-    def __init__(self, config: Path, log: Path, *more: str) -> None:
-        self.config, self.log, self.more, self.port = config, log, more, free_port()
-        self.process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    def start(self) -> None:
-        command = [sys.executable, "-m", "teacher.cli", "serve", str(self.config), "--port", str(self.port)]
-        if self.more:  # flags that `teacher serve` would not give
-            printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-            command = ["bash", "-c", "exec " + " ".join([printed.strip(), *self.more])]
-        else:
-            command.append("--run")
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
-
-    def wait(self) -> None:
-        assert self.process is not None
-        while True:
-            assert self.process.poll() is None, self.log.read_text()[-3000:]
-            try:
-                with urllib.request.urlopen(self.url + "/health"):
-                    return
-            except (urllib.error.URLError, OSError):
-                time.sleep(0.2)
-
-    def kill(self) -> None:
-        if self.process is not None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-            self.process = None
 
 
 def config_of(folder: Path, model: Path, name: str, urls: list[str] | None = None) -> Path:
