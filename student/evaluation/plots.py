@@ -1,7 +1,8 @@
-"""The report's pictures."""
+"""The report's pictures: SVG whose words are text and whose ink follows the reader's light or dark scheme."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,21 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
+from shared.files import write_text
+
 BEFORE, AFTER, SERVED = "#9aa5b1", "#2f6fde", "#e07a3f"
+INK = "#010203"
+"""Stands for the page's text color, which matplotlib has no name for."""
+_SCHEME = "<style>svg { color: #1c2733 } @media (prefers-color-scheme: dark) { svg { color: #dde4ec } }</style>"
 plt.rcParams.update(
     {
-        "figure.dpi": 130,
+        "svg.fonttype": "none",
+        "svg.hashsalt": "llada-drafter",
+        "text.color": INK,
+        "axes.edgecolor": INK,
+        "axes.labelcolor": INK,
+        "xtick.color": INK,
+        "ytick.color": INK,
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.grid": True,
@@ -37,8 +49,11 @@ def _smooth(values: Sequence[float], window: int) -> np.ndarray:
 
 def _save(figure: Figure, path: Path) -> Path:
     figure.tight_layout()
-    figure.savefig(path)
+    drawn = io.StringIO()
+    figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
     plt.close(figure)
+    svg = drawn.getvalue()
+    write_text(path, svg[svg.index("<svg") :].replace(INK, "currentColor").replace("<defs>", f"{_SCHEME}<defs>", 1))
     return path
 
 
@@ -60,7 +75,7 @@ def acceptance_curve(entries: Sequence[dict[str, Any]], path: Path) -> Path:
     steps = [entry["step"] for entry in entries]
     figure, axes = plt.subplots(figsize=(6.4, 3.6))
     depths = len(entries[0]["match_by_depth"])
-    colors = plt.get_cmap("viridis")(np.linspace(0.1, 0.85, depths))
+    colors = plt.get_cmap("viridis")(np.linspace(0.25, 0.85, depths))
     for depth in range(depths):
         hits = [entry["match_by_depth"][depth] or 0.0 for entry in entries]
         axes.plot(steps, _smooth(hits, max(len(hits) // 40, 1)), color=colors[depth], label=f"first {depth + 1}")
@@ -95,7 +110,7 @@ def skill_bars(before: dict[str, float], after: dict[str, float], path: Path) ->
     figure, axes = plt.subplots(figsize=(6.4, 0.32 * len(skills) + 1.2))
     rows = np.arange(len(skills))
     axes.barh(rows, [after[skill] - 1 for skill in skills], left=1, color=AFTER, label="after training")
-    axes.scatter([before.get(skill, np.nan) for skill in skills], rows, color="black", marker="|", s=80, label="before")
+    axes.scatter([before.get(skill, np.nan) for skill in skills], rows, color=INK, marker="|", s=80, label="before")
     axes.set_yticks(rows, skills)
     axes.set(xlabel="acceptance length tau", title="By skill, held-out prompts")
     axes.legend(loc="lower right")
@@ -110,7 +125,7 @@ def speed_bars(speeds: dict[str, dict[str, float]], path: Path) -> Path:
         colors = [BEFORE if name == "no draft" else AFTER if name.startswith("LLaDA") else SERVED for name in by_draft]
         bars = axes.barh(list(by_draft), list(by_draft.values()), color=colors)
         axes.bar_label(bars, [f"{speed:.1f}  ({speed / plain:.2f} ×)" for speed in by_draft.values()], padding=3)
-        axes.set(xlim=(0, 1.25 * max(by_draft.values())), title=title)
+        axes.set(xlim=(0, 1.35 * max(by_draft.values())), title=title)
     panels[-1, 0].set_xlabel("tokens a second")
     return _save(figure, path)
 
@@ -125,10 +140,10 @@ def break_even(result: dict[str, Any], student: dict[str, Any] | None, path: Pat
         axes.scatter([p["acceptance_length"] for p in points], [p["speedup"] for p in points], color=color, s=18)
         needed = result["needed"][name]
         axes.plot(ends, ends / needed, color=color, label=f"{label}: pays from {needed:.2f}")
-    axes.axhline(1, color="black", linewidth=0.8)
+    axes.axhline(1, color=INK, linewidth=0.8)
     if student:
         axes.scatter(
-            student["acceptance_length"], student["speedup"], color="black", marker="*", s=90, label="this student, one"
+            student["acceptance_length"], student["speedup"], color=INK, marker="*", s=90, label="this student, one"
         )
     axes.set(xlabel="acceptance length", ylabel="times the speed without a draft", title="What a draft is worth here")
     axes.legend()

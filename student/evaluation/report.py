@@ -1,5 +1,7 @@
 """`student report`: what every stage measured, as one JSON file, one page with pictures and one table on the screen.
 
+The page is one file: it needs no other and no network.
+
 Nothing is computed here. A figure whose stage has not run is null, and so is one that was measured on other inputs or
 with other settings than those of now; page and screen say which, and why.
 """
@@ -145,30 +147,30 @@ def _draw(config: PipelineConfig, report: dict[str, Any], entries: list[dict[str
 
     directory, pictures = config.report_dir, []
     if entries:
-        plots.loss_curve(entries, directory / "loss.png")
-        pictures.append(("loss.png", "The trained loss; its KL part would be zero at the teacher's own distribution."))
-        plots.acceptance_curve(entries, directory / "acceptance.png")
+        plots.loss_curve(entries, directory / "loss.svg")
+        pictures.append(("loss.svg", "The trained loss; its KL part would be zero at the teacher's own distribution."))
+        plots.acceptance_curve(entries, directory / "acceptance.svg")
         pictures.append(
-            ("acceptance.png", "Share of blocks whose first d student tokens are all the teacher's, on training text.")
+            ("acceptance.svg", "Share of blocks whose first d student tokens are all the teacher's, on training text.")
         )
     before, after = (report["details"]["evaluate"].get(when) for when in ("before", "after"))
     if before and after and "tau" in before:
         served = ((report["details"]["speculate"].get("latency") or {}).get("llada_alone") or {}).get(
             "accepted_per_position"
         )
-        plots.depth_bars(before["by_depth"], after["by_depth"], served, directory / "depth.png")
+        plots.depth_bars(before["by_depth"], after["by_depth"], served, directory / "depth.svg")
         rule = report["evaluate"]["rule"]
-        pictures.append(("depth.png", f"Held-out prompts, {rule} decoding: drafts whose first d tokens are accepted."))
-        plots.skill_bars(before["by_skill"], after["by_skill"], directory / "skills.png")
-        pictures.append(("skills.png", "Mean tokens per forward of the teacher, by the prompt's skill."))
+        pictures.append(("depth.svg", f"Held-out prompts, {rule} decoding: drafts whose first d tokens are accepted."))
+        plots.skill_bars(before["by_skill"], after["by_skill"], directory / "skills.svg")
+        pictures.append(("skills.svg", "Mean tokens per forward of the teacher, by the prompt's skill."))
     if speeds := _speeds(report["details"]["speculate"]):
-        plots.speed_bars(speeds, directory / "speed.png")
-        pictures.append(("speed.png", "Decoding speed in vLLM, measured, with each kind of draft and with none."))
+        plots.speed_bars(speeds, directory / "speed.svg")
+        pictures.append(("speed.svg", "Decoding speed in vLLM, measured, with each kind of draft and with none."))
     if worth := report["details"]["break_even"]:
         latency = report["details"]["speculate"].get("latency") or {}
-        plots.break_even(worth, latency.get("llada_alone"), directory / "break_even.png")
+        plots.break_even(worth, latency.get("llada_alone"), directory / "break_even.svg")
         pictures.append(
-            ("break_even.png", "Speed-up by acceptance length: right tokens in place of the student's, at its cost.")
+            ("break_even.svg", "Speed-up by acceptance length: right tokens in place of the student's, at its cost.")
         )
     return pictures
 
@@ -196,7 +198,9 @@ _DRAFTS = {"llada_alone": "LLaDA alone", "ngram": "vLLM's ngram", "suffix": "vLL
 
 def _page(config: PipelineConfig, report: dict[str, Any], pictures: list[tuple[str, str]]) -> str:
     import jinja2
+    from markupsafe import Markup
 
+    drawn = [(Markup((config.report_dir / file).read_text(encoding="utf-8")), caption) for file, caption in pictures]
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("student.evaluation", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -204,12 +208,32 @@ def _page(config: PipelineConfig, report: dict[str, Any], pictures: list[tuple[s
     return environment.get_template("report.html.j2").render(
         name=config.name,
         report=report,
-        pictures=pictures,
+        pictures=drawn,
         config=dump_config(config),
         stages=_stages(config, report),
         identical=_identical(report["details"]["speculate"]),
+        speeds=_cards(config, report),
+        provenance=_provenance(config, report),
+        certificate=report["details"]["certify"].get("passed"),
         answers=report["details"]["evaluate"].get("answers", []),
     )
+
+
+def _cards(config: PipelineConfig, report: dict[str, Any]) -> list[tuple[float | None, str]]:
+    """(times the speed without a draft, in which case): what a person came for, whichever way it went."""
+    many = report["details"]["speculate"].get("speedup")
+    cases = [
+        (report["speculate"]["latency"]["speedup"], "one request in flight"),
+        (many, f"{config.speculate.max_num_seqs} requests in flight"),
+    ]
+    words = {True: "slower than without a draft", False: "as fast as without a draft", None: "speed with a draft"}
+    return [(speedup, f"{words[None if speedup is None else speedup < 1]}, {case}") for speedup, case in cases]
+
+
+def _provenance(config: PipelineConfig, report: dict[str, Any]) -> list[tuple[str, Any]]:
+    """The teacher, and the fingerprints of what the student was trained from."""
+    trained = report["details"]["train"].get(IDENTITY) or {}
+    return [("teacher", config.teacher.model), *((key, value) for key, value in trained.items() if "." not in key)]
 
 
 def figure(value: Any) -> str:

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
 from shared.config import PipelineConfig
 from shared.errors import UserError
 from shared.files import write_json
+from student.evaluation.plots import INK
 from student.evaluation.report import figure, write_report
 from student.lineage import evaluation_identity, speculation_identity
 from tests.fixtures.toy_run import load_toy
@@ -63,9 +66,14 @@ def test_the_page_shows_its_pictures_and_says_what_was_not_measured(tmp_path: Pa
     finished(config)
     write_report(config)
     page = (config.report_dir / "index.html").read_text()
-    for picture in ("loss.png", "acceptance.png", "depth.png", "skills.png"):
-        assert f'src="{picture}"' in page
-        assert (config.report_dir / picture).stat().st_size > 1000
+    for picture in ("loss.svg", "acceptance.svg", "depth.svg", "skills.svg"):
+        drawn = (config.report_dir / picture).read_text()
+        assert ElementTree.fromstring(drawn).tag.endswith("svg")
+        assert drawn in page
+        assert "currentColor" in drawn
+        assert INK not in drawn
+    # The page needs nothing but itself.
+    assert not re.search(r"<(img|script|link|iframe)\b|@import|url\((?!#)", page)
     assert "not measured" in page
     assert "3,456" in page
     assert "<td>1 &lt; 2?</td><td>Yes, 1 &lt; 2.</td><td>Yes.</td>" in page
@@ -81,7 +89,8 @@ def test_speeds_are_shown_by_kind_of_draft(tmp_path: Path) -> None:
     assert report["speculate"]["latency"]["speedup"] == 1.25
     assert report["speculate"]["latency"]["llada_alone"] == {"tokens_per_s": 22.5, "speedup": 1.125}
     page = (config.report_dir / "index.html").read_text()
-    assert 'src="speed.png"' in page
+    assert (config.report_dir / "speed.svg").read_text() in page
+    assert "1.250 ×</b>as fast as without a draft, one request in flight" in page
     for shown in ("1.250", "1.125", "1.062", "20.0, 25.0", "acceptance length of vLLM&#39;s ngram"):
         assert shown in page
 
@@ -97,12 +106,22 @@ def test_what_proves_and_prices_the_draft_is_shown_where_it_was_measured(tmp_pat
     write_json(config.run_dir / "certificate.json", {"passed": False} | identity)
     write_report(config)
     page = (config.report_dir / "index.html").read_text()
-    assert 'src="break_even.png"' in page
+    assert (config.report_dir / "break_even.svg").read_text() in page
     assert "1.82, 2.50" in page
     assert "FAILED" in page
     # Of another model, both are left out, and how to make them again is said.
     write_json(config.run_dir / "break_even.json", worth | {"identity": {"speculate.draft_tokens": 99}})
     assert "student speculate --break-even" in write_report(config)["stale"]["break_even"]
+
+
+def test_a_slower_run_says_so(tmp_path: Path) -> None:
+    config = load_toy(tmp_path)
+    speed = {"tokens_per_s": 18.0, "baseline_tokens_per_s": 20.0, "speedup": 0.9, "acceptance_length": 1.1}
+    finished(config, **speed, latency=speed)
+    write_report(config)
+    page = (config.report_dir / "index.html").read_text()
+    assert page.count('class="card bad"') == 2
+    assert "0.900 ×</b>slower than without a draft, one request in flight" in page
 
 
 @pytest.mark.parametrize(("ties", "words"), [(True, "all numerical ties"), (False, "NOT all numerical ties")])
