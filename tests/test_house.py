@@ -84,3 +84,13 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
         graph[module] = names & MODULES.keys()
     assert len(graph) > 50
     list(TopologicalSorter(graph).static_order())  # raises CycleError, naming the circle
+
+
+def test_the_messages_of_the_troubleshooting_table_are_in_the_code() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = text[text.index("| you see |") :].split("\n\n")[0]
+    quoted = [span for row in table.splitlines()[2:] for span in re.findall(r"`([^`]+)`", row.split("|")[1])]
+    assert len(quoted) > 5
+    # A message may be broken over several literals.
+    code = "".join(re.sub(r'"\s*f?"', "", path.read_text(encoding="utf-8")) for path in MODULES.values())
+    assert not [message for message in quoted if message not in code]
