@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from shared.config import load_config
 from shared.console import (
@@ -116,13 +118,16 @@ def audit(
     limit: Annotated[int, typer.Option("--limit", min=1, help="Records to look at.")] = 200,
     split: Annotated[str | None, typer.Option("--split", help="train or held_out; default both.")] = None,
     rule: Annotated[str | None, typer.Option("--rule", help="greedy, sample or filtered; default all.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     log_level: LogLevelOption = "info",
 ) -> None:
     """How a dataset's distributions carry over to a tokenizer: overlap, targets, information, side by side."""
     configure_logging(log_level)
     from student.alignment.audit import audit as audit_dataset
 
-    audit_dataset(dataset, tokenizer, stdout, limit, split, rule)
+    report = audit_dataset(dataset, tokenizer, Console(quiet=True) if as_json else stdout, limit, split, rule)
+    if as_json:
+        typer.echo(json.dumps(report.to_json(), indent=2))
 
 
 @app.command()

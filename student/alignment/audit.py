@@ -6,9 +6,11 @@ Aligns a sample of the records and reads nothing but them. Shifted rows are refu
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import cycle, islice
+from math import isnan
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console, Group, RenderableType
@@ -61,6 +63,16 @@ class Audit:
     target_information: float
     unmatched: list[tuple[bytes, int, list[bytes]]]
     digits: tuple[int, int]
+
+    def to_json(self) -> dict[str, Any]:
+        """All figures under these names; bytes as the tables show them, null where there was nothing to measure."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        tree = {name: None if isinstance(value, float) and isnan(value) else value for name, value in values.items()}
+        tree["unmatched"] = [
+            {"token": _visible(token), "times": times, "student": [_visible(piece) for piece in pieces]}
+            for token, times, pieces in self.unmatched
+        ]
+        return tree
 
 
 def audit(

@@ -341,6 +341,10 @@ def test_the_audit_tells_what_a_person_wants_to_know(
     assert all(b"".join(pieces) == token for token, _, pieces in report.unmatched)
     # Events may tell less than tokens, never more than a rounding.
     assert report.target_information == pytest.approx(report.teacher_information, abs=0.05)
+    said = json.loads(json.dumps(report.to_json(), allow_nan=False))
+    assert said["full"] == report.full
+    assert said["digits"][1] == 1
+    assert [entry["times"] for entry in said["unmatched"]] == [times for _, times, _ in report.unmatched]
     same = audit(config.shards_dir, tokenizers[0], console)
     assert (same.student_in_teacher, same.full, same.partial, same.unmatched) == (1, 1, 0, [])
     assert same.target_information == pytest.approx(same.teacher_information, rel=1e-4)
