@@ -96,6 +96,12 @@ def configure_logging(level: str) -> None:
     # Libraries that narrate at INFO what their users do not act on.
     for chatty in ("httpx", "urllib3", "matplotlib", "fsspec"):
         logging.getLogger(chatty).setLevel(max(number, logging.WARNING))
+    # transformers imports DeepSpeed where both are installed, which warns on every start that it found no GPU.
+    logging.getLogger("DeepSpeed").addFilter(_is_of_use)
+
+
+def _is_of_use(record: logging.LogRecord) -> bool:
+    return "Setting accelerator to CPU" not in record.getMessage()
 
 
 def progress() -> Progress:

@@ -30,14 +30,10 @@ def student(
     version: VersionOption = False,
     local_rank: Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)] = None,
 ) -> None:
-    """Fine-tune LLaDA into a draft model from a teacher's shards, measure it and decode with it."""
-    del (
-        version,
-        local_rank,
-    )  # `deepspeed --module` passes it to every rank, before the command; the environment has it too
-    # transformers imports DeepSpeed, which warns on every start that it found no GPU; numba narrates at DEBUG.
-    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
-    logging.getLogger("numba").setLevel(logging.WARNING)
+    """What holds for all commands."""
+    # `deepspeed --module` passes --local_rank to every rank, before the command; the environment has it too.
+    del version, local_rank
+    logging.getLogger("numba").setLevel(logging.WARNING)  # it narrates at DEBUG
 
 
 @app.command()

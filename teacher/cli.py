@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,8 +15,6 @@ if TYPE_CHECKING:
     from teacher.collect import Launch
     from teacher.summary import Summary
 
-# transformers imports DeepSpeed where it is installed too, which warns on every start that it found no GPU.
-logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 app = application("Let a teacher answer prompts, and store its top-k distribution at every token of the answers.")
 
 

@@ -9,7 +9,6 @@ the lengths measured, and 1 / c is the acceptance length at which drafting pays.
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -38,8 +37,6 @@ from student.lineage import IDENTITY, speculation_identity
 if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
-
-logger = logging.getLogger(__name__)
 
 RESULT = "break_even.json"
 SEQUENCES = "break_even_sequences"
