@@ -42,6 +42,12 @@ def engine_arguments(teacher: TeacherConfig, dtype: str | None = None) -> dict[s
         arguments["quantization"] = teacher.quantization
     if teacher.prefill_tokens is not None:
         arguments["max_num_batched_tokens"] = teacher.prefill_tokens
+    if is_cpu_build():
+        # A prompt that is read in parts draws a token that is thrown away, and vLLM 0.32 then sets the request's random
+        # generator back, which a CPU's cannot be: a seeded request would end the engine.
+        arguments["enable_chunked_prefill"] = False
+        if teacher.prefill_tokens is not None:
+            arguments["max_num_batched_tokens"] = max(teacher.prefill_tokens, teacher.max_sequence_tokens)
     further = {name.replace("-", "_"): value for name, value in teacher.engine_args.items()}
     if teacher.fp32_head and dtype != "float32":
         further["hf_overrides"] = {"head_dtype": "float32", **further.get("hf_overrides", {})}

@@ -20,7 +20,6 @@ from typing import Annotated, Any
 import numpy as np
 import psutil
 import typer
-import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -50,17 +49,21 @@ def measure(folder: Path, prompts: int) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     lines = [{"id": str(n), "prompt": " ".join(rng.choice(words, 6)) + f" {n}"} for n in range(prompts)]
     (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
-    config = {
+    settings = {
         "name": "many",
-        "runs": str(folder / "runs"),
-        "teacher": {"model": str(folder / "teacher"), "dtype": "float32", "max_sequence_tokens": 256}
-        | {"enforce_eager": True, "kv_cache_gib": 1},
-        "collect": {"prompts": str(folder / "prompts.jsonl"), "held_out": 0}
-        | {"decoding": [{"split": "train", "temperature": 1, "max_response_tokens": 8}]},
+        "runs": folder / "runs",
+        "teacher.model": folder / "teacher",
+        "teacher.gguf": "null",
+        "teacher.max_sequence_tokens": 256,
+        "teacher.kv_cache_gib": 1,
+        "collect.prompts": folder / "prompts.jsonl",
+        "collect.held_out": 0,
+        "collect.measure_capture": "false",
+        "collect.decoding": "[{split: train, temperature: 1, max_response_tokens: 8}]",
     }
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    overrides = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    command = [sys.executable, "-m", "teacher.cli", "collect", "configs/demo.yaml", *overrides]
     started = time.monotonic()
-    command = [sys.executable, "-m", "teacher.cli", "collect", str(folder / "config.yaml")]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=(folder / "log").open("w"))
     tree, samples = psutil.Process(process.pid), []
     up = None

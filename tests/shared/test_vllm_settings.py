@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from shared import vllm_settings
 from shared.config import TeacherConfig
 from shared.errors import ConfigError
 from shared.vllm_settings import check_devices, check_engine_args, engine_arguments
@@ -16,7 +17,8 @@ def teacher(**settings: Any) -> TeacherConfig:
     return TeacherConfig(model="someone/model", **settings)
 
 
-def test_every_setting_reaches_vllm_under_its_name() -> None:
+def test_every_setting_reaches_vllm_under_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_settings, "is_cpu_build", lambda: False)
     arguments = engine_arguments(
         teacher(
             quantization="fp8", prefill_tokens=4096, prefix_caching=False, pipeline_parallel=2, tensor_parallel=8,
@@ -30,6 +32,14 @@ def test_every_setting_reaches_vllm_under_its_name() -> None:
     assert arguments["distributed_executor_backend"] == "ray"
     assert arguments["hf_overrides"] == {"head_dtype": "float32", "rope_theta": 1.0}
     assert not {"quantization", "max_num_batched_tokens"} & engine_arguments(teacher()).keys()
+
+
+def test_on_a_cpu_no_prompt_is_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_settings, "is_cpu_build", lambda: True)
+    for prefill_tokens, most in ((64, 1000), (4096, 4096)):
+        arguments = engine_arguments(teacher(prefill_tokens=prefill_tokens, max_sequence_tokens=1000))
+        assert arguments["enable_chunked_prefill"] is False
+        assert arguments["max_num_batched_tokens"] == most
 
 
 def test_all_arguments_are_vllms_own() -> None:
