@@ -21,6 +21,7 @@ from shared.console import (
     run,
     stdout,
 )
+from shared.errors import ConfigError
 
 app = application("Fine-tune LLaDA into a draft model from a teacher's shards, measure it and decode with it.")
 
@@ -75,10 +76,24 @@ def generate(
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt without the chat template.")] = False,
     seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Of the noise at temperatures above 0.")] = 0,
+    with_teacher: Annotated[
+        Path | None,
+        typer.Option(metavar="CONFIG", help="The config's teacher answers, and what the student drafts is colored."),
+    ] = None,
     log_level: LogLevelOption = "warning",
 ) -> None:
-    """Talk to a student with LLaDA's own sampler."""
+    """Talk to a student with LLaDA's own sampler, or see what it drafts of the teacher's answer."""
     configure_logging(log_level)
+    if with_teacher is not None:
+        if raw or {block_length, steps, temperature, cfg, remasking, attention} != {None}:
+            raise ConfigError(
+                "--with-teacher decodes greedily with the teacher and takes --prompt, --system and --length; leave the "
+                "sampler's other options out"
+            )
+        from student.drafting.show import generate_with_teacher
+
+        generate_with_teacher(load_config(with_teacher), model, prompt, system=system, length=length or 128)
+        return
     from student.model.generate import generate as generate_answer
 
     answer = generate_answer(

@@ -6,8 +6,9 @@ accepted; against rows moved by a single position acceptance collapses, and noth
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -29,6 +30,8 @@ DRAFT = 3
 
 class RowDrafter:
     """Drafts what the stored rows say is most probable: all that a student could learn from them."""
+
+    confidence: ClassVar[dict[Hashable, list[float]]] = {}
 
     def __init__(self, records: Sequence[Record]) -> None:
         self.records = {record.sample_id: record for record in records}

@@ -184,6 +184,16 @@ class ByteBridge:
             tokens.pop()
         return tokens
 
+    def rests_on(self, draft: ArrayLike, proposed: list[int]) -> NDArray[np.int64]:
+        """How many of the draft's first student tokens each token of its `to_teacher` needs, [len(proposed)]."""
+        ids, own = np.asarray(draft, np.int64), np.asarray(proposed, np.int64)
+        if self.same_tokenizer:
+            return np.arange(1, len(own) + 1)
+        text = int(np.append(np.flatnonzero(self.student.is_special[ids]), len(ids))[0])
+        needed = np.searchsorted(self.student.byte_ends(ids[:text]), self.teacher.byte_ends(own)) + 1
+        needed[self.teacher.is_special[own]] = text + 1
+        return needed
+
     def _teacher_tokens(self, before: bytes, new: bytes) -> list[int]:
         """The teacher's tokens of `new` after the text `before`."""
         if not new:

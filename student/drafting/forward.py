@@ -5,7 +5,10 @@ products (q, k and v are one, gate and up are one) in the way that is fastest on
 rows, keys and values written and read by one operation each; then the head over the tokens that can be drafted, and its
 argmax. Query heads that share a key head are rows of one product, so keys are never repeated. With a sequential head
 (`student/model/sequential_head.py`) the argmax goes from left to right, each corrected by the token before: a look-up
-and a product of r x S a position.
+and a product of r x S a position. Beside each token stands its probability, the student's confidence in it.
+
+More denoising steps fix some tokens of the block, mask the others again and choose these once more: forwards over the
+block alone, whose contexts are cached.
 
 Under tensor parallelism (`parallel.py`) each rank has some heads, some of the MLP's width and a range of the
 vocabulary; it adds up after attention, MLP and embedding, and the argmax is that of all ranks' best tokens.
@@ -18,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -39,6 +42,32 @@ if TYPE_CHECKING:
 
 
 _TABLE_ROWS = 8192  # of the embedding at a time, whose norms are a copy of it
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """How a block is filled.
+
+    Attributes:
+        steps: forwards, of which each but the last fixes an equal part of the block; at most as many as it has tokens.
+        order: what is fixed first: the tokens that the model is surest of, as LLaDA does, or those on the left, which
+            decide about the ones behind them.
+    """
+
+    steps: int = 1
+    order: Literal["confidence", "left_to_right"] = "confidence"
+
+    def fixed(self, block_length: int) -> list[int]:
+        """Tokens that are fixed before each step but the first."""
+        steps = min(self.steps, block_length)
+        return [block_length * step // steps for step in range(1, steps)]
+
+    def choose(self, count: int, chances_BG: Tensor, fixed_BG: Tensor) -> Tensor:
+        """bool [B, G]: `count` tokens of each block, those of `fixed_BG` among them."""
+        if self.order == "left_to_right":
+            return torch.arange(chances_BG.shape[1], device=chances_BG.device).expand_as(chances_BG) < count
+        first = chances_BG.masked_fill(fixed_BG, 2.0).topk(count).indices
+        return torch.zeros_like(fixed_BG).scatter(1, first, True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +99,7 @@ class DraftForward:
             in its own type, and leaves their weights where they are.
         max_tokens: longest context, block included.
         group: that shares the weights out.
+        denoising: how a block is filled; null is one step.
 
     Raises:
         CheckpointError: if `draftable` has ids that the model has no rows for.
@@ -82,7 +112,9 @@ class DraftForward:
         way: Way | None,
         max_tokens: int,
         group: ProcessGroup | None = None,
+        denoising: Denoising | None = None,
     ) -> None:
+        self.denoising = denoising or Denoising()
         self.config, self.max_tokens, self.group = model.config, max_tokens, group
         rows = model.head_weight.shape[0]
         if draftable.max() >= rows:
@@ -153,9 +185,17 @@ class DraftForward:
 
     @torch.inference_mode()
     def __call__(
-        self, cache: PrefixCache, slots: Sequence[int], new_ids: Sequence[NDArray[np.integer]], block_length: int
-    ) -> list[list[int]]:
-        """Append `new_ids` to the requests in `slots`; the best token at every place of their blocks, [B][G].
+        self,
+        cache: PrefixCache,
+        slots: Sequence[int],
+        new_ids: Sequence[NDArray[np.integer]],
+        block_length: int,
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """Append `new_ids` to the requests in `slots` and fill their blocks.
+
+        Returns:
+            The token at every place of every block, [B][G], and its probability among the tokens that can be drafted,
+            given the block's tokens before it where there is a sequential head.
 
         Raises:
             ValueError: if the tokens do not fit into the cache.
@@ -163,11 +203,21 @@ class DraftForward:
         step = cache.begin(slots, [len(ids) for ids in new_ids], block_length, self.max_tokens)
         masks = np.full(block_length, self._mask_id, np.int64)
         ids_N = torch.from_numpy(np.concatenate([part for ids in new_ids for part in (ids, masks)]).astype(np.int64))
-        hidden_NxD = self._run(ids_N.to(self.device, non_blocking=True), step)
-        drafted_BG = self._best(self._normed(hidden_NxD[step.block_BG], self._last_norm))
+        filled_2xBxG = self._best(self._block(ids_N.to(self.device, non_blocking=True), step))
         cache.commit(step)
-        result: list[list[int]] = drafted_BG.tolist()
-        return result
+        fixed_BG = torch.zeros_like(filled_2xBxG[0], dtype=torch.bool)
+        for count in self.denoising.fixed(block_length):
+            fixed_BG = self.denoising.choose(count, filled_2xBxG[1], fixed_BG)
+            step = cache.begin(slots, [0] * len(slots), block_length, self.max_tokens)
+            ids_BG = filled_2xBxG[0].long().masked_fill(~fixed_BG, self._mask_id)
+            again_2xBxG = self._best(self._block(ids_BG.flatten(), step), filled_2xBxG, fixed_BG)
+            filled_2xBxG = torch.where(fixed_BG, filled_2xBxG, again_2xBxG)
+        ids, chances = filled_2xBxG.tolist()
+        return [[int(index) for index in row] for row in ids], chances
+
+    def _block(self, ids_N: Tensor, step: DraftStep) -> Tensor:
+        """BxGxD: the normed last states of the blocks."""
+        return self._normed(self._run(ids_N, step)[step.block_BG], self._last_norm)
 
     def _run(self, ids_N: Tensor, step: DraftStep) -> Tensor:
         groups = self._heads // self.kv_heads
@@ -217,32 +267,43 @@ class DraftForward:
             torch.distributed.all_reduce(part, group=self.group)
         return part
 
-    def _best(self, hidden_BxGxD: Tensor) -> Tensor:
-        """The draft, [B, G]: at every position the token with the largest logit."""
+    def _best(self, hidden_BxGxD: Tensor, filled_2xBxG: Tensor | None = None, fixed_BG: Tensor | None = None) -> Tensor:
+        """[2, B, G], float64: at every position the token with the largest logit (0) and its probability (1).
+
+        Args:
+            filled_2xBxG: of the step before, of which the tokens in `fixed_BG` stay what they are.
+        """
         logits_BxGxS = self._head(hidden_BxGxD)
         if self._pairs is None:
             return self._argmax(logits_BxGxS)
         state_BxGxR = self._pairs.state(hidden_BxGxD)
         drafted = [self._argmax(logits_BxGxS[:, 0])]
         for depth in range(1, logits_BxGxS.shape[1]):
-            before_BxR = self._lookup(drafted[-1], self._pairs.previous_VxR)
+            before_B = drafted[-1][0]
+            if filled_2xBxG is not None and fixed_BG is not None:
+                before_B = torch.where(fixed_BG[:, depth - 1], filled_2xBxG[0, :, depth - 1], before_B)
+            before_BxR = self._lookup(before_B.long(), self._pairs.previous_VxR)
             correction_BxS = self._pairs.out(F.silu(before_BxR + state_BxGxR[:, depth]))
             drafted.append(self._argmax(logits_BxGxS[:, depth] + correction_BxS))
-        return torch.stack(drafted, dim=1)
+        return torch.stack(drafted, dim=-1)
 
     def _argmax(self, logits: Tensor) -> Tensor:
-        """The draftable token with the largest of [..., S] logits, the lowest of equal ones."""
+        """[2, ...], float64: the draftable token with the largest of [..., S] logits, the lowest of equal ones, and its
+        probability."""
         if self.group is None:
-            return self._draftable_S[logits.argmax(-1)]
+            best, index = logits.max(-1)
+            total = logits.float().logsumexp(-1)
+            return torch.stack((self._draftable_S[index].double(), (best.double() - total).exp()))
         if len(self._draftable_S):
             best, index = logits.double().max(-1)
-            mine = torch.stack((best, self._draftable_S[index].double()), dim=-1)
+            mine = torch.stack((best, self._draftable_S[index].double(), logits.double().logsumexp(-1)), dim=-1)
         else:
-            mine = torch.full((*logits.shape[:-1], 2), -torch.inf, dtype=torch.float64, device=self.device)
+            mine = torch.full((*logits.shape[:-1], 3), -torch.inf, dtype=torch.float64, device=self.device)
         all_ranks = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size(self.group))]
         torch.distributed.all_gather(all_ranks, mine, group=self.group)
-        logits_of_rank, ids_of_rank = torch.stack(all_ranks).unbind(-1)
-        return ids_of_rank.gather(0, logits_of_rank.argmax(0, keepdim=True))[0].long()
+        best_of_rank, id_of_rank, total_of_rank = torch.stack(all_ranks).unbind(-1)
+        best, rank = best_of_rank.max(0)
+        return torch.stack((id_of_rank.gather(0, rank[None])[0], (best - total_of_rank.logsumexp(0)).exp()))
 
 
 @torch.no_grad()

@@ -11,6 +11,10 @@ sort. All times are measured while serving, all S come from what was accepted la
 measurements give the same plan. What the lookup found is compared with what the target said next whether it was drafted
 or not, so its S cost nothing to know; LLaDA's S and times take drafts.
 
+Once LLaDA has drafted, its confidence in each token says more than the past: S is then the product of calibrated
+chances (`confidence.py`), the draft is paid for, and the same formula says which of its tokens are worth verifying.
+What a draft is worth where some of its tokens are left out is planned from the confidence of the last drafts.
+
 What is not tried is not known, so a draft that is not expected to pay is made now and then, from a budget: `EXPLORED`
 of the measured time. After some plain steps and drafts at the start (`FIRST_PLAIN`, `FIRST_DRAFTS`) the policy loses
 that much against never drafting, and what its estimates are wrong by: 3 % in all the tests. Ranks need not agree, since
@@ -28,6 +32,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from student.drafting.confidence import Calibration
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -150,11 +156,18 @@ class Acceptance:
         """Drafts that the overall chances rest on."""
         return float(self._tries_MxK[maker, 0])
 
+    def _shares(self) -> Floats:
+        shares: Floats = (self._hits_MxK + self._WEIGHT_ALL * self._FIRST) / (self._tries_MxK + self._WEIGHT_ALL)
+        return shares
+
+    def overall(self, maker: int) -> Floats:
+        """[K]: the chance that the first k tokens of a new request's draft are all accepted."""
+        return self._shares()[maker].cumprod()
+
     def survival(self, rows: int) -> Floats:
         """[R, M, K]: the chance that the first k tokens of a draft are all accepted."""
-        overall = (self._hits_MxK + self._WEIGHT_ALL * self._FIRST) / (self._tries_MxK + self._WEIGHT_ALL)
         hits, tries = self.hits_RxMxK[:rows], self.tries_RxMxK[:rows]
-        return ((hits + self._WEIGHT * overall) / (tries + self._WEIGHT)).cumprod(-1)
+        return ((hits + self._WEIGHT * self._shares()) / (tries + self._WEIGHT)).cumprod(-1)
 
 
 @dataclass(frozen=True)
@@ -205,10 +218,19 @@ class Policy:
     Args:
         rows: of the largest batch. draft_tokens: K.
         enabled: False plans a whole draft for every request, and only chooses its maker.
+        chances: that LLaDA's tokens start with, by confidence (`Calibration`).
     """
 
-    def __init__(self, rows: int, draft_tokens: int, *, enabled: bool = True) -> None:
+    def __init__(
+        self,
+        rows: int,
+        draft_tokens: int,
+        *,
+        enabled: bool = True,
+        chances: Sequence[float | None] | None = None,
+    ) -> None:
         self.draft_tokens, self.enabled = draft_tokens, enabled
+        self.calibration = Calibration(chances)
         self.acceptance = Acceptance(rows, draft_tokens)
         self.step, self.draft = Fit(3, signed=2, groups=3), Fit(2)
         """Seconds by (tokens, some drafts of which not all are whole, whole drafts for all), by (tokens read, rows)."""
@@ -220,6 +242,12 @@ class Policy:
         """Tokens of the context that LLaDA has read."""
         self._asked_R, self._given_R, self._maker_R = np.zeros((3, rows), np.int64)
         self._found_RxK = np.full((rows, draft_tokens), -1, np.int64)
+        self._confidence_RxK = np.zeros((rows, draft_tokens))
+        """Of LLaDA's tokens that are being verified; 0 elsewhere."""
+        self._recent_WxK = np.zeros((0, draft_tokens))
+        """LLaDA's confidence in its last drafts."""
+        self._survival_RxMxK = np.zeros((0, len(MAKERS), draft_tokens))
+        """Of the last plan."""
         self._rows, self._going = 0, 0
         self._budget, self._explored = 0.0, 0
         self._plain, self._since_plain = 0, 0
@@ -251,6 +279,8 @@ class Policy:
         if len(asked):
             # A token that was asked for and not given counts as one that was not accepted: it was paid for.
             self.acceptance.record(asked, LLADA, self._asked_R[asked], accepted_R[asked])
+        for row in verified[self._confidence_RxK[verified, 0] > 0]:
+            self.calibration.record(self._confidence_RxK[row, : self._given_R[row]].tolist(), int(accepted_R[row]))
         self._compare_found(new_R, lengths_R, tokens_RxL)
         if rows and (source_R >= 0).all() and (new_R > 0).all():  # nothing but decoding
             drafted = int(self._given_R[:rows].sum())
@@ -261,7 +291,7 @@ class Policy:
             self._budget += EXPLORED * seconds
         self._length_R[:rows] = lengths_R
         self._tail_Rx4[:rows] = _tails(lengths_R, tokens_RxL)
-        self._asked_R[:], self._given_R[:] = 0, 0
+        self._asked_R[:], self._given_R[:], self._confidence_RxK[:] = 0, 0, 0
         self._rows = rows
         return result
 
@@ -302,13 +332,22 @@ class Policy:
             state[:rows] = np.where(known, state[source_R], 0)
             state[rows:] = 0
         self._found_RxK[:rows] = np.where(known[:, None], self._found_RxK[source_R], -1)
+        self._confidence_RxK[:rows] = np.where(known[:, None], self._confidence_RxK[source_R], 0)
 
-    def drafted(self, plan: Plan, given_R: Ints, rows: Ints, seconds: float) -> None:
+    def drafted(
+        self, plan: Plan, given_R: Ints, rows: Ints, seconds: float, confidence_RxK: Floats | None = None
+    ) -> None:
         """What came of a plan.
 
         Args:
             given_R: tokens of each row's draft. rows: for which LLaDA ran. seconds: that it took.
+            confidence_RxK: in all tokens of LLaDA's drafts; 0 where there is none.
         """
+        if confidence_RxK is not None:
+            given = np.arange(self.draft_tokens) < given_R[:, None]
+            self._confidence_RxK[: len(given_R)] = np.where(given, confidence_RxK, 0)
+            drafted = confidence_RxK[confidence_RxK[:, 0] > 0]
+            self._recent_WxK = np.concatenate([self._recent_WxK, drafted])[-_WINDOW:]
         if len(rows):
             self.draft.record(seconds, float(self._unread(rows).sum()), float(len(rows)))
             self._read_R[rows] = self._length_R[rows]
@@ -316,6 +355,8 @@ class Policy:
             self._budget -= seconds + self._added(int(given_R.sum()))
         self._given_R[: len(given_R)] = given_R
         self._asked_R[: len(given_R)] = plan.tokens_R
+        if confidence_RxK is not None:  # all of a draft was made; what is not worth verifying was paid for, too
+            self._asked_R[rows] = self.draft_tokens
         self._maker_R[: len(given_R)] = plan.maker_R
 
     def read(self, row: int) -> int:
@@ -338,6 +379,7 @@ class Policy:
         survival_RxMxK = self.acceptance.survival(rows)
         survival_RxMxK[:, LOOKUP][found_RxK < 0] = 0
         survival_RxMxK[:, LLADA][~open_R] = 0
+        self._survival_RxMxK = survival_RxMxK
         expected_RxM = survival_RxMxK.sum(2)
         longer_R = expected_RxM.argmax(1)  # LLaDA where both are equal
         if not self.enabled:
@@ -356,6 +398,23 @@ class Policy:
                 return Plan(longer_R, np.zeros(rows, np.int64), "measuring")
         return self._exploring(plan, open_R) or plan
 
+    def worth_verifying(self, plan: Plan, confidence_RxK: Floats) -> Ints:
+        """How many tokens of each row's draft to hand on, now that LLaDA's confidence in its own is known.
+
+        Args:
+            confidence_RxK: of LLaDA's draft in each token; 0 where there is none.
+        """
+        if not self.enabled or plan.explores or plan.reason == "measuring" or not confidence_RxK.any():
+            return plan.tokens_R
+        rows = len(plan.tokens_R)
+        survival_RxK = np.where((plan.maker_R == LOOKUP)[:, None], self._survival_RxMxK[:, LOOKUP], 0)
+        survival_RxK[np.arange(self.draft_tokens) >= plan.tokens_R[:, None]] = 0
+        drafted_R = confidence_RxK[:, 0] > 0
+        chances_RxK = np.where(confidence_RxK > 0, self.calibration(confidence_RxK), 0)
+        survival_RxK[drafted_R] = chances_RxK[drafted_R].cumprod(1)
+        step = self._step_seconds(np.arange(rows * self.draft_tokens + 1))
+        return best_lengths(survival_RxK, self._going, step, 0.0)[0]
+
     def _best(self, survival_RxMxK: Floats, expected_RxM: Floats) -> tuple[Plan, float]:
         """The fastest of: the lookup alone, and with it LLaDA for the rows where it is expected to gain most."""
         rows = len(survival_RxMxK)
@@ -366,15 +425,39 @@ class Policy:
         gain_R = expected_RxM[:, LLADA] - expected_RxM[:, LOOKUP]
         by_gain = np.argsort(-gain_R, kind="stable")[: int((gain_R > 0).sum())]
         while len(by_gain):
+            draft = self._draft_seconds(by_gain)
             survival_RxK = lookup_RxK.copy()
             survival_RxK[by_gain] = survival_RxMxK[by_gain, LLADA]
-            lengths, found = best_lengths(survival_RxK, self._going, step, self._draft_seconds(by_gain))
+            lengths, found = best_lengths(survival_RxK, self._going, step, draft)
+            chosen, chosen_rate = self._choosing(by_gain, lookup_RxK, expected_RxM[:, LLADA], step, draft)
+            if chosen_rate > found:
+                lengths, found = chosen, chosen_rate
             if found > rate and lengths[by_gain].any():
                 maker_R = np.full(rows, LOOKUP)
                 maker_R[by_gain] = LLADA
                 plan, rate = Plan(maker_R, lengths), found
             by_gain = by_gain[: len(by_gain) // 4]
         return plan, rate
+
+    def _choosing(
+        self, drafting: Ints, lookup_RxK: Floats, expected_R: Floats, step: Floats, draft: float
+    ) -> tuple[Ints, float]:
+        """As `best_lengths`, where LLaDA drafts whole for some rows and only what is worth it is verified: as much as
+        of its last drafts, more for requests that have accepted more."""
+        others_RxK = lookup_RxK.copy()
+        others_RxK[drafting] = 0
+        lengths, _ = best_lengths(others_RxK, self._going, step, draft)
+        lengths[drafting] = self.draft_tokens
+        if not len(self._recent_WxK):
+            return lengths, 0.0
+        survival_WxK = self.calibration(self._recent_WxK).cumprod(1)
+        price = self._going / step[0] * (step[2] - step[1]) if len(step) > 2 else 0.0  # in tokens, of verifying one
+        worth_WxK = (self._recent_WxK > 0) & (survival_WxK > price)
+        usual = max(float(self.acceptance.overall(LLADA).sum()), 1e-9)
+        emitted = (survival_WxK * worth_WxK).sum(1).mean() * float(expected_R[drafting].sum()) / usual
+        emitted += sum(others_RxK[row, :length].sum() for row, length in enumerate(lengths) if row not in drafting)
+        verified = worth_WxK.sum(1).mean() * len(drafting) + lengths.sum() - self.draft_tokens * len(drafting)
+        return lengths, float((self._going + emitted) / (self._step_seconds(verified) + draft))
 
     def _exploring(self, plan: Plan, open_R: NDArray[np.bool_]) -> Plan | None:
         """The plan with a whole draft of LLaDA, if the budget has it and no draft of LLaDA in it is whole. Every fourth

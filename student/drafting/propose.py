@@ -1,8 +1,8 @@
 """Draft with LLaDA: one forward per call proposes a block of teacher tokens for every request.
 
 The student sees the request's context in its own vocabulary (`bridge.py`), then `block_length` masked positions, and
-fills all of them in one denoising step. The argmax of each position makes the draft: a one-hot draft, which one-hot
-verification keeps lossless at every temperature (README.md of this folder).
+fills all of them in one denoising step, or in more (`Denoising`). The argmax of each position makes the draft: a
+one-hot draft, which one-hot verification keeps lossless at every temperature (README.md of this folder).
 
 Contexts keep their keys and values between calls (`PrefixCache`), so that a call costs the new tokens and the block,
 not the context. Where new text changes how earlier text is tokenized, those tokens are cut off the cache and fed again.
@@ -39,7 +39,7 @@ from student.drafting.bridge import BridgedContext, ByteBridge
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from student.drafting.forward import DraftForward
+    from student.drafting.forward import Denoising, DraftForward
     from student.drafting.products import Way
     from student.model.modeling_llada import LladaForMaskedDiffusion
 
@@ -78,6 +78,7 @@ class Drafter:
     Attributes:
         passed_over: requests of the last call that were not drafted for, and why: `too long` for the model, or `no
             room` in the cache.
+        confidence: of each draft of the last call, the student's own probability of each token after those before it.
 
     Raises:
         ConfigError: if `memory_bytes` is less than a page of the cache.
@@ -99,6 +100,7 @@ class Drafter:
         self.draft_tokens, self.block_length = draft_tokens, block_length
         self.in_turns, self.keep_extendable, self.cached = in_turns, keep_extendable, cached
         self.passed_over: dict[Hashable, str] = {}
+        self.confidence: dict[Hashable, list[float]] = {}
         self.cache = forward.cache(_pages(forward, memory_bytes))
         self._numbers = count()
         self._requests: dict[int, _Request] = {}
@@ -119,6 +121,7 @@ class Drafter:
         draft_vocabulary: int | None = None,
         way: Way | Literal["fastest"] | None = "fastest",
         group: ProcessGroup | None = None,
+        denoising: Denoising | None = None,
         in_turns: bool = False,
         keep_extendable: bool = False,
     ) -> Drafter:
@@ -133,6 +136,7 @@ class Drafter:
             draft_vocabulary: draft only so many student tokens, the most frequent of the training responses, and the
                 ends of turn and text; null is all.
             way: how products are computed; null reads the weights of a model that is in training (`DraftForward`).
+            denoising: how a block is filled; null is one step.
             group: ranks that share the weights out; all must make the same calls. Each has loaded the whole model,
                 which is left in parts.
 
@@ -168,7 +172,7 @@ class Drafter:
             way = chosen[0]
             shard(model, group)
         limit = model.config.max_sequence_length
-        forward = DraftForward(model, draftable, way, min(limit, max_context_tokens or limit), group)
+        forward = DraftForward(model, draftable, way, min(limit, max_context_tokens or limit), group, denoising)
         return cls(
             forward,
             bridge,
@@ -201,14 +205,15 @@ class Drafter:
         longest = self.forward.max_tokens - self.block_length
         waiting = [request for request in requests if len(request.context.student) <= longest]
         self.passed_over = {request.name: "too long" for request in requests if len(request.context.student) > longest}
+        self.confidence = {}
         drafts: dict[int, list[int]] = {}
         while waiting:
             admitted, waiting = self._admit(waiting)
             for group in self._groups(admitted):
-                drafted = self._forward(group)
-                for request, ids in zip(group, drafted, strict=True):
-                    proposed = self.bridge.to_teacher(request.context, ids, self.keep_extendable)
-                    drafts[request.slot] = proposed[: self.draft_tokens]
+                for request, ids, chances in zip(group, *self._forward(group), strict=True):
+                    proposed = self.bridge.to_teacher(request.context, ids, self.keep_extendable)[: self.draft_tokens]
+                    drafts[request.slot] = proposed
+                    self.confidence[request.name] = self._confidence(ids, chances, proposed)
             if not (self.in_turns and admitted):
                 break
         self.passed_over |= {request.name: "no room" for request in waiting}
@@ -294,8 +299,14 @@ class Drafter:
         if group:
             yield group
 
-    def _forward(self, group: list[_Request]) -> list[list[int]]:
-        """The best token at every masked position, `block_length` student ids for each row of `group`."""
+    def _confidence(self, ids: list[int], chances: list[float], proposed: list[int]) -> list[float]:
+        """A teacher token is as likely as the student tokens that it ends in, and that the one before it did not."""
+        needed = self.bridge.rests_on(ids, proposed)
+        together = np.cumprod([1.0, *chances])[needed]
+        return (together / np.maximum([1.0, *together[:-1]], 1e-30)).tolist() if len(needed) else []
+
+    def _forward(self, group: list[_Request]) -> tuple[list[list[int]], list[list[float]]]:
+        """`block_length` student ids for each row of `group`, and their probabilities."""
         new = [self._new(request) for request in group]
         return self.forward(self.cache, [request.slot for request in group], new, self.block_length)
 

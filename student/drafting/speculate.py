@@ -30,7 +30,7 @@ from shared.vllm_settings import engine_arguments, engine_version, environment
 from student.drafting.decode import LATENCY, THROUGHPUT, Decoded, Difference, Job, Pass, Result, read_result
 from student.drafting.lookup import LONGEST, SHORTEST
 from student.drafting.vllm_proposer import OPTIONS_KEY
-from student.lineage import IDENTITY, require_current_model, speculation_identity
+from student.lineage import IDENTITY, read_json, require_current_model, speculation_identity
 
 logger = logging.getLogger(__name__)
 
@@ -152,6 +152,7 @@ def drafter_arguments(config: PipelineConfig, student: str, dataset: Dataset | N
     """
     options: dict[str, Any] = {"student": student, "block_length": config.train.block_length}
     options |= {key: getattr(config.speculate, key) for key in ("max_context_tokens", "policy", "lookup")}
+    options |= {"acceptance_by_confidence": measured_chances(config)}
     if dataset is not None:
         options |= {"teacher_tokenizer": str(dataset.tokenizer_dir), "teacher_roles": dataset.vocabulary.roles}
     return {
@@ -162,6 +163,14 @@ def drafter_arguments(config: PipelineConfig, student: str, dataset: Dataset | N
         },
         "additional_config": {OPTIONS_KEY: options},
     }
+
+
+def measured_chances(config: PipelineConfig) -> list[float | None] | None:
+    """How often drafted tokens are accepted, by the student's confidence (`confidence.py`), as `student evaluate` has
+    found for `evaluate.rule`; null where it has not."""
+    measured = (read_json(config.run_dir / "evaluate.json") or {}).get("after", {}).get("rules", {})
+    chances = measured.get(config.evaluate.rule, {}).get("by_confidence")
+    return None if chances is None else [entry["accepted"] for entry in chances]
 
 
 def run(job: Job, base: Path, name: str, environment: dict[str, str]) -> Result:

@@ -28,7 +28,7 @@ import logging
 import time
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,6 +69,9 @@ class DrafterOptions:
         dtype: of the student's products, a way of `products.py`; null measures which is fastest on this device.
         policy: draft only where it is expected to pay; false drafts for every request in every step.
         lookup: also propose what followed the same words before in the context.
+        acceptance_by_confidence: chances that the policy starts from, one for each bin of `confidence.py`, as
+            `student evaluate` measures them; null takes the student's confidence for them.
+        denoising_steps, denoising_order: how a block is filled (`Denoising`).
     """
 
     student: str
@@ -82,6 +85,9 @@ class DrafterOptions:
     dtype: Way | None = None
     policy: bool = True
     lookup: bool = True
+    acceptance_by_confidence: list[float | None] | None = None
+    denoising_steps: int = 1
+    denoising_order: Literal["confidence", "left_to_right"] = "confidence"
 
     @classmethod
     def of(cls, vllm_config: VllmConfig) -> DrafterOptions:
@@ -123,6 +129,8 @@ class LladaProposer:
         self._told = False
         self._passed_over: dict[int, str] = {}
         """Rows of this step that the drafter had no room for, or that are too long for it."""
+        self._confidence: dict[int, list[float]] = {}
+        """In each token of this step's drafts, by row."""
         self.lookup: Lookup | None = None
         self.ends: frozenset[int] = frozenset()
         self.vocabulary = 0
@@ -141,7 +149,12 @@ class LladaProposer:
             self._load_lookup()
 
     def _new_policy(self) -> Policy:
-        return Policy(self.rows, self.draft_tokens, enabled=self.options.policy)
+        return Policy(
+            self.rows,
+            self.draft_tokens,
+            enabled=self.options.policy,
+            chances=self.options.acceptance_by_confidence,
+        )
 
     def _load_lookup(self) -> None:
         # Only where it is asked for: it brings numba, beside which vLLM 0.32 starts no further engine in this process.
@@ -176,6 +189,7 @@ class LladaProposer:
 
     def load_drafter(self, device: torch.device) -> None:
         """Load the student. Raises as `load_model` does."""
+        from student.drafting.forward import Denoising
         from student.model.export import load_student
 
         model, _ = load_student(self.options.student)
@@ -195,6 +209,7 @@ class LladaProposer:
             draft_vocabulary=self.options.draft_vocabulary,
             way=self.options.dtype or "fastest",
             keep_extendable=self.options.keep_extendable,
+            denoising=Denoising(self.options.denoising_steps, self.options.denoising_order),
             group=None if self.ranks is None else self.ranks.device_group,
         )
         self.ends = frozenset(teacher.roles[role] for role in ("end_of_turn", "end_of_text") if role in teacher.roles)
@@ -250,19 +265,21 @@ class LladaProposer:
             found_RxK = self.lookup.find(np.flatnonzero(going_R), lengths, tokens_RxL)
         plan = policy.plan(int(going_R.sum()), going_R & ~policy.refused_R[:rows], found_RxK)
 
-        drafts: list[list[int]] = [[] for _ in sampled]
-        for row in np.flatnonzero(plan.maker_R != LLADA):
-            drafts[row] = found_RxK[row, : plan.tokens_R[row]].tolist()
         chosen = [row for row in plan.llada_rows.tolist() if self._in_vocabulary(row, lengths[row], tokens_RxL)]
         llada_rows = np.array(chosen, int)
         self._passed_over.clear()
+        self._confidence.clear()
         started = time.perf_counter()
         drafted = self._draft(self._agreed(chosen), lengths, tokens_RxL)
-        for row, draft in drafted.items():
-            drafts[row] = draft[: min(plan.tokens_R[row], self.max_model_len - int(lengths[row]))]
-        given_R = np.array([len(draft) for draft in drafts])
         spent = time.perf_counter() - started
-        policy.drafted(plan, given_R, llada_rows, spent)
+        confidence_RxK = np.zeros((rows, self.draft_tokens))
+        for row, confidence in self._confidence.items():
+            confidence_RxK[row, : len(confidence)] = confidence
+        handed_on_R = np.minimum(policy.worth_verifying(plan, confidence_RxK), self.max_model_len - lengths)
+        found = {row: found_RxK[row].tolist() for row in np.flatnonzero(plan.maker_R != LLADA)}
+        drafts = [(found | drafted).get(row, [])[: handed_on_R[row]] for row in range(rows)]
+        given_R = np.array([len(draft) for draft in drafts])
+        policy.drafted(plan, given_R, llada_rows, spent, confidence_RxK)
 
         if len(llada_rows):
             self.counters.add("seconds", MAKERS[LLADA], spent)
@@ -276,6 +293,7 @@ class LladaProposer:
             undrafted_R[row] = False
         for reason, these_R in (
             ("refused", policy.refused_R[:rows]),
+            ("unsure", np.isin(np.arange(rows), [row for row, draft in drafted.items() if draft])),
             ("nothing to propose", plan.tokens_R > 0),
             (plan.reason, np.ones(rows, bool)),
         ):
@@ -305,6 +323,7 @@ class LladaProposer:
             contexts = [tokens_RxL[row, : lengths[row]] for row in rows]
             drafts = dict(zip(rows, self.drafter.propose(rows, contexts), strict=True))
             self._passed_over |= self.drafter.passed_over  # type: ignore[arg-type]  # requests are rows here
+            self._confidence |= self.drafter.confidence  # type: ignore[arg-type]
             return drafts
         except Exception as error:
             self._failed(error)

@@ -11,15 +11,20 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shared.config import PipelineConfig
 from shared.dataset.records import Record
 from shared.errors import CheckpointError
 from shared.files import write_json
-from student.evaluation.measure import HeldOut, gathered, measure, merged
+from student.drafting.steps import spans
+from student.evaluation.measure import HeldOut, drafter_of, gathered, measure, merged
+from student.evaluation.offline_acceptance import steps_along
 from student.lineage import IDENTITY, differences, evaluation_identity, read_json, require_current_model
 from student.training import launch
+
+if TYPE_CHECKING:
+    from student.drafting.propose import Drafter
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +110,8 @@ def evaluate_rank(config: PipelineConfig) -> dict[str, Any]:
             mine = measure(held_out.part(rank, ranks), model, tokenizer, directory, name, way=dtype, quiet=rank > 0)
             result[name] = merged(gathered(mine, ranks)).figures(config.evaluate.rule)
             if name == "after":
-                shown = answers(held_out.some(ANSWERS)[rank::ranks], model, tokenizer, directory)
+                drafter = drafter_of(held_out, model, directory, dtype) if any(held_out.records.values()) else None
+                shown = answers(held_out, held_out.some(ANSWERS)[rank::ranks], model, tokenizer, directory, drafter)
                 parts = gathered(shown, ranks)
                 result["answers"] = [parts[number % ranks][number // ranks] for number in range(sum(map(len, parts)))]
         if rank == 0:
@@ -123,8 +129,16 @@ def _directories(config: PipelineConfig) -> dict[str, Path]:
     return {"before": config.student_init_dir, "after": config.student_final_dir}
 
 
-def answers(records: Sequence[Record], model: Any, tokenizer: Any, directory: Path) -> list[dict[str, str]]:
-    """The prompts of `records`, each with the teacher's answer and the student's own, which is at most as long."""
+def answers(
+    held_out: HeldOut,
+    records: Sequence[Record],
+    model: Any,
+    tokenizer: Any,
+    directory: Path,
+    drafter: Drafter | None,
+) -> list[dict[str, Any]]:
+    """The prompts of `records`, each with the teacher's answer and the student's own, which is at most as long; with a
+    drafter also, in pieces, what it would have drafted of the teacher's (`steps.spans`)."""
     from student.model.generate import answer, default_settings
 
     found = []
@@ -136,7 +150,10 @@ def answers(records: Sequence[Record], model: Any, tokenizer: Any, directory: Pa
         length = blocks * settings.block_length
         said = answer(model, tokenizer, directory, record.messages, replace(settings, length=length, steps=length))
         prompt = record.messages[-1].content
-        found.append({"prompt": prompt, "teacher": record.response_bytes.decode("utf-8", "replace"), "student": said})
+        taught = record.response_bytes.decode("utf-8", "replace")
+        steps = [] if drafter is None else steps_along(drafter, record, held_out.config.evaluate.draft_tokens)
+        drafted = spans(steps, held_out.dataset.vocabulary)
+        found.append({"prompt": prompt, "teacher": taught, "student": said, "drafted": drafted})
     return found
 
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import torch
 
     from student.drafting.products import Way
+    from student.drafting.propose import Drafter
 
 T = TypeVar("T")
 
@@ -143,6 +144,7 @@ class Measurement:
                 "acceptance_length": result.acceptance_length,
                 "by_depth": result.by_depth(),
                 "drafts": result.drafts,
+                "by_confidence": result.chances(),
             }
             for name, result in self.acceptance.items()
         }
@@ -203,22 +205,11 @@ def measure(
         note: what the progress bars say of the model. quiet: no progress bars.
         way: how drafts are computed; null leaves the weights of a model that is in training where they are.
     """
-    from student.drafting.propose import Drafter
-
     config = held_out.config
     acceptance: dict[str, OfflineAcceptance] = {}
     with progress() as bar:
         if any(held_out.records.values()):
-            drafter = Drafter.from_student(
-                model,
-                directory,
-                held_out.dataset.vocabulary,
-                held_out.dataset.tokenizer_dir,
-                config.evaluate.draft_tokens,
-                config.train.block_length,
-                way=way,
-                in_turns=True,
-            )
+            drafter = drafter_of(held_out, model, directory, way)
             for rule, records in held_out.records.items():
                 if records:
                     task = bar.add_task(f"{note}: drafting {rule} text", total=len(records), note="", visible=not quiet)
@@ -234,6 +225,22 @@ def measure(
         sums, alpha = _rejection_sampling(held_out, model, tokenizer, partial(bar.advance, task))
         masked = _random_masking(held_out, model, tokenizer, partial(bar.advance, task))
     return Measurement(acceptance, sums, alpha, masked)
+
+
+def drafter_of(held_out: HeldOut, model: Any, directory: Path, way: Way | None) -> Drafter:
+    """A loaded student as a drafter for the teacher of the held-out text; arguments as `measure`'s."""
+    from student.drafting.propose import Drafter
+
+    return Drafter.from_student(
+        model,
+        directory,
+        held_out.dataset.vocabulary,
+        held_out.dataset.tokenizer_dir,
+        held_out.config.evaluate.draft_tokens,
+        held_out.config.train.block_length,
+        way=way,
+        in_turns=True,
+    )
 
 
 def _rejection_sampling(

@@ -9,18 +9,25 @@ after n accepted tokens the teacher adds one of its own, so that the next draft 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from shared.dataset.records import Record
+from student.drafting import confidence
+from student.drafting.steps import Step
 from student.drafting.tokens import leading_matches
 
 
 class Proposer(Protocol):
     """What is needed of a drafter."""
+
+    @property
+    def confidence(self) -> Mapping[Hashable, list[float]]:
+        """As `Drafter`'s; empty where it has none."""
 
     def propose(self, request_ids: Sequence[str], contexts: Sequence[np.ndarray]) -> list[list[int]]:
         """Up to k teacher tokens for each context of teacher tokens."""
@@ -40,12 +47,14 @@ class OfflineAcceptance:
         proposed: {sample id: drafted tokens of each}; a draft may be empty.
         skills: {sample id: skill}.
         draft_tokens: tokens drafted at most.
+        by_confidence: [2, bins] tokens verified and accepted, by the drafter's confidence in them (`confidence.count`).
     """
 
     accepted: dict[str, list[int]]
     proposed: dict[str, list[int]]
     skills: dict[str, str]
     draft_tokens: int
+    by_confidence: NDArray[np.int64]
 
     @classmethod
     def merged(cls, parts: Sequence[OfflineAcceptance]) -> OfflineAcceptance:
@@ -54,7 +63,8 @@ class OfflineAcceptance:
             {key: value for part in parts for key, value in getattr(part, name).items()}
             for name in ("accepted", "proposed", "skills")
         )
-        return cls(accepted, proposed, skills, parts[0].draft_tokens)
+        counts = np.sum([part.by_confidence for part in parts], axis=0)
+        return cls(accepted, proposed, skills, parts[0].draft_tokens, counts)
 
     @property
     def drafts(self) -> int:
@@ -76,6 +86,14 @@ class OfflineAcceptance:
         counts = np.concatenate([np.asarray(c, np.int64) for c in self.accepted.values()])
         return [float(np.mean(counts >= depth)) for depth in range(1, self.draft_tokens + 1)]
 
+    def chances(self) -> list[dict[str, Any]]:
+        """Of each bin of confidence: where it starts, the tokens verified, and the share accepted, null for none."""
+        starts = [0.0, *confidence.EDGES.tolist()]
+        return [
+            {"from": start, "tokens": int(verified), "accepted": float(accepted / verified) if verified else None}
+            for start, verified, accepted in zip(starts, *self.by_confidence, strict=True)
+        ]
+
     def by_skill(self) -> dict[str, float]:
         """Acceptance length of each skill."""
         pooled: defaultdict[str, list[int]] = defaultdict(list)
@@ -94,6 +112,7 @@ def draft_along(
     """Draft along `records`, `batch` at a time. The first response token is the teacher's own, as in serving."""
     accepted: dict[str, list[int]] = {record.sample_id: [] for record in records}
     proposed: dict[str, list[int]] = {record.sample_id: [] for record in records}
+    by_confidence = np.zeros((2, confidence.BINS), np.int64)
     for start in range(0, len(records), batch):
         group = records[start : start + batch]
         position = {record.sample_id: 1 for record in group}
@@ -104,8 +123,25 @@ def draft_along(
                 matches = leading_matches(draft[:draft_tokens], by_id[sample_id].response_ids[position[sample_id] :])
                 accepted[sample_id].append(matches)
                 proposed[sample_id].append(len(draft[:draft_tokens]))
+                by_confidence += confidence.count(drafter.confidence.get(sample_id, [])[:draft_tokens], matches)
                 position[sample_id] += matches + 1
         drafter.release(list(position))
         for _ in group:
             on_response()
-    return OfflineAcceptance(accepted, proposed, {record.sample_id: record.skill for record in records}, draft_tokens)
+    skills = {record.sample_id: record.skill for record in records}
+    return OfflineAcceptance(accepted, proposed, skills, draft_tokens, by_confidence)
+
+
+def steps_along(drafter: Proposer, record: Record, draft_tokens: int) -> list[Step]:
+    """The steps in which the teacher would have said this response. The first token is its own."""
+    steps = [Step.of([], record.response_ids[:1])]
+    position = 1
+    while position < len(record.response_ids):
+        context = np.concatenate([record.prompt_ids, record.response_ids[:position]])
+        (draft,) = drafter.propose([record.sample_id], [context])
+        left = record.response_ids[position:]
+        matches = leading_matches(draft[:draft_tokens], left)
+        steps.append(Step.of(draft[:draft_tokens], left[: matches + 1], ended=matches + 1 >= len(left)))
+        position += matches + 1
+    drafter.release([record.sample_id])
+    return steps

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ CASES = {
 }
 
 
-def drafts(case: str, group: torch.distributed.ProcessGroup | None) -> tuple[list[list[list[int]]], int]:
+def drafts(case: str, group: torch.distributed.ProcessGroup | None) -> tuple[list[Any], int]:
     """What three requests of unequal progress are drafted in three calls, and the numbers that the layers hold."""
     model = tiny_model(init_std=0.3, mlp_hidden_size=90, **CASES[case])
     if case == "sequential":

@@ -106,6 +106,25 @@ def test_proposed_bytes_start_the_drafted_bytes(
     assert len(kept) - len(proposed) <= 1
 
 
+@fuzzed
+@given(answer=texts, depth=st.integers(1, 12), ended=st.booleans())
+def test_a_proposed_token_rests_on_the_drafted_tokens_that_hold_its_bytes(
+    bridge: ByteBridge, teacher_side: Side, student_side: Side, answer: str, depth: int, ended: bool
+) -> None:
+    draft = student_side.encoder.encode(answer).tolist()[:depth]
+    draft += [student_side.vocabulary.roles["end_of_turn"]] * ended
+    proposed = bridge.to_teacher(bridge.translate(teacher_side.conversation("Hello", "Well")), draft, True)
+    needed = bridge.rests_on(draft, proposed)
+    specials = teacher_side.vocabulary.is_special
+    for number, count in enumerate(needed.tolist()):
+        if specials[proposed[number]]:
+            assert count == len(draft)
+            continue
+        text = teacher_side.vocabulary.decode(proposed[: number + 1])
+        assert student_side.vocabulary.decode(draft[:count]).startswith(text)
+        assert not student_side.vocabulary.decode(draft[: count - 1]).startswith(text)
+
+
 def test_a_last_token_that_could_grow_is_withheld(llama3: Side, student_side: Side) -> None:
     bridge = ByteBridge(llama3.vocabulary, llama3.encoder, student_side.vocabulary, student_side.encoder)
     context = bridge.translate(llama3.conversation("Count.", "One, two"))

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 import torch
 
 from student.drafting import products
-from student.drafting.forward import DraftForward
+from student.drafting.forward import Denoising, DraftForward
 from student.drafting.products import Way
+from student.model.attention import AnchoredLayout
 from student.model.modeling_llada import LladaForMaskedDiffusion, PrefixCache
 from student.model.sequential_head import add_sequential_head
 from tests.fixtures.ranks import run_ranks
@@ -47,10 +49,12 @@ def test_drafts_are_those_of_the_plain_forward(way: Way | None, tied: bool) -> N
     equal = total = 0
     for slots in ([7], [7], [2, 7, 9], [9, 2], [7], [2, 9, 7]):
         new = [rng.integers(4, 110, rng.integers(0, 20)).astype(np.int32) for _ in slots]
-        drafted = torch.tensor(forward(cache, slots, new, BLOCK))
+        drafted, chances = map(torch.tensor, forward(cache, slots, new, BLOCK))
         logits = plain(reference, plain_cache, slots, new)
         lost = logits.max(-1).values - logits.gather(-1, drafted[..., None])[..., 0]
         assert lost.max() <= tolerance
+        own = logits.softmax(-1).gather(-1, drafted[..., None])[..., 0]
+        assert (chances - own).abs().max() <= tolerance
         equal, total = equal + int((lost == 0).sum()), total + lost.numel()
         shorter = int(cache.length(slots[0]) * 0.7)
         cache.truncate(slots[0], shorter)
@@ -69,7 +73,7 @@ def test_with_a_sequential_head_each_token_follows_the_one_before(way: Way | Non
     differs = 0
     for slots in ([7], [2, 7, 9], [9, 2]):
         new = [rng.integers(4, 110, rng.integers(3, 20)).astype(np.int32) for _ in slots]
-        drafted = torch.tensor(forward(cache, slots, new, BLOCK))
+        drafted, chances = map(torch.tensor, forward(cache, slots, new, BLOCK))
         ids = torch.zeros(len(new), max(map(len, new)), dtype=torch.int64)
         for row, tokens in zip(ids, new, strict=True):
             row[: len(tokens)] = torch.from_numpy(tokens)
@@ -80,8 +84,63 @@ def test_with_a_sequential_head_each_token_follows_the_one_before(way: Way | Non
             logits, uncorrected = (reference.logits(states)[..., DRAFTABLE] for states in (corrected, hidden))
         chosen = torch.from_numpy(np.searchsorted(DRAFTABLE, drafted.numpy()))
         assert (logits.max(-1).values - logits.gather(-1, chosen[..., None])[..., 0]).max() <= tolerance
+        own = logits.softmax(-1).gather(-1, chosen[..., None])[..., 0]
+        assert (chances - own).abs().max() <= tolerance
         differs += int((uncorrected.argmax(-1) != chosen).sum())
     assert differs > 3
+
+
+@pytest.mark.parametrize("order", ["confidence", "left_to_right"])
+@pytest.mark.parametrize("head", [False, True])
+def test_more_denoising_steps_fix_tokens_and_choose_the_others_again(
+    order: Literal["confidence", "left_to_right"], head: bool
+) -> None:
+    """Against the plain model over the whole context, block after block, with what was fixed in its place."""
+    model = tiny_model(init_std=0.3)
+    if head:
+        with_sequential_head(model)
+    forward = DraftForward(model, DRAFTABLE, "float32", 256, denoising=Denoising(3, order))
+    cache, rng = forward.cache(60), np.random.default_rng(0)
+    changed = 0
+    for _ in range(4):
+        cache.release(1)
+        context = rng.integers(4, 110, 30)
+        # A part is cached beforehand: further steps must not forget it.
+        forward(cache, [1], [context[:11]], BLOCK)
+        (drafted,), (chances,) = forward(cache, [1], [context[11:]], BLOCK)
+        assert cache.length(1) == len(context)
+        ids, sure = np.full(BLOCK, MASK), np.zeros(BLOCK)
+        fixed = np.zeros(BLOCK, bool)
+        for count in (1, 2, 4):
+            again, probability = whole(model, context, np.where(fixed, ids, MASK), ids, fixed)
+            changed += int(count > 1 and (again != ids)[~fixed].any())
+            ids, sure = np.where(fixed, ids, again), np.where(fixed, sure, probability)
+            places = np.arange(BLOCK) if order == "left_to_right" else np.argsort(-np.where(fixed, 2, sure))
+            fixed[places[:count]] = True
+        assert drafted == ids.tolist()
+        np.testing.assert_allclose(chances, sure, atol=1e-4)
+    assert changed, "a step that changes nothing tests nothing"
+
+
+def whole(
+    model: LladaForMaskedDiffusion, context: np.ndarray, block: np.ndarray, ids: np.ndarray, fixed: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The best token and its probability at every place of a partly masked block, without a cache."""
+    positions = torch.arange(len(context) + BLOCK)[None]
+    layout = AnchoredLayout(torch.zeros_like(positions), (positions >= len(context)).long(), positions)
+    row = torch.from_numpy(np.append(context, block))[None]
+    chosen, probabilities = [], []
+    with torch.no_grad():
+        hidden = model.hidden_states(row, layout=layout, position_ids=positions)[:, len(context) :]
+        for depth in range(BLOCK):
+            state = hidden[:, depth : depth + 1]
+            if model.sequential_head is not None and depth:
+                before = ids[depth - 1] if fixed[depth - 1] else chosen[-1]
+                state = model.sequential_head(state, model.get_input_embeddings()(torch.tensor([[before]])))
+            best = model.logits(state)[0, 0, DRAFTABLE].softmax(-1).max(-1)
+            chosen.append(int(DRAFTABLE[int(best.indices)]))
+            probabilities.append(float(best.values))
+    return np.array(chosen), np.array(probabilities)
 
 
 def test_fused_weights_are_the_models_own() -> None:

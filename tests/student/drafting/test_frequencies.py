@@ -60,7 +60,7 @@ def test_a_drafter_of_frequent_tokens(tmp_path: Path) -> None:
         student_ids = few.bridge.translate(context).student_ids
         for drafter in (few, all_):
             cache = drafter.forward.cache(30)
-            drafted = drafter.forward(cache, [0], [student_ids], 4)[0]
+            ((drafted,), _) = drafter.forward(cache, [0], [student_ids], 4)
             assert set(drafted) <= set(drafter.forward._draftable_S.tolist())
     (student / FILE).write_bytes(b"torn")
     with pytest.raises(CheckpointError, match="cannot be read"):

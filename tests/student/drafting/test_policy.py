@@ -21,13 +21,17 @@ class Engine:
     there are not whole drafts for all; and drafters.
 
     Attributes:
-        right: chance that a token of LLaDA is right, by request. draft: (a call, a row, a token that is read) seconds.
+        right: chance that a token of LLaDA is right. spread: each is likelier or less likely by this than `right`, and
+            LLaDA's confidence says which, or not, as `tells` has it. draft: seconds of (a call, a row, a token that is
+            read).
         found: chance that the lookup finds something. found_right: that a token of it is right.
         answer: tokens of each response. noise: relative deviation of every time.
     """
 
     rows: int = 8
     right: float = 0.5
+    spread: float = 0.0
+    tells: bool = True
     fixed: float = 0.05
     token: float = 0.001
     graph: float = 0.0
@@ -52,6 +56,7 @@ class Engine:
         read, new = np.zeros(self.rows, int), [1] * self.rows
         given = np.zeros(self.rows, int)
         maker = np.zeros(self.rows, int)
+        chances = np.zeros((self.rows, K))
         found = np.full((self.rows, K), -1)
         for _ in range(steps):
             drafted = int(given.sum())
@@ -59,8 +64,8 @@ class Engine:
             step += self.piecewise * (drafted < self.rows * K)
             step *= 1 + self.noise * rng.standard_normal() if self.noise else 1
             for row in range(self.rows):
-                chance = self.right if maker[row] == LLADA else self.found_right
-                accepted = next((k for k in range(given[row]) if rng.random() >= chance), int(given[row]))
+                chance = chances[row] if maker[row] == LLADA else np.full(K, self.found_right)
+                accepted = next((k for k in range(given[row]) if rng.random() >= chance[k]), int(given[row]))
                 new[row] = accepted + 1
                 start = lengths[row]
                 if maker[row] == LOOKUP or found[row, 0] >= 0:  # what comes next agrees with what was found, or not
@@ -81,7 +86,11 @@ class Engine:
                 plan = policy.plan(int((~ended).sum()), ~ended, found)
                 self.plans.append(plan)
                 self.whole.append(bool(((plan.tokens_R > 0) & (plan.maker_R == LLADA) | ended).all()))
-                given, maker = plan.tokens_R.copy(), plan.maker_R
+                maker = plan.maker_R
+                drafted_for = (maker == LLADA) & (plan.tokens_R > 0)
+                chances = np.clip(self.right + self.spread * rng.choice([-1, 1], (self.rows, K)), 0, 1)
+                confidence = np.maximum(np.where(self.tells, chances, self.right), 1e-9) * drafted_for[:, None]
+                given = policy.worth_verifying(plan, confidence)
                 rows = plan.llada_rows
                 cost = 0.0
                 if len(rows):
@@ -89,7 +98,7 @@ class Engine:
                     cost = a_call + a_row * len(rows) + a_token * (lengths[rows] - read[rows]).sum()
                     read[rows] = lengths[rows]
                 seconds += cost
-                policy.drafted(plan, given, rows, cost)
+                policy.drafted(plan, given, rows, cost, confidence)
             for row in np.flatnonzero(ended):  # another request in its place
                 tokens[row] = rng.integers(0, 50, LENGTH)
                 lengths[row], read[row], given[row], found[row] = self.prompt, 0, 0, -1
@@ -136,6 +145,19 @@ def test_it_is_as_good_as_the_better_of_always_and_never(right: float, rows: int
     speed = always.run(Policy(64, K, enabled=False), 600) / Engine(**shape).run(None, 600)  # type: ignore[arg-type]
     found, _ = ratio(**shape)
     assert found > max(0.94 * speed, 0.97)
+
+
+def test_only_tokens_that_are_likely_right_are_verified_where_verifying_costs() -> None:
+    """Eight requests, every token of which takes a twentieth of the step: the student's confidence says which pay."""
+    shape: dict[str, Any] = {"right": 0.5, "spread": 0.4, "fixed": 0.04, "token": 0.003, "draft": (0.005, 0.0005, 0.0)}
+    knowing, _ = ratio(1200, **shape)
+    guessing, _ = ratio(1200, **shape, tells=False)
+    assert knowing > 1.05 * guessing
+    assert knowing > 1.05
+    # Where verifying is free all is verified, whatever the confidence.
+    policy, free = Policy(64, K), Engine(spread=0.4, rows=1, token=0.0)
+    free.run(policy, 400)
+    assert (policy.worth_verifying(free.plans[-1], np.full((1, K), 0.1)) == K).all()
 
 
 def test_a_lost_graph_is_part_of_a_drafts_cost() -> None:

@@ -379,7 +379,7 @@ class OracleForward:
             rest = [*self.side.encoder.encode(answer[len(said) :]).tolist(), end]
             drafts.append((rest + [end] * block)[:block])
         cache.commit(cache.begin(slots, [len(new) for new in new_ids], block, self.max_tokens))
-        return drafts
+        return drafts, [[1.0] * block for _ in drafts]
 
 
 def test_a_student_that_is_right_is_accepted(
@@ -401,7 +401,9 @@ def test_a_student_that_is_right_is_accepted(
     at = {name: prompt_length(ids, small_teacher) for name, ids in conversations.items()}
     drafts = proposed = accepted = 0
     while active := [name for name in stored if at[name] < len(stored[name])]:
-        for name, draft in zip(active, drafter.propose(active, [stored[n][: at[n]] for n in active]), strict=True):
+        made = drafter.propose(active, [stored[n][: at[n]] for n in active])
+        assert drafter.confidence == {name: [1.0] * len(draft) for name, draft in zip(active, made, strict=True)}
+        for name, draft in zip(active, made, strict=True):
             truth = stored[name][at[name] : at[name] + len(draft)].tolist()
             matches = next((i for i, (a, b) in enumerate(zip(draft, truth, strict=False)) if a != b), len(truth))
             drafts, proposed, accepted = drafts + 1, proposed + len(draft), accepted + matches

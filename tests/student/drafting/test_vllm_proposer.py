@@ -117,6 +117,7 @@ class FailingDrafter:
     def __init__(self, bad: int, room: int = 100) -> None:
         self.bad, self.room, self.calls, self.released = bad, room, 0, 0
         self.passed_over: dict[int, str] = {}
+        self.confidence: dict[int, list[float]] = {}
 
     def propose(self, rows: Any, contexts: Any) -> list[list[int]]:
         self.calls += 1

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 
 from shared.dataset.records import Record, Sampling
+from student.drafting.confidence import BINS, bins
 from student.evaluation.offline_acceptance import draft_along
 
 
@@ -31,6 +32,7 @@ class Oracle:
     def __init__(self, records: Sequence[Record], shift: int = 0, right: int = 99) -> None:
         self.responses = {r.sample_id: r.response_ids for r in records}
         self.shift, self.right, self.contexts = shift, right, []
+        self.confidence: dict[Hashable, list[float]] = {}
 
     def propose(self, request_ids: Sequence[str], contexts: Sequence[np.ndarray]) -> list[list[int]]:
         self.contexts += [context.tolist() for context in contexts]
@@ -85,3 +87,26 @@ def test_empty_drafts_count_for_tau_but_not_for_what_vllm_counts() -> None:
 def test_a_drafter_that_is_off_by_one_is_worth_nothing() -> None:
     records = [record("a1", list(range(1, 30)))]
     assert draft_along(Oracle(records, shift=1), records, draft_tokens=3, batch=1).mean_accepted == 0
+
+
+class Sure(Oracle):
+    """Sure of its first token, less of the second, and not of the third."""
+
+    def propose(self, request_ids: Sequence[str], contexts: Sequence[np.ndarray]) -> list[list[int]]:
+        drafts = super().propose(request_ids, contexts)
+        self.confidence = {name: [0.97, 0.55, 0.02][: len(d)] for name, d in zip(request_ids, drafts, strict=True)}
+        return drafts
+
+
+def test_acceptance_is_counted_by_confidence() -> None:
+    """Of each draft the tokens up to the first rejected one, which is among those verified."""
+    records = [record("a1", [1, 2, 3, 4, 5, 6, 7, 8, 9])]
+    high, middle, low = bins(np.array([0.97, 0.55, 0.02]))
+    counts = draft_along(Sure(records, right=1), records, draft_tokens=3, batch=1).by_confidence
+    assert counts.shape == (2, BINS)
+    assert counts[:, high].tolist() == [4, 4], "after 1, 3, 5 and 7 tokens"
+    assert counts[:, middle].tolist() == [4, 0]
+    assert not counts[:, low].any(), "what stands behind a rejected token is not verified"
+    result = draft_along(Sure(records), records, draft_tokens=3, batch=1)
+    shares = {entry["from"]: entry["accepted"] for entry in result.chances() if entry["tokens"]}
+    assert shares == {0.95: 1.0, 0.5: 1.0, 0.0: 1.0}
