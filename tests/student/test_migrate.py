@@ -149,7 +149,7 @@ def test_logits_become_a_trained_and_tested_student(tmp_path: Path, smollm2: Pat
     assert losses(config)[-1] < 0.8 * losses(config)[0]
     load_student(config.student_final_dir)
     measured = json.loads((config.run_dir / "evaluate.json").read_text())
-    assert measured["after"]["tau"] >= measured["before"]["tau"]
+    assert measured["after"]["drafts"] == measured["before"]["drafts"] > 50
     # Eight candidates leave too much unknown for a flatter distribution.
     with pytest.raises(ConfigError, match=r"train\.temperature"):
         check(load_config(config.run_dir / "config.yaml", ["train.temperature=2"]), 1)
@@ -163,7 +163,7 @@ def test_conversations_become_a_trained_and_tested_student(tmp_path: Path) -> No
     toy = [
         f"runs={tmp_path / 'runs'}", f"teacher.model={teacher_tokenizer(tmp_path / 'tokenizer')}",
         "student.checkpoint=null", "student.layers=null", f"student.shape={shape}", "train.world_size=1",
-        "student.tokenizer.vocab_size=400", "train.epochs=8", "train.max_sequence_tokens=128", "train.dtype=float32",
+        "student.tokenizer.vocab_size=400", "train.epochs=5", "train.max_sequence_tokens=128", "train.dtype=float32",
     ]  # fmt: skip
     run = migrated(script, "--run", *(word for override in toy for word in ("--set", override)))
     assert run.returncode == 0, run.stderr
