@@ -251,6 +251,26 @@ def serve(
 
 
 @app.command()
+def migrate(
+    script: Annotated[Path, typer.Argument(metavar="SCRIPT", help="The older pipeline's run_fine_tuning.sh.")],
+    further: Annotated[
+        list[str] | None, typer.Argument(metavar="[-- ARGS]", help="For `shards import-json`, e.g. --temperature 0.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="To change; llama-3.3-70b.yaml, without logits sft.yaml.")
+    ] = None,
+    overrides: SetOption = None,
+    start: Annotated[bool, typer.Option("--run", help="Run the commands; else they are printed.")] = False,
+    log_level: LogLevelOption = "info",
+) -> None:
+    """A config and the commands for the older pipeline's script: import, init, prepare, train, evaluate."""
+    configure_logging(log_level)
+    from student.migrate import migrate as migrate_script
+
+    raise typer.Exit(migrate_script(script, config, overrides or (), further or (), start=start))
+
+
+@app.command()
 def report(config: ConfigArgument, overrides: SetOption = None, log_level: LogLevelOption = "info") -> None:
     """Gather what the stages measured into report.json, index.html and a short summary."""
     configure_logging(log_level)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
 import yaml
 
-from shared.config import DecodingConfig, PipelineConfig, Section, TrainConfig, dump_config, load_config
+from shared.config import DecodingConfig, PipelineConfig, Section, dump_config, load_config
 from shared.config.reference import reference, section_of
 from shared.errors import ConfigError
 
@@ -96,18 +95,3 @@ def test_the_reference_names_every_key_with_its_meaning_and_is_itself_a_config()
         return own + [text for section in sections for text in (section.__doc__, *meanings(section))]
 
     assert all(meanings(PipelineConfig))
-
-
-def test_the_migration_table_names_settings_that_are_there() -> None:
-    text = (CONFIGS.parent / "shared" / "commands" / "README.md").read_text(encoding="utf-8")
-    table = text[text.index("## Coming from") :]
-    for old in (
-        "USE_LOGITS", "INPUT_FILE", "PROCESSED_FILE", "LOGITS_FILE", "PROCESSED_LOGITS_FILE", "LOSS_TYPE",
-        "TEMPERATURE", "ALPHA", "BETA", "--log_level", "sft_output/final", "training_log.log",
-    ):  # fmt: skip
-        assert f"`{old}`" in table
-    keys = re.findall(r"`train\.(\w+)", table)
-    assert set(keys) >= {"loss", "alpha", "beta", "temperature"}
-    assert set(keys) <= set(TrainConfig.model_fields)
-    for config in re.findall(r"CONFIG=(configs/\S+)", table):
-        load_config(CONFIGS.parent / config)
