@@ -154,7 +154,7 @@ def merge(
 
 @app.command()
 def push(
-    directory: DirArgument,
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="A dataset's directory on this machine.")],
     repository: RepositoryArgument,
     license: LicenseOption = None,
     private: PrivateOption = True,
