@@ -2,8 +2,8 @@
 
 `application` builds a Typer app; `run` is the one boundary where a `UserError` becomes a single message on
 stderr and exit code 2. `ConfigArgument`, `SetOption` and `LogLevelOption` are the parameters that all
-commands share; `progress` is the one progress bar, silent where stderr is not a terminal and CI reads it.
-`titled_table` and `bytes_text` are how plans are printed.
+commands share, `RepositoryArgument` and the options after it those of both `push`; `progress` is the one progress
+bar, silent where stderr is not a terminal and CI reads it. `titled_table` and `bytes_text` are how plans are printed.
 """
 
 from __future__ import annotations
@@ -42,6 +42,17 @@ SetOption = Annotated[
     typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override one setting; the value is YAML. May be repeated."),
 ]
 LogLevelOption = Annotated[str, typer.Option("--log-level", help="debug, info, warning or error.")]
+
+RepositoryArgument = Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the Hugging Face Hub.")]
+LicenseOption = Annotated[
+    str | None,
+    typer.Option("--license", help="For the card, such as apache-2.0; by default it is unknown."),
+]
+PrivateOption = Annotated[bool, typer.Option("--private/--public", help="Who sees a new repository.")]
+RevisionOption = Annotated[
+    str | None, typer.Option("--revision", metavar="BRANCH", help="Made where it is not there; the default is main.")
+]
+MessageOption = Annotated[str | None, typer.Option("--message", help="Of the commits.")]
 
 
 def _print_version(asked: bool) -> None:
@@ -94,7 +105,7 @@ def configure_logging(level: str) -> None:
     # One progress bar a step is ours; libraries draw theirs through tqdm.
     os.environ.setdefault("TQDM_DISABLE", "1")
     # Libraries that narrate at INFO what their users do not act on.
-    for chatty in ("httpx", "urllib3", "matplotlib", "fsspec"):
+    for chatty in ("httpx", "httpx2", "urllib3", "matplotlib", "fsspec"):
         logging.getLogger(chatty).setLevel(max(number, logging.WARNING))
     # transformers imports DeepSpeed where both are installed, which warns on every start that it found no GPU.
     logging.getLogger("DeepSpeed").addFilter(_is_of_use)

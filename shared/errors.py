@@ -37,6 +37,10 @@ class ServiceError(UserError):
     """A server of the teacher cannot be reached, or is not one whose answers can be collected."""
 
 
+class HubError(UserError):
+    """The Hugging Face Hub cannot be reached, refuses a request, or has no such name."""
+
+
 class AlignmentError(UserError):
     """Stored distributions do not belong to the text that they are stored with."""
 

@@ -13,7 +13,12 @@ from rich.console import Console
 from shared.config import load_config
 from shared.console import (
     ConfigArgument,
+    LicenseOption,
     LogLevelOption,
+    MessageOption,
+    PrivateOption,
+    RepositoryArgument,
+    RevisionOption,
     SetOption,
     VersionOption,
     application,
@@ -60,6 +65,27 @@ def export(
     from student.model.export import export_student
 
     export_student(run_dir, to, dtype, shard_size, checkpoint)
+
+
+@app.command()
+def push(
+    run_dir: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A run, which is exported first, or what `student export` wrote.")
+    ],
+    repository: RepositoryArgument,
+    license: LicenseOption = None,
+    private: PrivateOption = True,
+    revision: RevisionOption = None,
+    message: MessageOption = None,
+    log_level: LogLevelOption = "info",
+) -> None:
+    """Publish the trained student on the Hugging Face Hub, with a card of what it is and how it is served."""
+    configure_logging(log_level)
+    from shared.hub import Repository
+    from student.model.push import push_student
+
+    to = Repository(repository, "model", message or "Upload the student", private, revision)
+    stdout.print(f"pushed to {push_student(run_dir, to, license)}")
 
 
 @app.command()

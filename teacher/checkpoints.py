@@ -17,7 +17,6 @@ import importlib.util
 import json
 import logging
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -27,6 +26,7 @@ from typing import Any
 
 from shared.config import TeacherConfig
 from shared.errors import CheckpointError
+from shared.hub import is_hub_name
 
 log = logging.getLogger(__name__)
 
@@ -261,10 +261,7 @@ def _fetch_snapshot(name: str, revision: str | None) -> Path:
 
 def _is_hub_name(name: str) -> bool:
     """`owner/model` where no folder `owner` is here, which would make it a path."""
-    owner, separator, model = name.partition("/")
-    return (
-        bool(separator) and re.fullmatch(r"[\w-]+", owner) is not None and "/" not in model and not Path(owner).exists()
-    )
+    return is_hub_name(name) and not Path(name.partition("/")[0]).exists()
 
 
 def _restore_pre_tokenizer(tokenizer: Any, source: Path) -> None:

@@ -1,4 +1,4 @@
-"""`shards …`: check, describe, show, import, export and merge datasets. This file only wires."""
+"""`shards …`: check, describe, show, import, export, merge and publish datasets. This file only wires."""
 
 from __future__ import annotations
 
@@ -8,7 +8,18 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from shared.console import LogLevelOption, application, configure_logging, run, stdout
+from shared.console import (
+    LicenseOption,
+    LogLevelOption,
+    MessageOption,
+    PrivateOption,
+    RepositoryArgument,
+    RevisionOption,
+    application,
+    configure_logging,
+    run,
+    stdout,
+)
 
 app = application("Datasets of a teacher's distributions: check them, look into them, import and export them.")
 
@@ -139,6 +150,25 @@ def merge(
 
     manifest = merge_datasets(directories[:-1], directories[-1])
     stdout.print(f"merged {len(directories) - 1} datasets: {manifest.rows:,} responses, {manifest.tokens:,} tokens")
+
+
+@app.command()
+def push(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="A dataset's directory on this machine.")],
+    repository: RepositoryArgument,
+    license: LicenseOption = None,
+    private: PrivateOption = True,
+    revision: RevisionOption = None,
+    message: MessageOption = None,
+    log_level: LogLevelOption = "info",
+) -> None:
+    """Validate a dataset and publish it on the Hugging Face Hub, where `datasets.load_dataset(REPO)` finds it."""
+    configure_logging(log_level)
+    from shared.commands.push import push as push_dataset
+    from shared.hub import Repository
+
+    to = Repository(repository, "dataset", message or "Upload the dataset", private, revision)
+    stdout.print(f"pushed to {push_dataset(directory, to, license)}")
 
 
 def main() -> None:

@@ -18,18 +18,26 @@ import yaml
 
 from shared.dataset.manifest import DATA, Manifest, Provenance, UnitEntry
 from shared.dataset.schema import COLUMNS
+from shared.hub import CARD, UNKNOWN_LICENSE, public_name
 
-CARD = "README.md"
+__all__ = ["CARD", "dataset_card"]
+
 MIXED = "mixed"
 SPLITS = ("train", "held_out", MIXED)
 
 
-def dataset_card(manifest: Manifest, provenance: Provenance) -> str:
-    """The card's text: YAML for `datasets` and the Hub, then Markdown."""
+def dataset_card(
+    manifest: Manifest, provenance: Provenance, repository: str | None = None, license: str | None = None
+) -> str:
+    """The card's text: YAML for `datasets` and the Hub, then Markdown.
+
+    Args:
+        repository: the dataset's name on the Hub, if it has one. license: if it is known.
+    """
     files = _files_by_split(manifest.units)
     splits = [split for split in SPLITS if split in files]
     data_files = [{"split": split, "path": _patterns(split, files)} for split in splits]
-    front: dict[str, Any] = {"license": "unknown"}
+    front: dict[str, Any] = {"license": license or UNKNOWN_LICENSE}
     if data_files:
         front["configs"] = [{"config_name": "default", "data_files": data_files}]
     counts = "\n".join(f"| {key.replace('/', ' | ')} | {count:,} |" for key, count in manifest.counts.items())
@@ -38,23 +46,24 @@ def dataset_card(manifest: Manifest, provenance: Provenance) -> str:
         "\nSome files hold records of both splits: `datasets` shows these as the split `mixed`, and the column `split` "
         "tells them apart.\n"
     )
-    teacher = provenance.teacher + (f" (revision {provenance.revision})" if provenance.revision else "")
+    teacher = public_name(provenance.teacher)
+    where = "this directory, or its name on the Hub; " if repository is None else ""
     return f"""---
 {yaml.safe_dump(front, sort_keys=False)}---
 
-# Top-k distributions of {provenance.teacher}
+# Top-k distributions of {teacher}
 
 A teacher's responses, and for every token of a response the teacher's most probable candidates with their logprobs
 and the probability of everything else. Made for distillation.
 
 | | |
 |---|---|
-| teacher | {teacher} |
+| teacher | {teacher}{f" (revision {provenance.revision})" if provenance.revision else ""} |
 | made by | {provenance.engine} {provenance.engine_version or ""} |
 | candidates per token (k) | {_kept(provenance)} |
 | responses | {manifest.rows:,} |
 | response tokens | {manifest.tokens:,} |
-| license | unknown: the terms of the teacher and of the prompts apply |
+| license | {license or "unknown: the terms of the teacher and of the prompts apply"} |
 
 | split | decoding rule | responses |
 |---|---|---|
@@ -65,7 +74,7 @@ and the probability of everything else. Made for distillation.
 ```python
 from datasets import load_dataset
 
-dataset = load_dataset("PATH")  # this directory, or its name on the Hub; splits: {", ".join(splits) or "none"}
+dataset = load_dataset("{repository or "PATH"}")  # {where}splits: {", ".join(splits) or "none"}
 ```
 
 Any reader of Parquet opens `data/*.parquet`. `manifest.json` has the checksum of every file, `vocabulary.parquet` the

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shared.errors import CheckpointError, ConfigError
+from shared.hub import is_hub_name
 from student.model.export import check_state, read_config, read_config_tree, tensor_shapes
 
 if TYPE_CHECKING:
@@ -103,8 +104,11 @@ def resolve(name: str, revision: str | None = None) -> Path:
     """
     if Path(name).is_dir():
         return Path(name)
-    if name.count("/") != 1 or name.startswith((".", "/")):
-        raise CheckpointError(f"there is no checkpoint directory {name}; check student.checkpoint, or make it first")
+    if not is_hub_name(name):
+        raise CheckpointError(
+            f"there is no checkpoint directory {name}, and no repository of the hub is called so; check "
+            "student.checkpoint, or make it first"
+        )
     from huggingface_hub import snapshot_download
 
     patterns = ["*.safetensors", "*.json", "*.jinja", "*.model"]

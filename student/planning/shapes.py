@@ -6,6 +6,7 @@ from pathlib import Path
 
 from shared.config import PipelineConfig
 from shared.errors import ConfigError
+from shared.hub import is_hub_name
 from student.model.configuration_llada import LladaConfig
 from student.model.export import read_config
 from student.model.initialize import random_shape
@@ -57,5 +58,5 @@ def _directory(name: str, revision: str | None) -> Path | None:
         return Path(name)
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(name, "config.json", revision=revision) if name.count("/") == 1 else None
+    found = try_to_load_from_cache(name, "config.json", revision=revision) if is_hub_name(name) else None
     return Path(found).parent if isinstance(found, str) else None

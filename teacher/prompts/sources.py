@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from shared.config import CollectConfig, SourceConfig
 from shared.dataset.records import Message
 from shared.dataset.split import stable_hash
 from shared.errors import MissingExtraError, PromptError
+from shared.hub import is_hub_name
 from shared.json_input import read_lines, read_values
 from teacher.prompts.prompt import Prompt
 
@@ -183,7 +183,8 @@ def _format_of(name: str) -> str:
         return "parquet"
     if path.suffixes[-2:] == [".txt", ".gz"] or path.suffix == ".txt":
         return "text"
-    if path.is_dir() or (not path.exists() and re.fullmatch(r"[\w-]+/[\w.-]+", name) and not path.parent.exists()):
+    is_elsewhere = not path.exists() and not path.parent.exists() and path.suffix not in (".json", ".jsonl", ".gz")
+    if path.is_dir() or (is_elsewhere and is_hub_name(name)):
         return "dataset"
     return "json"
 

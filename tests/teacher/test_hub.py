@@ -15,13 +15,13 @@ import pytest
 
 from shared.config import PipelineConfig, TeacherConfig
 from shared.dataset.reader import DatasetWriter
-from shared.errors import CheckpointError, DatasetError
+from shared.errors import CheckpointError, DatasetError, PromptError
 from shared.tokenizer.vocabulary import Vocabulary
 from teacher import checkpoints
 from teacher.checkpoints import ensure_checkpoint, fingerprint, hub_commit, load_tokenizer, vocabulary_size
 from teacher.collect import prepare, provenance_of
 from teacher.engine.in_process import capturing_arguments
-from teacher.prompts import load_renderer
+from teacher.prompts import load_prompts, load_renderer
 
 Maker = Callable[..., PipelineConfig]
 NAME = "someone/tiny"
@@ -156,3 +156,22 @@ def test_what_the_hub_refuses_says_what_to_do(
         monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", url)
         with pytest.raises(CheckpointError, match=message):
             ensure_checkpoint(TeacherConfig(model=NAME, revision="main"))
+
+
+@pytest.mark.parametrize(
+    "name", ["someone/..", "some..one/x", "someone/a..b", "../tiny", "a/../tiny", "~/tiny", "tiny"]
+)
+def test_what_is_neither_a_path_here_nor_a_name_asks_nobody(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")
+    with pytest.raises(CheckpointError) as caught:
+        ensure_checkpoint(TeacherConfig(model=name))
+    assert f"teacher.model {name} does not exist; point it at a checkpoint directory" in str(caught.value)
+    with pytest.raises(PromptError) as refused:
+        load_prompts(Path(name))
+    assert str(refused.value).startswith(f"cannot read {name}: ")
+
+
+def test_a_file_of_prompts_in_a_folder_that_is_not_there_is_no_dataset_s_name() -> None:
+    with pytest.raises(PromptError, match=r"cannot read data/prompts\.jsonl: No such file or directory"):
+        load_prompts(Path("data/prompts.jsonl"))
