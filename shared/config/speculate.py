@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from shared.config.section import Section
 
@@ -24,6 +24,11 @@ class SpeculateConfig(Section):
     )
     policy: bool = Field(True, description="Draft only where it is expected to pay; false drafts in every step.")
     lookup: bool = Field(True, description="Also propose what followed the same tokens before in the context.")
+    memory_gib: PositiveFloat | None = Field(
+        None,
+        description="Of the contexts that the drafter keeps, on each GPU; null is room for 16 of the longest, or a tenth "
+        "of what is free. A request that finds no room gets no draft.",
+    )
     max_context_tokens: PositiveInt | None = Field(
         None, description="Longest context that is drafted for, in student tokens; null is the student's limit."
     )

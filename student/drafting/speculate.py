@@ -151,7 +151,7 @@ def drafter_arguments(config: PipelineConfig, student: str, dataset: Dataset | N
         dataset: whose copy of the teacher's tokenizer is taken; null takes the one that vLLM serves with.
     """
     options: dict[str, Any] = {"student": student, "block_length": config.train.block_length}
-    options |= {key: getattr(config.speculate, key) for key in ("max_context_tokens", "policy", "lookup")}
+    options |= {key: getattr(config.speculate, key) for key in ("memory_gib", "max_context_tokens", "policy", "lookup")}
     options |= {"acceptance_by_confidence": measured_chances(config)}
     if dataset is not None:
         options |= {"teacher_tokenizer": str(dataset.tokenizer_dir), "teacher_roles": dataset.vocabulary.roles}
