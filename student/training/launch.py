@@ -2,8 +2,8 @@
 
 `student train` run by hand starts its own ranks with `torchrun` on this node. Started as one of several ranks, by
 `torchrun`, by `deepspeed` (which set RANK) or by `srun`, it joins them. Run by hand on each of several nodes, with
-torchrun's own variables set (PET_NNODES, PET_NODE_RANK, PET_MASTER_ADDR), the nodes' ranks are one job; its exit code is
-then the ranks' own, which `torchrun` would replace by 1.
+torchrun's own variables (PET_NNODES, PET_NODE_RANK, PET_MASTER_ADDR), it is one job of all their ranks, and ends with
+the exit code of theirs, where `torchrun` itself would end with 1.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def nodes_by_hand() -> int:
     """
     value = os.environ.get("PET_NNODES", "1")
     if not value.isdecimal() or int(value) == 0:
-        raise ConfigError(f"PET_NNODES is {value!r}, expected the number of nodes that run this command: a whole number")
+        raise ConfigError(f"PET_NNODES is {value!r}: expected how many nodes run this command, as a whole number")
     return int(value)
 
 
