@@ -12,7 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("teacher", "student", "shared")
-DOCUMENTS = [ROOT / "README.md", *sorted(path for top in (*PACKAGES, "tests") for path in (ROOT / top).rglob("*.md"))]
+FOLDERS = (*PACKAGES, "configs", "tests")
+DOCUMENTS = [ROOT / "README.md", *sorted(path for top in FOLDERS for path in (ROOT / top).rglob("*.md"))]
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for package in PACKAGES

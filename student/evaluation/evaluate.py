@@ -57,8 +57,10 @@ def evaluate(config: PipelineConfig) -> dict[str, Any]:
         CheckpointError: if either student is missing.
         StaleError: if dataset, start, prepared targets and trained student do not belong together.
     """
-    ranks = 1 if launch.is_rank() else launch.ranks_here(config.train)
-    if ranks > 1:
+    if launch.is_rank():
+        return evaluate_rank(config)
+    ranks = launch.ranks_here(config.train)
+    if ranks * launch.nodes_by_hand() > 1:
         work = outstanding(config)  # here, so that a mistake ends without starting ranks
         if work.students:
             launch.run_ranks(ranks, config.train, sys.argv[1:])

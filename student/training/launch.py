@@ -1,7 +1,9 @@
 """From one command to one process per rank.
 
 `student train` run by hand starts its own ranks with `torchrun` on this node. Started as one of several ranks, by
-`torchrun`, by `deepspeed` (which set RANK) or by `srun`, it joins them.
+`torchrun`, by `deepspeed` (which set RANK) or by `srun`, it joins them. Run by hand on each of several nodes, with
+torchrun's own variables (PET_NNODES, PET_NODE_RANK, PET_MASTER_ADDR), it is one job of all their ranks, and ends with
+the exit code of theirs, where `torchrun` itself would end with 1.
 """
 
 from __future__ import annotations
@@ -64,6 +66,18 @@ def ranks_here(train: TrainConfig) -> int:
     return train.world_size or max(torch.cuda.device_count(), 1)
 
 
+def nodes_by_hand() -> int:
+    """Nodes that each run this command by hand for one job: PET_NNODES, from which torchrun reads `--nnodes`.
+
+    Raises:
+        ConfigError: if it is no whole number.
+    """
+    value = os.environ.get("PET_NNODES", "1")
+    if not value.isdecimal() or int(value) == 0:
+        raise ConfigError(f"PET_NNODES is {value!r}: expected how many nodes run this command, as a whole number")
+    return int(value)
+
+
 def ranks_of_node(world_size: int) -> int:
     """Ranks on this node of a rank's: as torchrun, DeepSpeed or Slurm say, else all."""
     tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "").partition("(")[0].partition(",")[0]
@@ -72,6 +86,8 @@ def ranks_of_node(world_size: int) -> int:
 
 def run_ranks(count: int, train: TrainConfig, arguments: list[str]) -> NoReturn:
     """Run `count` ranks of this same command under `torchrun` in this process, and end with the code of theirs.
+
+    They are all there are, or this node's; the nodes then meet as torchrun's environment variables say.
 
     Cores are shared out between the ranks, because each rank's thread pool would otherwise claim them all.
     """
@@ -83,8 +99,10 @@ def run_ranks(count: int, train: TrainConfig, arguments: list[str]) -> NoReturn:
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     os.environ[CHECKED] = "1"
     signals = ",".join(["SIGINT", "SIGHUP", "SIGQUIT", *(number.name for number in SIGNALS)])
-    options = ["--standalone", f"--nproc-per-node={count}", f"--signals-to-handle={signals}"]
+    options = [f"--nproc-per-node={count}", f"--signals-to-handle={signals}"]
     options.append(f"--shutdown-timeout={train.grace_seconds}")
+    if nodes_by_hand() == 1:
+        options.append("--standalone")
     try:
         torchrun.run(torchrun.parse_args([*options, "-m", "student.cli", *arguments]))
     except SignalException as stopped:

@@ -70,14 +70,15 @@ def train(config: PipelineConfig, *, fresh: bool = False) -> None:
     if launch.is_rank():
         train_rank(config, fresh=fresh)
         return
-    world_size = launch.ranks_here(config.train)
+    count = launch.ranks_here(config.train)
+    world_size = count * launch.nodes_by_hand()
     if world_size == 1:
         train_rank(config, fresh=fresh)
     # Decided here too, so that a mistake ends without starting ranks.
     elif decide(config, check(config, world_size), fresh=fresh).finished:
         logger.info(ALREADY_TRAINED, config.student_final_dir)
     else:
-        launch.run_ranks(world_size, config.train, [argument for argument in sys.argv[1:] if argument != "--fresh"])
+        launch.run_ranks(count, config.train, [argument for argument in sys.argv[1:] if argument != "--fresh"])
 
 
 def decide(config: PipelineConfig, loader: TrainingDataLoader, *, fresh: bool = False) -> Decision:

@@ -47,6 +47,17 @@ def test_a_task_of_srun_is_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [os.environ[name] for name in names] == ["5", "8", "0", "gpu-1", "24567"]  # no GPU here: device 0
 
 
+def test_nodes_that_run_the_command_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PET_NNODES", raising=False)
+    assert launch.nodes_by_hand() == 1
+    monkeypatch.setenv("PET_NNODES", "2")
+    assert launch.nodes_by_hand() == 2
+    for value in ("1:4", "0", ""):
+        monkeypatch.setenv("PET_NNODES", value)
+        with pytest.raises(ConfigError, match=f"PET_NNODES is '{value}': expected how many nodes"):
+            launch.nodes_by_hand()
+
+
 def test_ranks_of_this_node(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_STEP_TASKS_PER_NODE"):
         monkeypatch.delenv(name, raising=False)

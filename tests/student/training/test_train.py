@@ -411,6 +411,24 @@ def test_a_signal_saves_and_ends_with_the_code_for_requeue(run: Path, name: str)
     assert metrics(run) == whole
 
 
+def test_a_signal_to_one_of_two_nodes_saves_and_ends_both_with_that_code(run: Path) -> None:
+    """`student train` by hand on each: torchrun itself would end with 1 on both."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"PET_NNODES": "2", "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": str(free.getsockname()[1])}
+    options = ["--set", "train.steps=5000"]
+    nodes = [launched(run, sys.executable, "-m", options=options, **meeting, PET_NODE_RANK=str(n)) for n in range(2)]
+    journal, deadline = load_config(run).run_dir / "metrics.jsonl", time.monotonic() + 300
+    while not journal.exists() or journal.read_text().count("\n") < 2:
+        assert [node.poll() for node in nodes] == [None, None]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    nodes[1].send_signal(signal.SIGTERM)
+    said = [node.communicate(timeout=300)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [REQUEUE_EXIT_CODE] * 2, said
+    assert "a signal to another rank: saved after step" in " ".join(said[0].split())
+
+
 def test_a_rank_that_hangs_ends_the_job_with_a_stack(run: Path) -> None:
     overrides = ("train.world_size=2", "train.steps=5000", "train.hang_minutes=0.1", "train.grace_seconds=1")
     with subprocess.Popen(
