@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveInt
 
 from shared.config.section import Section
 
@@ -24,13 +24,13 @@ class SpeculateConfig(Section):
     )
     policy: bool = Field(True, description="Draft only where it is expected to pay; false drafts in every step.")
     lookup: bool = Field(True, description="Also propose what followed the same tokens before in the context.")
-    memory_gib: PositiveFloat | None = Field(
-        None,
-        description="Of the contexts that the drafter keeps, on each GPU; null is room for 16 of the longest, or a tenth "
-        "of what is free. A request that finds no room gets no draft.",
-    )
     max_context_tokens: PositiveInt | None = Field(
         None, description="Longest context that is drafted for, in student tokens; null is the student's limit."
+    )
+    drafter: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Further options of the drafter, by the names of student.drafting.vllm_proposer.DrafterOptions, "
+        "such as {memory_gib: 2, draft_vocabulary: 16384, denoising_steps: 2}.",
     )
     dtype: Literal["bfloat16", "float16", "float32"] | None = Field(
         None, description="Teacher's dtype; null takes teacher.dtype."

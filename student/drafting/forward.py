@@ -44,6 +44,9 @@ if TYPE_CHECKING:
 _TABLE_ROWS = 8192  # of the embedding at a time, whose norms are a copy of it
 
 
+Order = Literal["confidence", "left_to_right"]
+
+
 @dataclass(frozen=True)
 class Denoising:
     """How a block is filled.
@@ -55,7 +58,7 @@ class Denoising:
     """
 
     steps: int = 1
-    order: Literal["confidence", "left_to_right"] = "confidence"
+    order: Order = "confidence"
 
     def fixed(self, block_length: int) -> list[int]:
         """Tokens that are fixed before each step but the first."""

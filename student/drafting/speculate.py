@@ -29,7 +29,7 @@ from shared.tokenizer.vocabulary import Vocabulary
 from shared.vllm_settings import engine_arguments, engine_version, environment
 from student.drafting.decode import LATENCY, THROUGHPUT, Decoded, Difference, Job, Pass, Result, read_result
 from student.drafting.lookup import LONGEST, SHORTEST
-from student.drafting.vllm_proposer import OPTIONS_KEY
+from student.drafting.vllm_proposer import OPTIONS_KEY, DrafterOptions
 from student.lineage import IDENTITY, read_json, require_current_model, speculation_identity
 
 logger = logging.getLogger(__name__)
@@ -149,12 +149,17 @@ def drafter_arguments(config: PipelineConfig, student: str, dataset: Dataset | N
 
     Args:
         dataset: whose copy of the teacher's tokenizer is taken; null takes the one that vLLM serves with.
+
+    Raises:
+        ConfigError: if `speculate.drafter` has an unknown name or value.
     """
     options: dict[str, Any] = {"student": student, "block_length": config.train.block_length}
-    options |= {key: getattr(config.speculate, key) for key in ("memory_gib", "max_context_tokens", "policy", "lookup")}
+    options |= {key: getattr(config.speculate, key) for key in ("max_context_tokens", "policy", "lookup")}
     options |= {"acceptance_by_confidence": measured_chances(config)}
     if dataset is not None:
         options |= {"teacher_tokenizer": str(dataset.tokenizer_dir), "teacher_roles": dataset.vocabulary.roles}
+    options |= config.speculate.drafter
+    DrafterOptions.parse(options, "speculate.drafter")
     return {
         "speculative_config": {
             "method": "custom_class",

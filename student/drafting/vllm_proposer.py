@@ -28,7 +28,7 @@ import logging
 import time
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,7 @@ from numpy.typing import NDArray
 from shared.errors import CheckpointError, ConfigError
 from shared.tokenizer.vocabulary import Vocabulary
 from student.drafting.counters import Counters
+from student.drafting.forward import Denoising, Order
 from student.drafting.lookup import Lookup
 from student.drafting.policy import LLADA, MAKERS, Policy
 from student.drafting.products import Way
@@ -87,7 +88,7 @@ class DrafterOptions:
     lookup: bool = True
     acceptance_by_confidence: list[float | None] | None = None
     denoising_steps: int = 1
-    denoising_order: Literal["confidence", "left_to_right"] = "confidence"
+    denoising_order: Order = "confidence"
 
     @classmethod
     def of(cls, vllm_config: VllmConfig) -> DrafterOptions:
@@ -98,17 +99,24 @@ class DrafterOptions:
         """
         options = vllm_config.additional_config
         given = options.get(OPTIONS_KEY) if isinstance(options, dict) else None
+        return cls.parse(given, f"additional_config[{OPTIONS_KEY!r}]")
+
+    @classmethod
+    def parse(cls, given: Any, place: str) -> DrafterOptions:
+        """Of a mapping that stands at `place`.
+
+        Raises:
+            ConfigError: if it is none, lacks `student`, or has unknown keys or values.
+        """
         known = [field.name for field in fields(cls)]
         if not isinstance(given, dict) or "student" not in given or not set(given) <= set(known):
             raise ConfigError(
-                f"additional_config[{OPTIONS_KEY!r}] is {given!r}, expected a mapping with 'student', the trained "
-                f"student's directory, and at most the keys {known}"
+                f"{place} is {given!r}, expected a mapping with 'student', the trained student's directory, and at "
+                f"most the keys {known}"
             )
-        ways = get_args(Way)
-        if given.get("dtype") not in (None, *ways):
-            raise ConfigError(
-                f"additional_config[{OPTIONS_KEY!r}]['dtype'] is {given['dtype']!r}, expected one of {ways}"
-            )
+        for key, values in (("dtype", (None, *get_args(Way))), ("denoising_order", get_args(Order))):
+            if key in given and given[key] not in values:
+                raise ConfigError(f"{place}[{key!r}] is {given[key]!r}, expected one of {values}")
         return cls(**given)
 
 
@@ -189,7 +197,6 @@ class LladaProposer:
 
     def load_drafter(self, device: torch.device) -> None:
         """Load the student. Raises as `load_model` does."""
-        from student.drafting.forward import Denoising
         from student.model.export import load_student
 
         model, _ = load_student(self.options.student)

@@ -193,7 +193,11 @@ def main() -> int:
     parser.add_argument("--config", type=Path, default=Path("configs/demo.yaml"))
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
-    overrides = [f"speculate.memory_gib={MEMORY_MIB / 1024}", "teacher.kv_cache_gib=1", "teacher.max_num_seqs=32"]
+    overrides = [
+        f"speculate.drafter={{memory_gib: {MEMORY_MIB / 1024}}}",
+        "teacher.kv_cache_gib=1",
+        "teacher.max_num_seqs=32",
+    ]
     config = load_config(arguments.config, overrides)
     words = [sys.executable, "-m", "student.cli", "serve", str(arguments.config)]
     words += [word for override in overrides for word in ("--set", override)]

@@ -233,3 +233,5 @@ def test_options_are_read() -> None:
     assert DrafterOptions.of(config) == DrafterOptions("runs/x", memory_gib=0.5, keep_extendable=True)
     with pytest.raises(ConfigError, match="'float16', expected one of"):
         DrafterOptions.of(vllm_config({OPTIONS_KEY: {"student": "runs/x", "dtype": "float16"}}))
+    with pytest.raises(ConfigError, match=r"speculate\.drafter\['denoising_order'\] is 'right_to_left'"):
+        DrafterOptions.parse({"student": "runs/x", "denoising_order": "right_to_left"}, "speculate.drafter")

@@ -1,9 +1,10 @@
-"""What a head over the frequent tokens loses: a trained run's held-out text, by the size of the draft vocabulary.
+"""What ways of drafting give and cost on a trained run's held-out text: a head over the frequent tokens alone, and
+more denoising steps.
 
-    python -m tests.benchmarks.bench_draft_vocabulary configs/demo.yaml --sizes 512 --sizes 2048
+    python -m tests.benchmarks.bench_draft_options configs/demo.yaml --sizes 512 --sizes 2048
 
 `inside` is the share of held-out response tokens that can be drafted at all; `tau` the offline acceptance length on
-greedy text, as `student evaluate` measures it; `head ms` the product and its argmax for the block of one request.
+greedy text, as `student evaluate` measures it; `ms a draft` the time of a call for one request.
 """
 
 from __future__ import annotations
@@ -11,16 +12,16 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_args
 
 import numpy as np
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from shared.config import load_config
 from shared.console import ConfigArgument, SetOption
+from student.drafting.forward import Denoising, Order
 from student.drafting.frequencies import FILE, count_tokens, frequent_tokens, write_counts
 from student.drafting.propose import Drafter
 from student.evaluation.measure import HeldOut
@@ -34,7 +35,7 @@ def main(
     sizes: Annotated[list[int] | None, typer.Option(help="Tokens that can be drafted; may be repeated.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
 ) -> None:
-    """Coverage, acceptance and the head's time."""
+    """Coverage, acceptance and time."""
     config = load_config(config_path, overrides)
     held_out, directory = HeldOut.open(config), config.student_final_dir
     model, _ = load_student(directory)
@@ -43,8 +44,10 @@ def main(
     samples = [held_out.prepared[int(number)] for number in held_out.prepared.indices("held_out", "greedy")]
     said = np.concatenate([sample.input_ids[sample.prompt_length :] for sample in samples])
     records, tokens = held_out.records["greedy"], config.evaluate.draft_tokens
+    variants: list[dict[str, Any]] = [{"draft_vocabulary": size} for size in sizes or [256, 512, 1024, 2048, 4096]]
+    variants += [{}, *({"denoising": Denoising(n, order)} for n in (2, 4) for order in get_args(Order))]
     rows = []
-    for size in [*(sizes or [256, 512, 1024, 2048, 4096]), None]:
+    for variant in variants:
         drafter = Drafter.from_student(
             model.eval(),
             directory,
@@ -52,31 +55,28 @@ def main(
             held_out.dataset.tokenizer_dir,
             tokens,
             config.train.block_length,
-            draft_vocabulary=size,
             in_turns=True,
+            **variant,
         )
-        hidden = torch.randn(drafter.block_length, model.config.d_model, dtype=drafter.forward.dtype)
-        times = []
-        with torch.inference_mode():
-            for _ in range(30):
-                started = time.perf_counter()
-                drafter.forward._argmax(hidden)
-                times.append(1e3 * (time.perf_counter() - started))
+        size, way = variant.get("draft_vocabulary"), variant.get("denoising", Denoising())
         kept = drafter.forward._draftable_S.numpy() if size is None else frequent_tokens(directory, size)
         result = draft_along(drafter, records, tokens, config.evaluate.batch)
+        started = time.perf_counter()
+        alone = draft_along(drafter, records[:4], tokens, 1)
         rows.append(
             {
                 "draft vocabulary": len(drafter.forward._draftable_S),
+                "denoising": f"{way.steps}, {way.order}" if way.steps > 1 else "1",
                 "inside": float(np.isin(said, kept).mean()),
                 "tau": 1 + result.mean_accepted,
-                "head ms": float(np.median(times)),
+                "ms a draft": 1e3 * (time.perf_counter() - started) / alone.drafts,
             }
         )
     table = Table(title=f"{config.name}: {len(records)} held-out greedy responses, {len(said)} student tokens")
     for name in rows[0]:
         table.add_column(name, justify="right")
     for row in rows:
-        table.add_row(*(f"{value:,.3f}" if isinstance(value, float) else f"{value:,}" for value in row.values()))
+        table.add_row(*(f"{value:,.3f}" if isinstance(value, float) else str(value) for value in row.values()))
     Console().print(table)
     if json_path is not None:
         json_path.write_text(json.dumps(rows), encoding="utf-8")
