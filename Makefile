@@ -91,8 +91,8 @@ test: setup ## every test
 test-fast: setup ## the tests that take no more than seconds each
 	@python -m pytest -n 2 --dist loadgroup -m "not slow"
 
-lint: setup ## style and types
-	@ruff check . && ruff format --check . && mypy
+lint: setup ## style, types, dead code, dependencies
+	@ruff check . && ruff format --check . && mypy && vulture && deptry .
 
 bench: setup ## the benchmarks, as tables and JSON
 	@python -m tests.benchmarks
