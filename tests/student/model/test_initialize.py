@@ -18,6 +18,7 @@ from student.model.modeling_llada import LladaForMaskedDiffusion
 from student.model.source import Source
 from student.model.tokenizer import train_tokenizer
 from tests.fixtures.conversations import conversations, teacher_tokenizer, write_conversations
+from tests.fixtures.tiny_model import causal_layout
 
 TEXTS = [text for pair in conversations(100) for text in pair]
 
