@@ -3,14 +3,16 @@
 # the extra `student` alone trains on what was collected, without vLLM and without the teacher's files.
 # A job for CI: needs no input, leaves nothing behind, takes some minutes and 6 GB, in clones of what is committed.
 set -euo pipefail
+unset PYTHONPATH
 
 root=$(git -C "$(dirname "$0")" rev-parse --show-toplevel)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
 environment() { # EXTRA MODULE: a clone with that extra alone, in which there is no MODULE
-  git clone --quiet "$root" "$work/$1"
-  cd "$work/$1"
+  cd "$work"
+  git clone --quiet "$root" "$1"
+  cd "$1"
   make setup EXTRAS="$1"
   if .venv/bin/python -c "import $2" 2>/dev/null; then
     echo "error: the extra $1 brings $2" >&2
@@ -48,7 +50,7 @@ make collect-logits EXTRAS=teacher-cpu CONFIG="$work/toy.yaml"
 
 mkdir -p "$work/student-runs/toy"
 mv "$work/runs/toy/shards" "$work/student-runs/toy/shards"
-rm -rf "$work/runs" "$work/teacher" "$work/tokenizer" "$work/teacher-cpu"
+rm -rf "$work/runs" "$work/teacher" "$work/tokenizer"
 environment student vllm
 make train EXTRAS=student CONFIG="$work/toy.yaml" ARGS="--set runs=$work/student-runs"
 .venv/bin/student report "$work/toy.yaml" --set runs="$work/student-runs"
