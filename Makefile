@@ -91,8 +91,8 @@ test: setup ## every test
 test-fast: setup ## the tests that take no more than seconds each
 	@python -m pytest -n 2 --dist loadgroup -m "not slow"
 
-lint: setup ## style and types
-	@ruff check . && ruff format --check . && mypy
+lint: setup ## style, types, dead code, dependencies
+	@ruff check . && ruff format --check . && mypy && vulture && deptry .
 
 bench: setup ## the benchmarks, as tables and JSON
 	@python -m tests.benchmarks
@@ -100,8 +100,10 @@ bench: setup ## the benchmarks, as tables and JSON
 gpu-check: setup ## on a machine with a GPU: what no CPU can run, each as a row with its figures
 	@mkdir -p runs/bench && python -m tests.gpu_check --json runs/bench/gpu_check.json $(ARGS)
 
-# Every extra but the other platform's; what is locked stays as it is (ARGS=--upgrade takes the newest).
-COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-annotate --no-header pyproject.toml
+# Every extra but the other platform's; what is locked stays as it is (ARGS=--upgrade takes the newest). An install
+# refuses a file whose hash is not in the lock. The CPU build of torch is not in it: it comes from an index of its own.
+COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header \
+  pyproject.toml
 COMMON_EXTRAS := $(addprefix --extra ,student demo ray s3 gcs hf dev)
 
 lock: $(BIN)/uv ## resolve constraints-cpu.txt and constraints-cuda.txt anew, on any machine

@@ -104,8 +104,8 @@ def configure_logging(level: str) -> None:
     logging.basicConfig(level=number, format="%(message)s", handlers=[handler], force=True)
     # One progress bar a step is ours; libraries draw theirs through tqdm.
     os.environ.setdefault("TQDM_DISABLE", "1")
-    # Libraries that narrate at INFO what their users do not act on.
-    for chatty in ("httpx", "httpx2", "urllib3", "matplotlib", "fsspec"):
+    # Libraries that narrate at INFO what their users do not act on, or at DEBUG a store's session token.
+    for chatty in ("httpx", "httpx2", "urllib3", "matplotlib", "fsspec", "botocore", "aiobotocore"):
         logging.getLogger(chatty).setLevel(max(number, logging.WARNING))
     # transformers imports DeepSpeed where both are installed, which warns on every start that it found no GPU.
     logging.getLogger("DeepSpeed").addFilter(_is_of_use)

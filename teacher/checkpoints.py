@@ -145,7 +145,7 @@ def load_tokenizer(teacher: TeacherConfig) -> Any:
 
     try:
         if teacher.gguf is None or Path(teacher.model).exists():
-            return AutoTokenizer.from_pretrained(_directory(teacher))
+            return AutoTokenizer.from_pretrained(_directory(teacher), trust_remote_code=False)
         source = locate_gguf(teacher.gguf)
         tokenizer = AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name)
     except (OSError, ValueError) as error:
@@ -221,6 +221,7 @@ def _fetch_snapshot(name: str, revision: str | None) -> Path:
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -249,7 +250,7 @@ def _fetch_snapshot(name: str, revision: str | None) -> Path:
             f"teacher.model {shown} is not in the hub's cache and the hub cannot be reached; fetch it where there is "
             f"a network (`hf download {name}`, then copy the cache), or point teacher.model at a directory"
         ) from error
-    except (HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise CheckpointError(f"teacher.model {shown} cannot be fetched: {error}") from error
     if not (directory / "config.json").is_file():
         raise CheckpointError(

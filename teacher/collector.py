@@ -1,9 +1,9 @@
 """Units of work through an engine into shards: what every runner does with its units, on whatever machine.
 
-`Collector.collect_unit` does one unit from its prompts to its shard, and logits never leave the process that computed
-them. `collect_units` does the same for many, with the requests of the next units in flight while the last ones of a
-unit finish, and with shards written by threads beside the decoding. Memory holds the units that have a request in
-flight, and `WRITERS` + 1 that wait for the disk, however many there are in all.
+`Collector.collect_units` does units from their prompts to their shards, and logits never leave the process that
+computed them. The requests of the next units are in flight while the last ones of a unit finish, and shards are written
+by threads beside the decoding. Memory holds the units that have a request in flight, and `WRITERS` + 1 that wait for
+the disk, however many there are in all.
 
 A request that fails (the engine says so, or its rows are not the text's) is asked again, twice; then the unit is
 published without it, and its commit says why. Where more than a tenth of the responses fail, the collection stops.
@@ -86,13 +86,6 @@ class Collector:
         self._engine = engine
         self.counts = Counts()
         self.on_answer: Callable[[], None] = lambda: None
-
-    def collect_unit(self, unit: Unit) -> UnitEntry:
-        """Collect and publish one unit; one that is committed already stays as it is."""
-        if unit.name in self._writer.committed:
-            return self._writer.write_unit(unit.name, [])
-        (entry,) = self.collect_units([unit])
-        return entry
 
     def collect_units(self, units: Iterable[Unit]) -> Iterator[UnitEntry]:
         """Collect and publish `units`, in the order in which they are complete.

@@ -23,7 +23,7 @@ MODULES = {
 
 def code_spans(document: Path) -> set[str]:
     """What stands between backticks, fenced blocks left out."""
-    text = re.sub(r"^```.*?^```", "", document.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"^ *```.*?^ *```", "", document.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     return {" ".join(span.split()) for span in re.findall(r"`([^`]+)`", text)}
 
 

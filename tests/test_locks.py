@@ -48,7 +48,7 @@ def locked(platform: str, python: str) -> dict[str, str]:
         **{"sys_platform": "linux", "platform_system": "Linux", "os_name": "posix"},
     }
     lines = (ROOT / f"constraints-{platform}.txt").read_text().splitlines()
-    pins = [Requirement(line) for line in lines]
+    pins = [Requirement(line.removesuffix("\\")) for line in lines if not line.startswith(" ")]
     return {p.name: str(p.specifier)[2:] for p in pins if p.marker is None or p.marker.evaluate(environment)}
 
 
@@ -72,3 +72,10 @@ def test_one_version_of_vllm_and_of_torch_for_both_platforms() -> None:
 def test_the_cpu_lock_holds_no_cuda_library() -> None:
     pins = locked("cpu", "3.11")
     assert not {name for name in pins if name.startswith(("nvidia-", "cuda-")) or name in ("vllm", "torchvision")}
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+def test_every_pin_has_hashes(platform: str) -> None:
+    lines = (ROOT / f"constraints-{platform}.txt").read_text().splitlines()
+    assert not [line for line in lines if not line.startswith(" ") and not line.endswith("\\")]
+    assert sum(line.startswith("    --hash=sha256:") for line in lines) > len(locked(platform, "3.11"))

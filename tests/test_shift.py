@@ -85,7 +85,7 @@ def test_shard_validation_fails(tmp_path: Path, shift: int) -> None:
     config = load_toy(tmp_path)
     write_toy_shards(config, shift=shift)
     report = validate_dataset(config.shards_dir)
-    assert not report.ok
+    assert report.problems
     assert any("shift" in str(problem) for problem in report.problems)
 
 
@@ -102,7 +102,7 @@ def test_training_refuses_to_start(tmp_path: Path, shift: int) -> None:
 def test_the_right_rows_pass_all_of_it(tmp_path: Path) -> None:
     config = load_toy(tmp_path)
     write_toy_shards(config)
-    assert validate_dataset(config.shards_dir).ok
+    assert validate_dataset(config.shards_dir).problems == []
     initialize_student(config)
     prepare(config)
     check(config, world_size=1)

@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from shared.config.pipeline import PipelineConfig
+from shared.config.section import SecretError
 from shared.errors import ConfigError
 
 CHANGED_KEYS = {
@@ -100,6 +101,8 @@ def _explain(error: ValidationError) -> list[str]:
             lines.append(f"  {key}: unknown key; {hint}")
         elif problem["type"] == "missing":
             lines.append(f"  {key}: missing; this key is required")
+        elif isinstance(problem.get("ctx", {}).get("error"), SecretError):
+            lines.append(f"  {key}: {problem['msg']}")
         else:
             lines.append(f"  {key}: {problem['msg']} (got {problem['input']!r})" if key else f"  {problem['msg']}")
     return lines

@@ -9,3 +9,10 @@ class Section(BaseModel):
     """Base of all sections: immutable, and unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+
+class SecretError(ValueError):
+    """A value that may not stand in a config, which is written beside every output; messages do not repeat it."""
+
+    def __init__(self, what: str, instead: str) -> None:
+        super().__init__(f"{what}, and the config is written beside every output; {instead}")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
-from shared.config.section import Section
+from shared.config.section import SecretError, Section
 
 OWN_ARGUMENTS = {
     "model": "teacher.model",
@@ -48,6 +49,8 @@ class ServiceConfig(Section):
     @classmethod
     def _urls_are_roots(cls, value: list[str]) -> list[str]:
         for url in value:
+            if "@" in urlsplit(url).netloc or urlsplit(url).query:
+                raise SecretError("a URL carries a key or a password", "put the servers' key into VLLM_API_KEY")
             if not re.fullmatch(r"https?://[^/\s]+(/[^\s]*)?", url):
                 raise ValueError(f"{url!r} is no URL of a server, expected such as http://localhost:8000")
         return [url.rstrip("/").removesuffix("/v1") for url in value]
@@ -102,8 +105,10 @@ class TeacherConfig(Section):
     @field_validator("engine_args")
     @classmethod
     def _names_are_free(cls, value: dict[str, Any]) -> dict[str, Any]:
-        for name in value:
-            name = name.replace("-", "_")
+        names = [name.replace("-", "_") for name in value]
+        if found := [name for name in names if re.fullmatch(r"(.*_)?(api_key|token|password|secret)", name)]:
+            raise SecretError(f"{found[0]} is a secret", "put it into HF_TOKEN, or VLLM_API_KEY of a server")
+        for name in names:
             if name in OWN_ARGUMENTS:
                 raise ValueError(f"{name} is {OWN_ARGUMENTS[name]}; set that instead")
             if name in FIXED_ARGUMENTS:

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import urlsplit
 
 from shared.errors import DatasetError, MissingExtraError
 
@@ -391,7 +392,7 @@ def open_storage(path: str | Path) -> Storage:
     """The storage at a local path or a URL.
 
     Raises:
-        DatasetError: if the URL's protocol is unknown.
+        DatasetError: if the URL's protocol is unknown, or credentials are in it.
         MissingExtraError: if the protocol's package is not installed.
     """
     text = str(path)
@@ -399,6 +400,11 @@ def open_storage(path: str | Path) -> Storage:
         return LocalStorage(Path(path))
     if text.startswith("file://"):
         return LocalStorage(Path(text.removeprefix("file://")))
+    if "@" in urlsplit(text).netloc:
+        raise DatasetError(
+            f"the {text.partition(':')[0]}:// URL of a dataset carries credentials, which would end in logs; leave "
+            "them out: the store's own variables are read, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        )
     return ObjectStorage(text)
 
 

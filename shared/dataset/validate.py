@@ -45,10 +45,6 @@ class ValidationReport:
     units: int = 0
     problems: list[str] = field(default_factory=list)
 
-    @property
-    def ok(self) -> bool:
-        return not self.problems
-
     @contextmanager
     def gathering(self) -> Iterator[None]:
         """A block whose error is a problem; what follows in the block is left out."""

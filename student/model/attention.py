@@ -100,12 +100,6 @@ class BlockCausalLayout(Layout):
             positions_in_documents(document_ids_BxL) if position_ids_BxL is None else position_ids_BxL
         )
 
-    @classmethod
-    def causal(cls, document_ids_BxL: Tensor) -> BlockCausalLayout:
-        """The autoregressive mask, to compare with the model that a student was made from."""
-        positions = positions_in_documents(document_ids_BxL)
-        return cls(document_ids_BxL, positions, positions)
-
     def features(self) -> Features:
         return self.document_ids_BxL, self.block_index_BxL
 

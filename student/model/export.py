@@ -70,6 +70,8 @@ def load_student(
 
     directory = Path(directory)
     config = read_config(directory)
+    if (directory / "adapter_config.json").exists():
+        raise CheckpointError(f"{directory} has an adapter_config.json beside its weights; merge the adapter into them")
     check_state({name: shape for name, (shape, _) in tensor_shapes(directory).items()}, config, directory)
     tokenizer = read_tokenizer(directory, config)
     with _no_progress_bars():
@@ -77,6 +79,7 @@ def load_student(
             directory,
             config=config,
             dtype=dtype or "auto",
+            use_safetensors=True,  # never a pickle that lies beside them
             attn_implementation=attention or ("flex_attention" if torch.cuda.is_available() else "sdpa"),
         )
     load_sequential_head(model, directory)
@@ -208,6 +211,7 @@ def read_config(directory: Path) -> LladaConfig:
             f"{directory}/config.json is of a {tree.get('model_type')!r} model, expected 'llada'; "
             "make a student of it with `student init`"
         )
+    tree.pop("transformers_weights", None)  # would have transformers load another file than the one that was checked
     try:
         return LladaConfig.from_dict(tree)
     except (ValueError, TypeError) as error:
@@ -239,14 +243,22 @@ def weight_files(directory: Path) -> list[Path]:
     """The safetensors files of a checkpoint, whole or sharded.
 
     Raises:
-        CheckpointError: if there are none, or the index names one that is not there.
+        CheckpointError: if there are none, or the index is damaged or names one that is not in the directory.
     """
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if single.exists():
         return [single]
     if not index.exists():
         raise CheckpointError(f"{directory} has neither {single.name} nor {index.name}; convert it to safetensors")
-    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, LookupError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{index} is damaged ({error!r}); copy the whole checkpoint") from error
+    for name in names:
+        if Path(name).name != name or Path(name).suffix != ".safetensors":
+            raise CheckpointError(
+                f"{index} names {name!r}, expected safetensors files beside it; copy the checkpoint anew"
+            )
     missing = [name for name in names if not (directory / name).exists()]
     if missing:
         raise CheckpointError(f"{index} names {', '.join(missing)}, not in {directory}; copy the whole checkpoint")
@@ -375,11 +387,9 @@ def read_tokenizer(directory: Path, config: LladaConfig) -> Any:
     Raises:
         CheckpointError: if it is missing or does not fit the config.
     """
-    from transformers import AutoTokenizer
+    from student.model.tokenizer import load_tokenizer
 
-    if not (directory / "tokenizer.json").exists():
-        raise CheckpointError(f"{directory} has no tokenizer.json; copy the checkpoint's tokenizer beside its weights")
-    tokenizer = AutoTokenizer.from_pretrained(directory, config=config)
+    tokenizer = load_tokenizer(directory, config)
     check_tokenizer(tokenizer, config, directory)
     if tokenizer.mask_token_id is None:
         # Upstream's tokenizer has the mask but does not register it.

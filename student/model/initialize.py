@@ -116,9 +116,7 @@ def training_texts(config: PipelineConfig) -> Iterator[str]:
 
 def _tokenizer(config: PipelineConfig, source: Source | None) -> Any:
     """The student's tokenizer, with a mask token."""
-    from transformers import AutoTokenizer
-
-    from student.model.tokenizer import MASK, train_tokenizer
+    from student.model.tokenizer import MASK, load_tokenizer, train_tokenizer
 
     settings = config.student.tokenizer
     if settings.kind == "trained":
@@ -139,7 +137,7 @@ def _tokenizer(config: PipelineConfig, source: Source | None) -> Any:
         )
     else:
         directory = source.directory
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer = load_tokenizer(directory)
     tokenizer.model_max_length = config.student.max_sequence_tokens
     mask = settings.mask_token
     if mask is not None and mask not in tokenizer.get_vocab():

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from shared.errors import VocabularyError
+from shared.errors import CheckpointError, VocabularyError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -99,6 +100,29 @@ def train_tokenizer(
         model_input_names=["input_ids", "attention_mask"],
         model_max_length=max_sequence_tokens,
     )
+
+
+def load_tokenizer(directory: Path, config: Any = None) -> Any:
+    """The tokenizer of a checkpoint or of a dataset, by transformers' own classes alone.
+
+    Args:
+        config: of the checkpoint's model, where there is one.
+
+    Raises:
+        CheckpointError: if there is none, or it cannot be loaded without code that lies beside it.
+    """
+    from transformers import AutoTokenizer
+
+    if not (directory / "tokenizer.json").exists():
+        raise CheckpointError(f"{directory} has no tokenizer.json; copy the checkpoint's tokenizer beside its weights")
+    try:
+        return AutoTokenizer.from_pretrained(directory, config=config, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"the tokenizer of {directory} cannot be loaded: {str(error).splitlines()[0]} Code that comes with a "
+            "checkpoint is not run; save the tokenizer with a class of transformers' own, such as "
+            "PreTrainedTokenizerFast"
+        ) from error
 
 
 class _Counted:

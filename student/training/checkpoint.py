@@ -13,6 +13,8 @@ is first converted to DeepSpeed's universal format (https://arxiv.org/abs/2406.1
 from __future__ import annotations
 
 import logging
+import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -217,7 +219,7 @@ def damage(checkpoint: Checkpoint, part: int, parts: int) -> Iterator[str]:
             yield f"{name} is missing"
         elif path.stat().st_size != size:
             yield f"{name} has {path.stat().st_size} bytes, expected {size}"
-        elif zipfile.is_zipfile(path):
+        elif path.suffix == ".pt":
             try:
                 with zipfile.ZipFile(path) as archive:
                     entry = archive.testzip()
@@ -225,6 +227,28 @@ def damage(checkpoint: Checkpoint, part: int, parts: int) -> Iterator[str]:
                 entry = str(error)
             if entry is not None:
                 yield f"{name} does not read back: {entry}"
+            elif (problem := _code_in(path)) is not None:
+                yield problem
+
+
+def _code_in(path: Path) -> str | None:
+    """What a file of PyTorch's would run beyond making tensors, plain data and DeepSpeed's settings; None is nothing.
+
+    Such a file is a pickle, and DeepSpeed's readers run whatever it calls. PyTorch's restricted reader, which loads no
+    tensor here, comes before them.
+    """
+    import torch
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    try:
+        with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]):
+            torch.load(path, map_location="meta", mmap=True, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, OSError) as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        return f"{path.name} would call {found[1]} when it is read" if found else f"{path.name} is no file of PyTorch 2"
+    return None
 
 
 def reshard(checkpoint: Checkpoint, ranks: int, zero_stage: int) -> Path:
@@ -338,12 +362,15 @@ def whole_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """The student's weights in a checkpoint, float32 where they were trained, by the names that the model has.
 
     Raises:
-        CheckpointError: if DeepSpeed cannot put them together.
+        CheckpointError: if DeepSpeed cannot put them together, or a file would run code.
     """
     import torch
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     folder = checkpoint.directory
+    for path in sorted(folder.rglob("*.pt")):
+        if (problem := _code_in(path)) is not None:
+            raise CheckpointError(f"{folder}: {problem}, so it is not of this project's training; train it anew here")
     try:
         if checkpoint.zero_stage == 0:
             state = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["module"]

@@ -231,7 +231,8 @@ def _read_dataset(source: SourceConfig) -> Iterator[tuple[str, Any]]:
         from datasets.utils.logging import disable_progress_bar
     except ImportError as error:
         raise MissingExtraError(
-            f"{source.path} is read as a Hugging Face dataset, for which `datasets` is missing; pip install datasets"
+            f"{source.path} is read as a Hugging Face dataset, for which `datasets` is missing; "
+            "pip install 'llada-drafter[hf]'"
         ) from error
     disable_progress_bar()
     try:

@@ -109,16 +109,6 @@ def test_answers_out_of_order_become_whole_units_in_order(make_config: Maker) ->
     assert collector.counts.tokens == 6 * len(records)
 
 
-def test_one_unit_alone_gives_the_same_shard_and_is_not_asked_twice(make_config: Maker) -> None:
-    config = make_config(prompts=20)
-    engine = ScriptedEngine(top_k=8)
-    collector, _, units = collector_of(config, engine)
-    first = collector.collect_unit(units[0])
-    asked = len(engine.asked)
-    assert collector.collect_unit(units[0]) == first
-    assert len(engine.asked) == asked == len(units[0].tasks)
-
-
 def test_shifted_rows_never_reach_a_shard(make_config: Maker) -> None:
     config = make_config()
     collector, writer, units = collector_of(config, ScriptedEngine(top_k=8, shift=1))
@@ -272,8 +262,7 @@ def test_the_progress_of_a_log_counts_units_and_what_is_left(
 def test_an_interrupted_dataset_goes_on_with_what_is_missing(make_config: Maker) -> None:
     config = make_config(prompts=20)
     collector, writer, units = collector_of(config, ScriptedEngine(top_k=8))
-    for unit in units[:2]:
-        collector.collect_unit(unit)
+    list(collector.collect_units(units[:2]))
     with pytest.raises(DatasetError, match="not complete"):
         writer.finish([unit.name for unit in units])
     engine = ScriptedEngine(top_k=8)

@@ -72,7 +72,7 @@ class EntryReader:
 
     def __init__(self, tokenizer_dir: Path, settings: ImportSettings) -> None:
         self._chat = ChatEncoder(read_tokenizer_file(tokenizer_dir), settings.template_arguments, settings.rendered)
-        self.vocabulary, self._encoder = self._chat.vocabulary, self._chat.encoder
+        self.vocabulary = self._chat.vocabulary
         self._settings = settings
         self._rows = RowReader(self.vocabulary, settings.top_k, settings.values)
         self._foreign: set[str] = set()

@@ -41,7 +41,7 @@ def reader(tokenizer: Path) -> EntryReader:
 def full_rows(reader: EntryReader, response: str, seed: int = 0) -> list[list[float]]:
     """Logits over the whole vocabulary, one row per token of the response and one for its end."""
     random = np.random.default_rng(seed)
-    count = len(reader._encoder.encode(response)) + 1
+    count = len(reader._chat.encoder.encode(response)) + 1
     return np.round(random.normal(0, 3, (count, len(reader.vocabulary))), 4).tolist()
 
 

@@ -50,7 +50,7 @@ def test_a_sound_dataset_has_no_problems(tmp_path: Path) -> None:
     units = small_units()
     write_dataset(tmp_path / "d", units)
     report = validate_dataset(tmp_path / "d")
-    assert report.ok
+    assert report.problems == []
     assert (report.units, report.rows) == (3, 12)
     assert report.tokens == sum(len(r.response_ids) for records in units.values() for r in records)
 

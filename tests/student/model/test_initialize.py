@@ -14,10 +14,11 @@ from shared.tokenizer.vocabulary import Vocabulary
 from student.model.configuration_llada import LladaConfig
 from student.model.export import load_student, save_student
 from student.model.initialize import initialize_student, training_texts
-from student.model.modeling_llada import BlockCausalLayout, LladaForMaskedDiffusion
+from student.model.modeling_llada import LladaForMaskedDiffusion
 from student.model.source import Source
 from student.model.tokenizer import train_tokenizer
 from tests.fixtures.conversations import conversations, teacher_tokenizer, write_conversations
+from tests.fixtures.tiny_model import causal_layout
 
 TEXTS = [text for pair in conversations(100) for text in pair]
 
@@ -116,7 +117,7 @@ def test_all_llama_layers_with_their_own_vocabulary_are_that_llama(configured: A
     model, tokenizer = load_student(initialize_student(configured(checkpoint=str(llama), dataset=False)))
     theirs = LlamaForCausalLM.from_pretrained(llama).eval()
     ids = torch.randint(0, 400, (2, 30))
-    logits = model.eval()(ids, layout=BlockCausalLayout.causal(torch.zeros_like(ids))).logits
+    logits = model.eval()(ids, layout=causal_layout(ids)).logits
     assert torch.equal(logits[..., :420], theirs(ids).logits)
     assert tokenizer.mask_token is not None
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from student.model.modeling_llada import BlockCausalLayout, LladaForMaskedDiffusion
+from student.model.modeling_llada import LladaForMaskedDiffusion
 from student.model.source import Source
-from tests.fixtures.tiny_model import random_ids
+from tests.fixtures.tiny_model import causal_layout, random_ids
 
 SHAPES = {
     "multi-head": {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 3},
@@ -70,7 +70,7 @@ def test_logits_and_gradients_are_llama_s_with_a_full_mask(name: str, tmp_path: 
 def test_with_the_causal_mask_put_back_it_is_llama(name: str, tmp_path: Path) -> None:
     theirs = llama(SHAPES[name], tmp_path)
     ids = random_ids(2, 33)
-    logits = as_llada(tmp_path)(ids, layout=BlockCausalLayout.causal(torch.zeros_like(ids))).logits
+    logits = as_llada(tmp_path)(ids, layout=causal_layout(ids)).logits
     assert (logits - theirs(ids).logits).abs().max() <= 1e-5
 
 
@@ -97,6 +97,6 @@ def test_smollm2_with_all_layers_and_the_causal_mask_is_reproduced(smollm2: Path
     ids = AutoTokenizer.from_pretrained(smollm2)(text, return_tensors="pt")["input_ids"]
     with torch.no_grad():
         expected = theirs(ids).logits
-        logits = ours(ids, layout=BlockCausalLayout.causal(torch.zeros_like(ids))).logits
+        logits = ours(ids, layout=causal_layout(ids)).logits
     # Not nearly: the same bits, at logits of up to 38.
     assert torch.equal(logits, expected)
