@@ -1,4 +1,4 @@
-"""The recipes of configs/launch and configs/containers, and the commands that the READMEs show.
+"""The recipes of configs/launch and configs/containers.
 
 Slurm's and Kubernetes' words are known ones with sensible values, our own commands parse and name what is there, and
 the training script is run as Slurm runs it: with tasks that are signaled, and a requeue that is asked for.
@@ -23,25 +23,20 @@ from typing import Any
 
 import kubernetes_validate
 import pytest
-import typer.main
 import yaml
 
-import shared.commands.cli
-import student.cli
-import teacher.cli
 from shared.config import PipelineConfig, load_config
 from shared.errors import USER_ERROR_EXIT_CODE
 from shared.stopping import REQUEUE_EXIT_CODE
 from tests.fixtures.toy_run import toy_config, write_toy_shards
-from tests.test_house import DOCUMENTS, PACKAGES, ROOT
+from tests.test_house import PACKAGES, ROOT
+from tests.test_readme import APPS, TARGETS, check_command, check_make
 
 LAUNCH = ROOT / "configs" / "launch"
 DOCKERFILE = ROOT / "configs" / "containers" / "Dockerfile"
 SCRIPTS = sorted(LAUNCH.glob("*.sbatch"))
 CONFIG = "configs/llama-3.3-70b.yaml"
-APPS = {"teacher": teacher.cli.app, "student": student.cli.app, "shards": shared.commands.cli.app}
 LAUNCHERS = {"srun", "ranks", "torchrun", "deepspeed"}
-TARGETS = set(re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 SBATCH_OPTIONS = {
     "array": r"\d+-\d+",
@@ -86,16 +81,13 @@ def our_commands(text: str) -> list[list[str]]:
     return found
 
 
-def check_command(words: list[str]) -> None:
+def check(words: list[str]) -> None:
     """Fails where the command would be refused, and where its config is not there or cannot be loaded."""
     program, *arguments = words
     if program == "make":
-        assert {word for word in arguments if "=" not in word} <= TARGETS, words
+        check_make(arguments)
     else:
-        commands = typer.main.get_command(APPS[program]).commands  # type: ignore[attr-defined]
-        commands[arguments[0]].make_context(arguments[0], arguments[1:])
-    for config in re.findall(r"\bconfigs/[\w./-]+\.yaml", " ".join(arguments)):
-        load_config(ROOT / config)
+        check_command(program, arguments, whole=True)
 
 
 def sbatch_options(text: str) -> dict[str, str]:
@@ -138,23 +130,13 @@ def test_the_commands_of_a_batch_script_parse(script: Path) -> None:
     commands = our_commands(script.read_text())
     assert commands
     for words in commands:
-        check_command(words)
+        check(words)
 
 
 def test_the_training_script_does_what_make_train_does() -> None:
     script = our_commands((LAUNCH / "train.sbatch").read_text())
     recipe = (ROOT / "Makefile").read_text().partition("\ntrain: setup")[2].partition("\n\n")[0]
     assert [words[1] for words in script] == re.findall(r"@student (\w+)", recipe)
-
-
-def test_the_commands_of_the_documents_parse() -> None:
-    blocks = [block for path in DOCUMENTS for block in re.findall(r"```console\n(.*?)```", path.read_text(), re.DOTALL)]
-    shown = "\n".join(re.findall(r"^ *\$ ((?:.*\\\n)*.*)$", "\n".join(blocks), re.MULTILINE))
-    commands = our_commands(shown)
-    assert {"teacher", "student", "shards", "make"} <= {words[0] for words in commands}
-    assert len([words for words in commands if words[:2] == ["student", "train"]]) == 3  # torchrun, deepspeed, srun
-    for words in commands:
-        check_command(words)
 
 
 def manifests(name: str) -> list[dict[str, Any]]:
@@ -173,7 +155,7 @@ def test_a_manifest_is_one_that_kubernetes_accepts_and_its_commands_parse(name: 
         for container in containers_of(manifest) if manifest["kind"] == "Job" else ():
             image, _, stage = container["image"].partition(":")
             assert image == PROJECT["name"]
-            check_command([*entry_point(stage), *container["args"]])
+            check([*entry_point(stage), *container["args"]])
             volumes = {volume["name"] for volume in manifest["spec"]["template"]["spec"]["volumes"]}
             assert {mount["name"] for mount in container["volumeMounts"]} <= volumes
 
@@ -236,7 +218,7 @@ def test_an_image_is_set_up_by_make_and_runs_our_command_as_no_root(stage: str) 
     # A number: Kubernetes cannot tell whether a name is root's.
     assert next(value for name, value in reversed(instructions) if name == "USER") == "1000"
     assert entry_point(stage)[0] in {*PROJECT["scripts"], "make"}
-    assert stage != "demo" or set(yaml.safe_load(instructions[-1][1])) <= TARGETS
+    assert stage != "demo" or set(yaml.safe_load(instructions[-1][1])) <= TARGETS.keys()
 
 
 def test_what_make_setup_needs_is_copied_into_the_images() -> None:
