@@ -17,8 +17,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.text import Text
-
 from shared.config import PipelineConfig
 from shared.console import stdout
 from shared.dataset.reader import Dataset
@@ -27,7 +25,7 @@ from shared.files import write_json
 from shared.tokenizer.chat import ChatEncoder
 from shared.tokenizer.files import read_tokenizer_file
 from student.drafting.speculate import check_teacher, decoding_environment, drafter_arguments, ends, shared_arguments
-from student.drafting.steps import COLORS, Step, colored, spans
+from student.drafting.steps import COLORS, Step, shown, spans
 from student.drafting.vllm_proposer import LladaProposer
 
 
@@ -56,10 +54,13 @@ def generate_with_teacher(
         "stop_token_ids": ends(dataset),
     }
     steps: list[Step] = []
-    stdout.print(Text.assemble("the teacher: ", *((f"{kind} ", color) for kind, color in COLORS.items())))
+    printed = 0
+    stdout.print(shown([(kind, f" {kind} ") for kind in COLORS], colors=stdout.is_terminal))
     for step in _decoded(job, decoding_environment(config)):
         steps.append(step)
-        stdout.print(colored(spans([step], dataset.vocabulary)), end="")
+        pieces = spans(steps, dataset.vocabulary)  # of all, for a character that goes across steps
+        stdout.print(shown(pieces[printed:], colors=stdout.is_terminal), end="")
+        printed = len(pieces)
     said = sum(len(step.accepted) + len(step.own) for step in steps)
     drafted = sum(len(step.accepted) + len(step.rejected) for step in steps)
     accepted = sum(len(step.accepted) for step in steps)

@@ -12,6 +12,7 @@ from shared.tokenizer.vocabulary import Vocabulary
 from student.drafting.tokens import TokenIds, leading_matches
 
 COLORS = {"accepted": "green", "rejected": "red strike", "own": ""}
+_MARKS = {"accepted": "{+%s+}", "rejected": "[-%s-]", "own": "%s"}  # as wdiff has them
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,6 @@ def spans(steps: Sequence[Step], vocabulary: Vocabulary) -> list[tuple[str, str]
     return [(kind, text) for kind, text in pieces if text]
 
 
-def colored(pieces: Sequence[tuple[str, str]]) -> Text:
-    """For a terminal."""
-    return Text.assemble(*((text, COLORS[kind]) for kind, text in pieces))
+def shown(pieces: Sequence[tuple[str, str]], *, colors: bool) -> Text:
+    """In colors, or with marks where there are none: `{+accepted+}`, `[-rejected-]`."""
+    return Text.assemble(*((text, COLORS[kind]) if colors else _MARKS[kind] % text for kind, text in pieces))

@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from student.drafting.steps import Step, colored, spans
+from student.drafting.steps import Step, shown, spans
 from tests.student.drafting.conftest import Side
 
 
@@ -26,10 +26,8 @@ def test_pieces_give_the_text_and_mark_who_said_it(teacher_side: Side) -> None:
     pieces = spans(steps, teacher_side.vocabulary)
     assert "".join(piece for kind, piece in pieces if kind != "rejected") == text
     assert {kind for kind, _ in pieces} == {"accepted", "rejected", "own"}
-    shown = io.StringIO()
-    Console(file=shown, force_terminal=True, color_system="standard", width=200).print(colored(pieces))
-    assert "\x1b[32m" in shown.getvalue(), "accepted tokens are green"
-    assert "\x1b[9;31m" in shown.getvalue(), "rejected ones are red and struck through"
-    plain = io.StringIO()
-    Console(file=plain, width=200).print(colored(pieces))
-    assert "\x1b" not in plain.getvalue()
+    terminal = io.StringIO()
+    Console(file=terminal, force_terminal=True, color_system="standard", width=200).print(shown(pieces, colors=True))
+    assert "\x1b[32m" in terminal.getvalue(), "accepted tokens are green"
+    assert "\x1b[9;31m" in terminal.getvalue(), "rejected ones are red and struck through"
+    assert shown([("accepted", "a b"), ("rejected", "c"), ("own", "d")], colors=False).plain == "{+a b+}[-c-]d"
