@@ -3,7 +3,8 @@
 What the teacher will say is known from a run without a draft. The student drafts in every step at its real cost, and
 its tokens are exchanged for so many right ones and wrong ones after them; vLLM verifies them as ever, so the output
 stays the teacher's. Since a step's cost does not depend on what is accepted, the speed-up is c · τ; c is fitted over
-the lengths measured, and 1 / c is the acceptance length at which drafting pays.
+the lengths measured, and 1 / c is the acceptance length at which drafting pays. Last, the policy may decide: with a
+student that is never right it should cost next to nothing, with one that always is it should draft in every step.
 """
 
 from __future__ import annotations
@@ -66,22 +67,27 @@ def break_even(config: PipelineConfig) -> dict[str, Any]:
     drafting = drafter_arguments(config, str(student), dataset)
     drafting["speculative_config"]["model"] = f"{__name__}.{RehearsedProposer.__name__}"
     drafting["additional_config"][SEQUENCES] = str((directory / "break_even_sequences.json").resolve())
-    asked = np.linspace(0, config.speculate.draft_tokens, LENGTHS).round(2).tolist()
+    most = config.speculate.draft_tokens
+    always = [(accepted, False) for accepted in np.linspace(0, most, LENGTHS).round(2).tolist()]
+    policy = [(0.0, True), (float(most), True)]
     passes = {
-        f"{name}_{accepted}": replace(each, options={"accepted": accepted, "policy": False, "lookup": False})
+        f"{name}_{accepted}_{chosen}": replace(each, options={"accepted": accepted, "policy": chosen, "lookup": False})
         for name, each in plain.items()
-        for accepted in asked
+        for accepted, chosen in always + policy
     }
     drafted = replace(job, engine=job.engine | drafting, passes=passes)
     made = run(drafted, directory / "break_even", "with right drafts", environment).passes
-    measured: list[dict[str, Any]] = []
-    for accepted in asked:
-        figures = {name: figures_of(made[f"{name}_{accepted}"], baseline[name]) for name in plain}
-        measured.append({"asked": 1 + accepted} | {name: {key: figures[name][key] for key in _KEPT} for name in plain})
+
+    def figures(accepted: float, chosen: bool) -> dict[str, Any]:
+        found = {name: figures_of(made[f"{name}_{accepted}_{chosen}"], baseline[name]) for name in plain}
+        return {"asked": 1 + accepted} | {name: {key: found[name][key] for key in _KEPT} for name in plain}
+
+    measured = [figures(*each) for each in always]
     result = {
         "draft_tokens": config.speculate.draft_tokens,
         "in_flight": config.speculate.max_num_seqs,
         "measured": measured,
+        "with_policy": [figures(*each) for each in policy],
         "needed": {name: needed([entry[name] for entry in measured]) for name in plain},
         IDENTITY: speculation_identity(config),
     }
@@ -141,12 +147,15 @@ def table(result: dict[str, Any]) -> Any:
     )
     for entry in result["measured"]:
         made.add_row(f"{entry['asked']:.2f}", *(_cell(entry[name]) for name in (LATENCY, THROUGHPUT)))
+    for entry, right in zip(result["with_policy"], ("never", "always"), strict=True):
+        made.add_row(f"policy, {right} right", *(_cell(entry[name]) for name in (LATENCY, THROUGHPUT)))
     made.add_row("needed to pay", *(f"{result['needed'][name]:.2f}" for name in (LATENCY, THROUGHPUT)))
     return made
 
 
 def _cell(figures: dict[str, Any]) -> str:
+    length = figures["acceptance_length"]
     return (
-        f"{figures['speedup']:.2f} ×, {figures['tokens_per_s']:.1f} tokens/s at {figures['acceptance_length']:.2f}, "
-        f"{figures['drafting_share']:.0%} of the time drafting"
+        f"{figures['speedup']:.2f} ×, {figures['tokens_per_s']:.1f} tokens/s"
+        f"{'' if length is None else f' at {length:.2f}'}, {figures['drafting_share']:.0%} of the time drafting"
     )

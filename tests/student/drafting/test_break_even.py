@@ -33,6 +33,9 @@ def test_drafted_tokens_are_accepted_as_asked(
         assert everything[name]["acceptance_length"] > 3  # a response's last draft may be shorter than three tokens
         assert everything[name]["speedup"] > nothing[name]["speedup"]
         assert result["needed"][name] > 0
+        never, always = (entry[name]["acceptance_length"] for entry in result["with_policy"])
+        assert never in (None, 1)
+        assert always > 2
     plain, drafted = (read_result(served_run / "speculate" / f"break_even{n}.json").passes for n in ("_baseline", ""))
     assert all(made.outputs == plain[name.split("_")[0]].outputs for name, made in drafted.items())
     console = Console(width=150, record=True)
