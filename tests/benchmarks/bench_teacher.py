@@ -2,9 +2,10 @@
 
 For each dtype, one engine in a process of its own answers the same requests without logprobs; with them through numpy
 rows, and so cut into units that are written to disk, at several k; through vLLM's FlatLogprobs; and with vLLM's own
-lists, which nothing reads. Then a server of the same teacher answers them over HTTP. Rounds alternate, so that a drift
-of the machine's speed cancels. Figures are tokens per second, medians of the rounds; ratios are to plain generation in
-the engine in this process. The writer's own cost is the processor time of the threads that write, per token.
+lists, which nothing reads. Then a server of the same teacher answers them over HTTP. Plain generation stands between all
+ways, so that a drift of the machine's speed cancels: a ratio is to the mean of the plain runs before and after, for the
+server to the median of all. Figures are medians of the rounds. The writer's own cost is the processor time of the
+threads that write, per token.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ def measure(dtype: str, fp32_head: bool, requests: int, tokens: int, rounds: int
     engine = Engine(config.teacher, str(checkpoint), K)
     found: dict[str, Any] = {"load_s": time.monotonic() - started, "captured": engine.capture}
     rates: dict[str, list[float]] = {}
+    ratios: dict[str, list[float]] = {}
     writing: dict[str, list[float]] = {}
 
     def asked() -> Iterator[Request]:
@@ -112,23 +114,28 @@ def measure(dtype: str, fp32_head: bool, requests: int, tokens: int, rounds: int
         writing.setdefault(str(k), []).append(1e6 * sum(seconds) / collector.counts.tokens)
         return collector.counts.tokens
 
-    def rate(way: str, run: Callable[[], int]) -> None:
+    def rate(way: str, run: Callable[[], int]) -> float:
         began = time.monotonic()
         count = run()
-        rates.setdefault(way, []).append(count / (time.monotonic() - began))
+        found = count / (time.monotonic() - began)
+        rates.setdefault(way, []).append(found)
+        return found
+
+    def compare(ways: dict[str, Callable[[], int]]) -> None:
+        before = rate("plain", lambda: stream(capture=False))
+        for way, run in ways.items():
+            tokens = rate(way, run)
+            after = rate("plain", lambda: stream(capture=False))
+            ratios.setdefault(way, []).append(2 * tokens / (before + after))
+            before = after
 
     stream(capture=True)
+    kept = {f"written, k = {k}": lambda k=k: written(k) for k in WRITTEN}
     for _ in range(rounds):
-        rate("plain", lambda: stream(capture=False))
-        rate("captured", lambda: stream(capture=True))
-        for k in WRITTEN:
-            rate(f"written, k = {k}", lambda k=k: written(k))
-        rate("vLLM's lists", lists)
-        rate("plain", lambda: stream(capture=False))
+        compare({"captured": lambda: stream(capture=True)} | kept | {"vLLM's lists": lists})
     engine.use_flat_logprobs()
     for _ in range(rounds):
-        rate("FlatLogprobs", lambda: stream(capture=True))
-        rate("plain", lambda: stream(capture=False))
+        compare({"FlatLogprobs": lambda: stream(capture=True)})
     engine.close()
     with served(config) as teacher:
         service = ServiceEngine(teacher, K, False)
@@ -138,7 +145,10 @@ def measure(dtype: str, fp32_head: bool, requests: int, tokens: int, rounds: int
                 rate(way, lambda capture=capture: tokens_of(service.stream(asked(), capture=capture)))
         service.close()
     found["tokens_per_s"] = {way: median(values) for way, values in rates.items()}
-    found["ratio"] = {way: value / found["tokens_per_s"]["plain"] for way, value in found["tokens_per_s"].items()}
+    plain = found["tokens_per_s"]["plain"]
+    found["ratio"] = {
+        way: median(ratios[way]) if way in ratios else value / plain for way, value in found["tokens_per_s"].items()
+    }
     return found | {"writer_us_per_token": {k: median(values) for k, values in writing.items()}}
 
 
