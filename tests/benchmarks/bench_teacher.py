@@ -2,9 +2,9 @@
 
 For each dtype, one engine in a process of its own answers the same requests without logprobs; with them through numpy
 rows, and so cut into units that are written to disk, at several k; through vLLM's FlatLogprobs; and with vLLM's own
-lists, which nothing reads. Then a server of the same teacher answers them over HTTP. Plain generation stands between all
-ways, so that a drift of the machine's speed cancels: a ratio is to the mean of the plain runs before and after, for the
-server to the median of all. Figures are medians of the rounds. The writer's own cost is the processor time of the
+lists, which nothing reads. Then a server of the same teacher answers them over HTTP. Plain generation stands between
+all ways, so that a drift of the machine's speed cancels: a ratio is to the mean of the plain runs before and after, for
+the server to the median of all. Figures are medians of the rounds. The writer's own cost is the processor time of the
 threads that write, per token.
 """
 
