@@ -29,7 +29,7 @@ from shared.errors import DatasetError
 from tests.fixtures.records import byte_vocabulary, make_record, provenance
 from tests.fixtures.s3 import BUCKET
 
-STARTS = int(os.environ.get("WORKER_STARTS", "60"))
+STARTS = int(os.environ.get("WORKER_STARTS", "24"))
 """Of the two tests that take long; more of them find more."""
 UNITS = [f"unit-{i:02d}" for i in range(4)]
 

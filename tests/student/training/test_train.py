@@ -386,8 +386,7 @@ def test_checkpoints_are_measured_the_best_is_kept_and_exported(run: Path, tmp_p
     )
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
-def test_a_signal_saves_and_ends_with_the_code_for_requeue(run: Path, name: str) -> None:
+def test_a_signal_saves_and_ends_with_the_code_for_requeue(run: Path) -> None:
     overrides = ("train.world_size=2", "train.steps=60", "train.checkpoint_steps=50")
     train(run, *overrides)
     whole = metrics(run)
@@ -402,10 +401,10 @@ def test_a_signal_saves_and_ends_with_the_code_for_requeue(run: Path, name: str)
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.02)
-        process.send_signal(getattr(signal, name))
+        process.send_signal(signal.SIGUSR1)
         said = " ".join(process.communicate(timeout=300)[1].split())
     assert process.returncode == REQUEUE_EXIT_CODE, said
-    assert f"{name}: saved after step" in said
+    assert "SIGUSR1: saved after step" in said
     assert not config.student_final_dir.exists()
     train(run, *overrides)
     assert metrics(run) == whole
@@ -460,7 +459,7 @@ def test_what_cannot_be_measured_or_tracked_is_refused(run: Path) -> None:
         assert message in " ".join(refused.stderr.split())
 
 
-KILLS = int(os.environ.get("TRAINING_KILLS", "2"))
+KILLS = int(os.environ.get("TRAINING_KILLS", "1"))
 """SIGKILLs per launcher; TRAINING_KILLS=20 is the run of the record."""
 
 
