@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from shared.errors import CheckpointError
+from student.drafting.denoising import Denoising
 from student.drafting.products import Linear, Way, activation_dtype, fused, local, of_weight, separate
 from student.model.modeling_llada import rotary_tables
 from student.model.prefix_cache import DraftStep, PrefixCache, page_bytes
@@ -42,35 +43,6 @@ if TYPE_CHECKING:
 
 
 _TABLE_ROWS = 8192  # of the embedding at a time, whose norms are a copy of it
-
-
-Order = Literal["confidence", "left_to_right"]
-
-
-@dataclass(frozen=True)
-class Denoising:
-    """How a block is filled.
-
-    Attributes:
-        steps: forwards, of which each but the last fixes an equal part of the block; at most as many as it has tokens.
-        order: what is fixed first: the tokens that the model is surest of, as LLaDA does, or those on the left, which
-            decide about the ones behind them.
-    """
-
-    steps: int = 1
-    order: Order = "confidence"
-
-    def fixed(self, block_length: int) -> list[int]:
-        """Tokens that are fixed before each step but the first."""
-        steps = min(self.steps, block_length)
-        return [block_length * step // steps for step in range(1, steps)]
-
-    def choose(self, count: int, chances_BG: Tensor, fixed_BG: Tensor) -> Tensor:
-        """bool [B, G]: `count` tokens of each block, those of `fixed_BG` among them."""
-        if self.order == "left_to_right":
-            return torch.arange(chances_BG.shape[1], device=chances_BG.device).expand_as(chances_BG) < count
-        first = chances_BG.masked_fill(fixed_BG, 2.0).topk(count).indices
-        return torch.zeros_like(fixed_BG).scatter(1, first, True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,8 @@ from student.drafting.bridge import BridgedContext, ByteBridge
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from student.drafting.forward import Denoising, DraftForward
+    from student.drafting.denoising import Denoising
+    from student.drafting.forward import DraftForward
     from student.drafting.products import Way
     from student.model.modeling_llada import LladaForMaskedDiffusion
 

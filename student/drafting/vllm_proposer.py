@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 from shared.errors import CheckpointError, ConfigError
 from shared.tokenizer.vocabulary import Vocabulary
 from student.drafting.counters import Counters
-from student.drafting.forward import Denoising, Order
+from student.drafting.denoising import Denoising, Order
 from student.drafting.lookup import Lookup
 from student.drafting.policy import LLADA, MAKERS, Policy
 from student.drafting.products import Way

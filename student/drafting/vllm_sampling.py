@@ -1,7 +1,12 @@
 """Check vLLM's rejection sampler when the drafter is loaded, and replace what is wrong in it.
 
-vLLM verifies drafts in `vllm.v1.sample.rejection_sampler`. Its kernels are Triton's; a build for CPUs puts functions of
-its own in their place (`vllm/utils/cpu_triton_utils.py`), and in version 0.32 two things are wrong there:
+vLLM verifies drafts in `vllm.v1.sample.rejection_sampler`. In version 0.32 one thing is wrong there on every build:
+
+- `RejectionSampler.forward` samples the token behind a draft as if the draft were not there. With `min_tokens`, a
+  response that reaches its least length within the draft may not end right behind it, as it may without a drafter.
+
+Its kernels are Triton's; a build for CPUs puts functions of its own in their place (`vllm/utils/cpu_triton_utils.py`),
+and two more things are wrong there:
 
 - `expand_batch_to_tokens` repeats each request's temperature, top-k or top-p for its drafted tokens. The CPU's version
   writes into a copy of every buffer that is not int64. The buffer itself keeps what the memory held before, and tokens
@@ -9,7 +14,7 @@ its own in their place (`vllm/utils/cpu_triton_utils.py`), and in version 0.32 t
 - `apply_top_k_top_p` raises "max(): Expected reduction dim" for a batch with `top_k` and without a drafted token, which
   every batch of new prompts is. That ends the engine.
 
-Each of the two is called with known inputs and, where its answer is wrong, replaced by a version in plain torch that
+Each of the three is called with known inputs and, where its answer is wrong, replaced by a version in plain torch that
 has to pass the same check. Then the sampler as a whole verifies 12,288 drafts whose outcomes have known probabilities.
 This takes 0.1 s, draws no number of the engine's random generators, and changes nothing where vLLM is right, as its
 Triton kernels are. vLLM calls the sampler outside of compiled code and CUDA graphs, so that a replacement always takes
@@ -20,6 +25,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -42,18 +49,27 @@ def refusal(device: torch.device) -> str | None:
 
     found = None
     for name, (is_right, replacement) in _FUNCTIONS.items():
-        original = getattr(rejection_sampler, name)
+        owner, attribute = place_of(name)
+        original = getattr(owner, attribute)
         if _holds(is_right, original, device):
             continue
         replaced = replacement(original)
         if _holds(is_right, replaced, device):
-            setattr(rejection_sampler, name, replaced)
+            setattr(owner, attribute, replaced)
             logger.warning("vLLM's %s is wrong on this %s build; replaced it in this process", name, device.type)
         else:
             found = found or f"vLLM's {name} is wrong on this {device.type} build, and so is its replacement"
     if found is None and not _holds(_follows_the_target, rejection_sampler, device):
         found = f"vLLM's rejection sampler does not follow the target's distribution on this {device.type} build"
     return found
+
+
+def place_of(name: str) -> tuple[Any, str]:
+    """The module or class that has one of `_FUNCTIONS`, and its name there."""
+    from vllm.v1.sample import rejection_sampler
+
+    owner, _, attribute = name.rpartition(".")
+    return (getattr(rejection_sampler, owner) if owner else rejection_sampler), attribute
 
 
 def _holds(is_right: Callable[[Any, torch.device], bool], subject: Any, device: torch.device) -> bool:
@@ -113,9 +129,83 @@ def _constrains(apply_top_k_top_p: Callable[..., Tensor], device: torch.device) 
     return all(apply_top_k_top_p(logits, *given).shape == (0, 8) for given in ((k, None), (None, p), (k, p)))
 
 
+# --- RejectionSampler.forward ------------------------------------------------------------------------------------
+
+
+def _count_drafts(original: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(self: Any, metadata: Any, draft_probs: Any, logits: Tensor, sampling_metadata: Any) -> Any:
+        """Arguments of vLLM's. Within it, `min_tokens` counts a draft when the token behind it is sampled."""
+        from vllm.v1.sample.logits_processor.builtin import MinTokensLogitsProcessor
+
+        processors: list[Any] = [
+            processor
+            for processor in sampling_metadata.logitsprocs.non_argmax_invariant
+            if isinstance(processor, MinTokensLogitsProcessor)
+        ]
+        for processor in processors:
+            processor.apply = _after_drafts(processor, metadata.num_draft_tokens)
+        try:
+            return original(self, metadata, draft_probs, logits, sampling_metadata)
+        finally:
+            for processor in processors:
+                del processor.apply
+
+    return forward
+
+
+def _after_drafts(processor: Any, drafted: list[int]) -> Callable[[Tensor], Tensor]:
+    def apply(logits: Tensor) -> Tensor:
+        """logits: [requests, vocabulary], of the tokens behind the drafts."""
+        entries = processor.min_toks.items()
+        reached = [row for row, (least, said, *_) in entries if len(said) + drafted[row] >= least]
+        kept = logits[reached]  # a copy
+        logits = type(processor).apply(processor, logits)
+        logits[reached] = kept
+        return logits
+
+    return apply
+
+
+class _Sampled(Exception):
+    """Ends the check where vLLM samples the tokens behind the drafts, which is all that it looks at."""
+
+
+@dataclass
+class _Metadata:
+    logitsprocs: Any
+    max_num_logprobs: int = -1
+
+
+def _lets_end(forward: Callable[..., Any], device: torch.device) -> bool:
+    """Two requests with drafts of two tokens and `min_tokens` of 5; token 0 ends both. One has said three tokens before
+    and may end behind its draft, the other has said two and may not."""
+    from vllm.v1.sample.logits_processor.builtin import MinTokensLogitsProcessor
+
+    processor: Any = MinTokensLogitsProcessor(None, device, False)  # type: ignore[arg-type,unused-ignore]
+    processor.min_toks = {0: (5, [1, 1, 1], {0}, False), 1: (5, [1, 1], {0}, False)}
+    zeros = torch.zeros(2, dtype=torch.int32, device=device)
+    processor.logits_slice = (torch.arange(2, dtype=torch.int32, device=device), zeros)
+    found: list[Tensor] = []
+
+    def sample(logits: Tensor, **_: Any) -> Any:
+        found.append(processor.apply(logits.clone()))
+        raise _Sampled
+
+    rows = torch.arange(6, device=device)
+    drafts = SimpleNamespace(
+        max_spec_len=2, num_draft_tokens=[2, 2], bonus_logits_indices=rows[2::3], target_logits_indices=rows[:2]
+    )
+    sampler = SimpleNamespace(sampler=sample, is_processed_logprobs_mode=False)
+    metadata = _Metadata(SimpleNamespace(non_argmax_invariant=[processor]))
+    with suppress(_Sampled):
+        forward(sampler, drafts, None, torch.zeros(6, 4, device=device), metadata)
+    return found[0][:, 0].isinf().tolist() == [False, True] and "apply" not in vars(processor)
+
+
 _FUNCTIONS: dict[str, tuple[Callable[[Any, torch.device], bool], Callable[[Any], Any]]] = {
     "expand_batch_to_tokens": (_expands, _expand),
     "apply_top_k_top_p": (_constrains, _constrain),
+    "RejectionSampler.forward": (_lets_end, _count_drafts),
 }
 
 

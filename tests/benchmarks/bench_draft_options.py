@@ -21,7 +21,7 @@ from rich.table import Table
 
 from shared.config import load_config
 from shared.console import ConfigArgument, SetOption
-from student.drafting.forward import Denoising, Order
+from student.drafting.denoising import Denoising, Order
 from student.drafting.frequencies import FILE, count_tokens, frequent_tokens, write_counts
 from student.drafting.propose import Drafter
 from student.evaluation.measure import HeldOut

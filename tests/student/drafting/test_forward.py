@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from student.drafting import products
-from student.drafting.forward import Denoising, DraftForward
+from student.drafting.denoising import Denoising
+from student.drafting.forward import DraftForward
 from student.drafting.products import Way
 from student.model.attention import AnchoredLayout
 from student.model.modeling_llada import LladaForMaskedDiffusion, PrefixCache

@@ -80,6 +80,23 @@ def _samples(llm: Any, kinds: list[str], requests: int = REQUESTS) -> dict[str, 
     return {kind: tokens[index :: len(kinds)] for index, kind in enumerate(kinds)}
 
 
+def _ended(llm: Any) -> list[list[int]]:
+    """Greedy responses that each end at another token, and not before so many."""
+    from vllm import SamplingParams
+    from vllm.inputs import TokensPrompt
+
+    parameters = [
+        SamplingParams(temperature=0, max_tokens=12, min_tokens=least, stop_token_ids=[end], detokenize=False)
+        for end in range(1, STATES)
+        for least in range(1, 9)
+    ]
+    prompt = TokensPrompt(prompt_token_ids=[0])
+    return [
+        list(output.outputs[0].token_ids)
+        for output in llm.generate([prompt] * len(parameters), parameters, use_tqdm=False)
+    ]
+
+
 def _accepted(llm: Any) -> list[int]:
     """Drafts with at least d accepted tokens, d = 0 …"""
     values = {metric.name: metric for metric in llm.get_metrics()}
@@ -113,24 +130,28 @@ def _run(directory: str) -> dict[str, Any]:
 
     def undo() -> None:
         for name, function in own.items():
-            setattr(rejection_sampler, name, function)
+            setattr(*vllm_sampling.place_of(name), function)
+
+    def functions() -> dict[str, Any]:
+        return {name: getattr(*vllm_sampling.place_of(name)) for name in vllm_sampling._FUNCTIONS}
 
     teacher = str(save_teacher(Path(directory)))
     every, survivable = list(KINDS), [kind for kind in KINDS if kind != "top_k=5"]
-    found: dict[str, Any] = {"without": _samples(_engine(teacher), every)}
-
-    from vllm.v1.sample import rejection_sampler
-
-    own = {name: getattr(rejection_sampler, name) for name in vllm_sampling._FUNCTIONS}
+    llm = _engine(teacher)
+    found: dict[str, Any] = {"without": _samples(llm, every), "ended without": _ended(llm)}
+    del llm
+    own = functions()
     proposer = "tests.fixtures.markov_teacher.ChainProposer"
     speculation = {"method": "custom_class", "model": proposer, "num_speculative_tokens": 3}
     llm = _engine(teacher, speculative_config=speculation)
-    found["replaced"] = [name for name, function in own.items() if getattr(rejection_sampler, name) is not function]
+    found["replaced"] = [name for name, function in functions().items() if own[name] is not function]
     found["drafter"] = _samples(llm, every)
     found["accepted by drafter"] = _accepted(llm)
     found["min_p"] = _error(llm, min_p=0.1)
     found["logit_bias"] = _error(llm, logit_bias={2: 1.0})
+    found["ended with drafter"] = _ended(llm)
     undo()
+    found["ended unmended"] = _ended(llm)
     found["drafter unmended"] = _samples(llm, survivable, FEW)
 
     del llm  # an engine that ends takes the process groups of one that has started meanwhile with it
@@ -289,10 +310,17 @@ class TestEngines:
             token = int(target_VxV(temperature=0)[token].argmax())
         assert (found[arm]["greedy"] == expected).all()
 
+    def test_a_response_ends_where_it_would_without_a_draft(self, found: dict[str, Any]) -> None:
+        """With `min_tokens` that are reached before, inside and behind a draft."""
+        assert found["ended with drafter"] == found["ended without"]
+        assert len({len(response) for response in found["ended without"]}) > 4
+        if "RejectionSampler.forward" in found["replaced"]:
+            assert found["ended unmended"] != found["ended without"]
+
     def test_vllms_own_functions_fail_these_tests(self, found: dict[str, Any]) -> None:
         if not found["replaced"]:
             pytest.skip("this vLLM needs no replacement")
-        assert found["replaced"] == ["expand_batch_to_tokens", "apply_top_k_top_p"]
+        assert found["replaced"] == ["expand_batch_to_tokens", "apply_top_k_top_p", "RejectionSampler.forward"]
         assert "max(): Expected reduction dim" in found["top_k unmended"]
         for arm in ("drafter unmended", "ngram unmended"):
             for kind in ("T=1", "T=0.3", "top_p=0.8"):
@@ -337,14 +365,14 @@ def _run_on_triton() -> tuple[bool, str | None, list[str]]:
     triton.backends.backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True))  # type: ignore[assignment]
     driver.set_active(SimpleNamespace(get_current_device=lambda: 0, get_device_interface=lambda: torch.cpu))  # type: ignore[arg-type]
     from vllm.triton_utils import HAS_TRITON
-    from vllm.v1.sample import rejection_sampler
 
     from student.drafting import vllm_sampling
 
     vllm_sampling._REQUESTS = 32  # Triton's interpreter is slow
-    own = {name: getattr(rejection_sampler, name) for name in vllm_sampling._FUNCTIONS}
+    own = {name: getattr(*vllm_sampling.place_of(name)) for name in vllm_sampling._FUNCTIONS}
     refusal = vllm_sampling.refusal(torch.device("cpu"))
-    return HAS_TRITON, refusal, [name for name in own if getattr(rejection_sampler, name) is not own[name]]
+    replaced = [name for name in own if getattr(*vllm_sampling.place_of(name)) is not own[name]]
+    return HAS_TRITON, refusal, replaced
 
 
 @pytest.mark.slow
@@ -353,7 +381,8 @@ def test_tritons_kernels_pass_untouched() -> None:
     """The kernels that run on a GPU, here in Triton's interpreter."""
     pytest.importorskip("triton")
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        assert pool.submit(_run_on_triton).result() == (True, None, [])
+        # What is wrong on every build is not a kernel.
+        assert pool.submit(_run_on_triton).result() == (True, None, ["RejectionSampler.forward"])
 
 
 def test_nothing_is_drafted_where_the_sampler_is_wrong(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
