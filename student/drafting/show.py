@@ -45,6 +45,9 @@ def generate_with_teacher(
     check_teacher(config, dataset)
     chat = ChatEncoder(read_tokenizer_file(dataset.tokenizer_dir), config.collect.template_arguments)
     turns = [*([Message("system", system)] if system else []), Message("user", prompt)]
+    # In every step, by the student alone: here it is to be seen, not to be fast.
+    seen = {"policy": False, "lookup": False}
+    config = config.model_copy(update={"speculate": config.speculate.model_copy(update=seen)})
     drafting = drafter_arguments(config, str(student), dataset)
     drafting["speculative_config"]["model"] = f"{__name__}.{ShownProposer.__name__}"
     job = {

@@ -30,7 +30,7 @@ def test_the_answer_is_the_teachers_and_its_drafts_are_shown(
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    config = pipeline(served_run, served_teacher, speculate={"policy": False, "lookup": False})
+    config = pipeline(served_run, served_teacher)
     steps = generate_with_teacher(config, config.student_final_dir, "What is the opposite of happy?", length=20)
     tokenizer = AutoTokenizer.from_pretrained(served_teacher)
     chat = [{"role": "user", "content": "What is the opposite of happy?"}]
