@@ -24,7 +24,7 @@ APPS = {"teacher": teacher.cli.app, "student": student.cli.app, "shards": shared
 COMMANDS: dict[str, Any] = {name: typer.main.get_command(app) for name, app in APPS.items()}
 TARGETS = dict(re.findall(r"^([a-z-]+):.*?## (.+)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
 SETTINGS = re.compile(rf"(?<![\w./])({'|'.join(PipelineConfig.model_fields)})(\.\w+)+(?![\w.]*[/(])")
-FILES = (".py", ".json", ".jsonl", ".cli")
+FILES = (".py", ".json", ".jsonl", ".cli", ".sbatch")
 OTHERS = {"aws", "rsync", "sha256sum"}
 # Placeholders that stand for a number or have a form of their own.
 VALUES = {"N": "4", "W": "4", "STEP": "4", "I/N": "0/4"}

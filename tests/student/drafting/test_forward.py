@@ -191,6 +191,7 @@ def test_nothing_of_the_forward_is_left_off_the_device() -> None:
     assert forward._best(hidden[step.block_BG]).device.type == "meta"
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.timeout(300)
 def test_two_ranks_draft_what_one_does(tmp_path: Path) -> None:

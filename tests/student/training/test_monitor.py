@@ -67,6 +67,7 @@ class SlowHandle:
 
 
 @pytest.mark.usefixtures("_alone")
+@pytest.mark.slow
 def test_what_collectives_hold_up_is_communication(monkeypatch: pytest.MonkeyPatch) -> None:
     """A blocking one by its call; of one that runs beside the computing, what is waited for."""
     import deepspeed
