@@ -154,7 +154,7 @@ def answers(
         prompt = record.messages[-1].content
         taught = record.response_bytes.decode("utf-8", "replace")
         steps = [] if drafter is None else steps_along(drafter, record, held_out.config.evaluate.draft_tokens)
-        drafted = spans(steps, held_out.dataset.vocabulary)
+        drafted = [list(piece) for piece in spans(steps, held_out.dataset.vocabulary)]
         found.append({"prompt": prompt, "teacher": taught, "student": said, "drafted": drafted})
     return found
 

@@ -28,7 +28,8 @@ def finished(config: PipelineConfig, **speculate: Any) -> None:
     """What the stages leave behind, without having run them."""
     write_json(config.run_dir / "collect.json", {"responses": 12, "tokens": 3456, "capture_ratio": None})
     measured = MEASURED | {"by_skill": {"odd": 1.2, "even": 1.3}}
-    said = {"prompt": "1 < 2?", "teacher": "Yes, 1 < 2.", "student": "Yes."}
+    said: dict[str, Any] = {"prompt": "1 < 2?", "teacher": "Yes, 1 < 2.", "student": "Yes."}
+    said["drafted"] = [["own", "Yes"], ["accepted", ", 1 <"], ["rejected", " 3"], ["own", " 2."]]
     evaluate = {"rule": "greedy", "before": measured, "after": measured, "answers": [said]}
     evaluate["identity"] = evaluation_identity(config)
     write_json(config.run_dir / "evaluate.json", evaluate)
@@ -76,7 +77,9 @@ def test_the_page_shows_its_pictures_and_says_what_was_not_measured(tmp_path: Pa
     assert not re.search(r"<(img|script|link|iframe)\b|@import|url\((?!#)", page)
     assert "not measured" in page
     assert "3,456" in page
-    assert "<td>1 &lt; 2?</td><td>Yes, 1 &lt; 2.</td><td>Yes.</td>" in page
+    pieces = (("own", "Yes"), ("accepted", ", 1 &lt;"), ("rejected", " 3"), ("own", " 2."))
+    said = "".join(f'<span class="{kind}">{text}</span>' for kind, text in pieces)
+    assert f"<td>1 &lt; 2?</td><td>{said}</td><td>Yes.</td>" in page
 
 
 def test_speeds_are_shown_by_kind_of_draft(tmp_path: Path) -> None:
