@@ -9,7 +9,7 @@ after n accepted tokens the teacher adds one of its own, so that the next draft 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -115,17 +115,11 @@ def draft_along(
     by_confidence = np.zeros((2, confidence.BINS), np.int64)
     for start in range(0, len(records), batch):
         group = records[start : start + batch]
-        position = {record.sample_id: 1 for record in group}
-        by_id = {record.sample_id: record for record in group}
-        while active := [i for i in position if position[i] < len(by_id[i].response_ids)]:
-            contexts = [np.concatenate([by_id[i].prompt_ids, by_id[i].response_ids[: position[i]]]) for i in active]
-            for sample_id, draft in zip(active, drafter.propose(active, contexts), strict=True):
-                matches = leading_matches(draft[:draft_tokens], by_id[sample_id].response_ids[position[sample_id] :])
-                accepted[sample_id].append(matches)
-                proposed[sample_id].append(len(draft[:draft_tokens]))
-                by_confidence += confidence.count(drafter.confidence.get(sample_id, [])[:draft_tokens], matches)
-                position[sample_id] += matches + 1
-        drafter.release(list(position))
+        for record, _, draft, matches in _drafts(drafter, group, draft_tokens):
+            sample_id = record.sample_id
+            accepted[sample_id].append(matches)
+            proposed[sample_id].append(len(draft))
+            by_confidence += confidence.count(drafter.confidence.get(sample_id, [])[:draft_tokens], matches)
         for _ in group:
             on_response()
     skills = {record.sample_id: record.skill for record in records}
@@ -134,14 +128,26 @@ def draft_along(
 
 def steps_along(drafter: Proposer, record: Record, draft_tokens: int) -> list[Step]:
     """The steps in which the teacher would have said this response. The first token is its own."""
-    steps = [Step.of([], record.response_ids[:1])]
-    position = 1
-    while position < len(record.response_ids):
-        context = np.concatenate([record.prompt_ids, record.response_ids[:position]])
-        (draft,) = drafter.propose([record.sample_id], [context])
-        left = record.response_ids[position:]
-        matches = leading_matches(draft[:draft_tokens], left)
-        steps.append(Step.of(draft[:draft_tokens], left[: matches + 1], ended=matches + 1 >= len(left)))
-        position += matches + 1
-    drafter.release([record.sample_id])
+    said = record.response_ids
+    steps = [Step.of([], said[:1])]
+    for _, start, draft, matches in _drafts(drafter, [record], draft_tokens):
+        stop = start + matches + 1
+        steps.append(Step.of(draft, said[start:stop], ended=stop >= len(said)))
     return steps
+
+
+def _drafts(
+    drafter: Proposer, records: Sequence[Record], draft_tokens: int
+) -> Iterator[tuple[Record, int, list[int], int]]:
+    """Every draft along `records`, which advance together: whose it is, where it starts in the response, its tokens,
+    and how many of them are accepted."""
+    by_id = {record.sample_id: record for record in records}
+    position = dict.fromkeys(by_id, 1)
+    while active := [i for i in position if position[i] < len(by_id[i].response_ids)]:
+        contexts = [np.concatenate([by_id[i].prompt_ids, by_id[i].response_ids[: position[i]]]) for i in active]
+        for sample_id, whole in zip(active, drafter.propose(active, contexts), strict=True):
+            record, start, draft = by_id[sample_id], position[sample_id], whole[:draft_tokens]
+            matches = leading_matches(draft, record.response_ids[start:])
+            position[sample_id] += matches + 1
+            yield record, start, draft, matches
+    drafter.release(list(position))
