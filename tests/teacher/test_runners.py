@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from shared.dataset.reader import Dataset
@@ -172,15 +173,18 @@ def test_ray_actors_that_die_are_replaced_and_the_run_goes_on_after_its_end(whol
 
 
 def _working_actor(run: Run, driver: subprocess.Popen[bytes]) -> int:
-    """The process of an actor of this driver as soon as it has a unit that is not committed."""
+    """An actor of this driver, not of one that was killed, as soon as it has a unit that is not committed."""
     claims = run.shards / ".claims"
-    known = {file.stem for file in (claims / "workers").glob("*.json")}  # of the driver that was killed
     until = time.monotonic() + 600
     while time.monotonic() < until:
         assert driver.poll() is None, run.said()
+        ours = {process.pid for process in psutil.Process(driver.pid).children(recursive=True)}
         for claim in (claims / "units").glob("*"):
             unit, worker = claim.name.rpartition(".")[0], claim.read_text()
-            if worker not in known and not (run.shards / f"commits/{unit}.json").exists():
-                return int(json.loads((claims / f"workers/{worker}.json").read_text())["pid"])
+            if (run.shards / f"commits/{unit}.json").exists():
+                continue
+            pid = int(json.loads((claims / f"workers/{worker}.json").read_text())["pid"])
+            if pid in ours:
+                return pid
         time.sleep(0.01)
     raise AssertionError(run.said())

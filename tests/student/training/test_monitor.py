@@ -61,11 +61,6 @@ def test_parts_of_a_step_are_summed_and_memory_is_read() -> None:
     assert monitor.finish(1.0)["seconds"]["forward"] == 0, "the next step starts from nothing"
 
 
-class SlowHandle:
-    def wait(self) -> None:
-        time.sleep(0.02)
-
-
 @pytest.mark.usefixtures("_alone")
 @pytest.mark.slow
 def test_what_collectives_hold_up_is_communication(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,17 +68,28 @@ def test_what_collectives_hold_up_is_communication(monkeypatch: pytest.MonkeyPat
     import deepspeed
     import deepspeed.comm.comm as comm
 
+    now = 0.0
+
+    def take(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    class Handle:
+        def wait(self) -> None:
+            take(3.0)
+
     deepspeed.init_distributed(dist_backend="gloo")
-    monkeypatch.setattr(type(comm.cdb), "all_reduce", lambda *_, **__: time.sleep(0.02))
-    monkeypatch.setattr(type(comm.cdb), "all_gather_into_tensor", lambda *_, **__: SlowHandle())
+    monkeypatch.setattr(type(comm.cdb), "all_reduce", lambda *_, **__: take(2.0))
+    monkeypatch.setattr(type(comm.cdb), "all_gather_into_tensor", lambda *_, **__: Handle())
+    monkeypatch.setattr("student.training.monitor.time.perf_counter", lambda: now)
     monitor, values = StepMonitor(), torch.zeros(2)
     with monitor.watching_collectives():
         deepspeed.comm.all_reduce(values)
         handle = deepspeed.comm.all_gather_into_tensor(values, values, async_op=True)
-        time.sleep(0.05)
+        take(10.0)  # computing
         handle.wait()
     deepspeed.comm.all_reduce(values)  # not watched
-    assert 0.04 <= monitor.finish(1.0)["seconds"]["communication"] < 0.055
+    assert monitor.finish(1.0)["seconds"]["communication"] == 5.0
 
 
 @pytest.mark.slow
