@@ -7,9 +7,9 @@ the chance that the first k drafted tokens of a request are accepted, a plan tha
 
 `step(R, D)` is the time of a target step over R requests and D drafted tokens, `draft` that of making the draft; zero
 drafted tokens are a plan like any other. Tokens are taken in order of S, so that the best of all D is found in one
-sort. All times are measured while serving, all S come from what was accepted lately (`Acceptance`), and the same
-measurements give the same plan. What the lookup found is compared with what the target said next whether it was drafted
-or not, so its S cost nothing to know; LLaDA's S and times take drafts.
+sort. All times are measured while serving (`measured_time.py`), all S come from what was accepted lately
+(`acceptance.py`), and the same measurements give the same plan. What the lookup found is compared with what the target
+said next whether it was drafted or not, so its S cost nothing to know; LLaDA's S and times take drafts.
 
 Once LLaDA has drafted, its confidence in each token says more than the past: S is then the product of calibrated
 chances (`confidence.py`), the draft is paid for, and the same formula says which of its tokens are worth verifying.
@@ -33,13 +33,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from student.drafting.acceptance import LLADA, LOOKUP, MAKERS, Acceptance, Floats, Ints
 from student.drafting.confidence import Calibration
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
-
-MAKERS = ("llada", "lookup")
-LLADA, LOOKUP = 0, 1
+from student.drafting.measured_time import WINDOW, Fit
 
 EXPLORED = 0.015
 """Share of the time that may be spent on what is not expected to pay."""
@@ -53,121 +49,7 @@ PLAIN_EVERY = 64
 """Steps after which a plain step is measured again, where drafting is not clearly faster."""
 HORIZON = 32
 """Drafts over which the reading of a context that the drafter has not seen yet is spread."""
-_WINDOW = 64  # measurements of each kind that a fit is over
 _TAIL = 4  # last tokens that tell a request from another of its length
-
-
-class Fit:
-    """Time as a + Σ b_i x_i over the last measurements, with no negative b but those that may be.
-
-    The fit is made twice, and the second time a measurement counts for at most 1.5 times what the first says, so that a
-    pause of the machine moves little. Where the x never varied, the fit is as flat as what was seen allows: what was
-    not tried looks cheap. It is made anew after some measurements, not after each: it takes longer than all else here.
-
-    Args:
-        inputs: number of x. signed: so many of them, the last, may have a negative b.
-        groups: of measurements; each keeps its last `_WINDOW`.
-    """
-
-    def __init__(self, inputs: int, signed: int = 0, groups: int = 1) -> None:
-        self._positive = inputs - signed
-        self._seen_GxWx = np.zeros((groups, _WINDOW, 1 + inputs))
-        self.counts = np.zeros(groups, np.int64)
-        """Measurements of each group."""
-        self._coefficients: Floats | None = None
-        self._fitted_G = np.zeros(groups, np.int64)
-
-    def __len__(self) -> int:
-        return int(self.counts.sum())
-
-    def record(self, seconds: float, *x: float, group: int = 0) -> None:
-        self._seen_GxWx[group, self.counts[group] % _WINDOW] = (seconds, *x)
-        self.counts[group] += 1
-        if (8 * (self.counts - self._fitted_G) >= np.minimum(self._fitted_G, _WINDOW)).any():
-            self._coefficients = None
-
-    def __call__(self, *x: Any) -> Any:
-        """Seconds at x: numbers or arrays. Needs a measurement."""
-        if self._coefficients is None:
-            self._coefficients = self._solve()
-            self._fitted_G = self.counts.copy()
-        return sum((b * value for b, value in zip(self._coefficients[1:], x, strict=True)), self._coefficients[0])
-
-    def _solve(self) -> Floats:
-        kept = np.minimum(self.counts, _WINDOW)
-        seen = np.concatenate([group[:count] for group, count in zip(self._seen_GxWx, kept, strict=True)])
-        seconds, inputs = seen[:, 0], seen[:, 1:]
-        scale = np.maximum(inputs.max(0), 1e-9)
-        columns = np.column_stack([np.ones(len(inputs)), inputs / scale])
-        coefficients = _least_squares(columns, seconds, self._positive)
-        coefficients = _least_squares(columns, np.minimum(seconds, 1.5 * columns @ coefficients), self._positive)
-        coefficients[1:] /= scale
-        return coefficients
-
-
-def _least_squares(columns: Floats, seconds: Floats, positive: int) -> Floats:
-    """Of the coefficients after the first, the constant, the next `positive` are zero where they would be negative."""
-    coefficients = np.zeros(columns.shape[1])
-    used = list(range(columns.shape[1]))
-    while True:
-        # A little ridge on all but the constant: they are zero where nothing speaks for them.
-        X = columns[:, used]
-        gram = X.T @ X + np.diag([0.0, *[1e-3] * (len(used) - 1)])
-        solved = np.linalg.solve(gram, X.T @ seconds)
-        negative = [place for place, x in enumerate(used) if 1 <= x <= positive and solved[place] < 0]
-        if not negative:
-            coefficients[used] = solved
-            return coefficients
-        used.pop(min(negative, key=lambda place: float(solved[place])))
-
-
-class Acceptance:
-    """Chances that the k-th drafted token is accepted where those before it were, by request and over all.
-
-    Counts fade with each draft: a request remembers about ten drafts, all requests together about a hundred. A new
-    request starts from what all have shown; before any draft a token has a chance of 0.6, so that drafts are tried.
-    """
-
-    _FADE, _FADE_ALL, _FIRST = 0.9, 0.99, 0.6
-    _WEIGHT, _WEIGHT_ALL = 4.0, 2.0  # tries that a request's, and the overall, starting value counts for
-
-    def __init__(self, rows: int, draft_tokens: int) -> None:
-        self.hits_RxMxK, self.tries_RxMxK = np.zeros((2, rows, len(MAKERS), draft_tokens))
-        self._hits_MxK, self._tries_MxK = np.zeros((2, len(MAKERS), draft_tokens))
-
-    def move(self, source_R: Ints) -> None:
-        """Row r is now what was row `source_R[r]`; −1 is a new request."""
-        for counts in (self.hits_RxMxK, self.tries_RxMxK):
-            counts[: len(source_R)] = np.where((source_R >= 0)[:, None, None], counts[source_R], 0.0)
-
-    def record(self, rows: Ints, maker: int, asked: Ints, accepted: Ints) -> None:
-        """For each of `rows`: of `asked` tokens the first `accepted` were accepted, and the next, if any, was not."""
-        depths_K = np.arange(self.hits_RxMxK.shape[2])
-        hits = (depths_K < accepted[:, None]).astype(float)
-        tries = (depths_K < np.minimum(accepted + 1, asked)[:, None]).astype(float)
-        for counts, all_counts, new in (
-            (self.hits_RxMxK, self._hits_MxK, hits),
-            (self.tries_RxMxK, self._tries_MxK, tries),
-        ):
-            counts[rows, maker] = counts[rows, maker] * self._FADE + new
-            all_counts[maker] = all_counts[maker] * self._FADE_ALL ** len(rows) + new.sum(0)
-
-    def tries(self, maker: int) -> float:
-        """Drafts that the overall chances rest on."""
-        return float(self._tries_MxK[maker, 0])
-
-    def _shares(self) -> Floats:
-        shares: Floats = (self._hits_MxK + self._WEIGHT_ALL * self._FIRST) / (self._tries_MxK + self._WEIGHT_ALL)
-        return shares
-
-    def overall(self, maker: int) -> Floats:
-        """[K]: the chance that the first k tokens of a new request's draft are all accepted."""
-        return self._shares()[maker].cumprod()
-
-    def survival(self, rows: int) -> Floats:
-        """[R, M, K]: the chance that the first k tokens of a draft are all accepted."""
-        hits, tries = self.hits_RxMxK[:rows], self.tries_RxMxK[:rows]
-        return ((hits + self._WEIGHT * self._shares()) / (tries + self._WEIGHT)).cumprod(-1)
 
 
 @dataclass(frozen=True)
@@ -347,7 +229,7 @@ class Policy:
             given = np.arange(self.draft_tokens) < given_R[:, None]
             self._confidence_RxK[: len(given_R)] = np.where(given, confidence_RxK, 0)
             drafted = confidence_RxK[confidence_RxK[:, 0] > 0]
-            self._recent_WxK = np.concatenate([self._recent_WxK, drafted])[-_WINDOW:]
+            self._recent_WxK = np.concatenate([self._recent_WxK, drafted])[-WINDOW:]
         if len(rows):
             self.draft.record(seconds, float(self._unread(rows).sum()), float(len(rows)))
             self._read_R[rows] = self._length_R[rows]

@@ -4,7 +4,8 @@ vLLM serves the teacher in one process after another: with the trained student a
 (`ngram`, `suffix`), and alone at its best settings. Each decodes the same prompts greedily, with many requests in
 flight (throughput) and some of them one at a time (latency). Reported are vLLM's own acceptance metrics, wall-clock
 tokens per second, and whether the outputs are the same. Where one differs, the last engine scores both candidates at
-the first differing token, which tells a numerical tie from a wrong output.
+the first differing token, which tells a numerical tie (`TIE`) from a wrong output. In `speculate.json` many requests in
+flight stand at the top level, one in flight in `latency`; `acceptance_length` is 1 + accepted / drafts, as vLLM counts.
 """
 
 from __future__ import annotations

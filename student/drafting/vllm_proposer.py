@@ -35,10 +35,11 @@ from numpy.typing import NDArray
 
 from shared.errors import CheckpointError, ConfigError
 from shared.tokenizer.vocabulary import Vocabulary
+from student.drafting.acceptance import LLADA, MAKERS
 from student.drafting.counters import Counters
 from student.drafting.denoising import Denoising, Order
 from student.drafting.lookup import Lookup
-from student.drafting.policy import LLADA, MAKERS, Policy
+from student.drafting.policy import Policy
 from student.drafting.products import Way
 from student.drafting.propose import Drafter
 from student.lineage import warn_of_another_teacher

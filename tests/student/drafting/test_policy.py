@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from student.drafting.policy import CLEAR, LLADA, LOOKUP, Acceptance, Fit, Plan, Policy, best_lengths
+from student.drafting.acceptance import LLADA, LOOKUP, Acceptance
+from student.drafting.measured_time import Fit
+from student.drafting.policy import CLEAR, Plan, Policy, best_lengths
 
 K = 4
 LENGTH = 400
