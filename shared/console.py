@@ -2,8 +2,9 @@
 
 `application` builds a Typer app; `run` is the one boundary where a `UserError` becomes a single message on
 stderr and exit code 2. `ConfigArgument`, `SetOption` and `LogLevelOption` are the parameters that all
-commands share, `RepositoryArgument` and the options after it those of both `push`; `progress` is the one progress
-bar, silent where stderr is not a terminal and CI reads it. `titled_table` and `bytes_text` are how plans are printed.
+commands share, `SplitOption` and `RuleOption` choose records, `RepositoryArgument` and the options after it are those
+of both `push`; `progress` is the one progress bar, silent where stderr is not a terminal and CI reads it.
+`titled_table` and `bytes_text` are how plans are printed.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -42,6 +43,10 @@ SetOption = Annotated[
     typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override one setting; the value is YAML. May be repeated."),
 ]
 LogLevelOption = Annotated[str, typer.Option("--log-level", help="debug, info, warning or error.")]
+SplitOption = Annotated[Literal["train", "held_out"] | None, typer.Option("--split", help="Only this split.")]
+RuleOption = Annotated[
+    Literal["greedy", "sample", "filtered"] | None, typer.Option("--rule", help="Only this decoding rule.")
+]
 
 RepositoryArgument = Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the Hugging Face Hub.")]
 LicenseOption = Annotated[

@@ -39,13 +39,17 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """A directory to fill, which becomes `path` when the block ends well; an older `path` is replaced then.
+    """A directory to fill, which becomes `path` when the block ends well; else it is removed. An older `path` is
+    replaced then.
 
     For one process at a time: it clears what a killed one left, and cannot tell that from another's work.
     """
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    yield partial
-    shutil.rmtree(path, ignore_errors=True)
-    partial.rename(path)
+    try:
+        yield partial
+        shutil.rmtree(path, ignore_errors=True)
+        partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Literal
+from pathlib import Path, PurePath
+from typing import Any, Literal
 
 from shared.errors import HubError, UserError
 
@@ -43,6 +43,14 @@ def _why_no_name(name: str) -> str | None:
 def public_name(model: str) -> str:
     """A hub name as it is; of a path, its last part: the rest is of one machine."""
     return model if is_hub_name(model) else Path(model).name
+
+
+def absolute_paths(tree: Any) -> set[str]:
+    """The strings in a JSON tree that are paths of one machine; keys are not looked at."""
+    if isinstance(tree, dict | list):
+        children = tree.values() if isinstance(tree, dict) else tree
+        return {path for child in children for path in absolute_paths(child)}
+    return {tree} if isinstance(tree, str) and PurePath(tree).is_absolute() else set()
 
 
 @dataclass(frozen=True, slots=True)

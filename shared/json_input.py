@@ -72,8 +72,9 @@ def read_lines(path: Path, kind: type[UserError], example: str) -> Iterator[tupl
 def _opened(path: Path, kind: type[UserError], example: str) -> Iterator[TextIO]:
     """The file as text; what goes wrong with it inside the block is a `kind`."""
     try:
-        with _open(path) as file:
-            yield file
+        with path.open("rb") as raw:
+            unpacked: Any = gzip.GzipFile(fileobj=raw) if raw.peek(2)[:2] == b"\x1f\x8b" else raw
+            yield io.TextIOWrapper(unpacked, encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise kind(f"{path} is not UTF-8 text at byte {error.start}: {error.reason}; save it as UTF-8") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -85,13 +86,6 @@ def _opened(path: Path, kind: type[UserError], example: str) -> Iterator[TextIO]
 def is_schematic(value: object) -> bool:
     """Whether `value` is one of the dots that stand for values in an example."""
     return isinstance(value, str) and value.strip() in ("...", "…")
-
-
-def _open(path: Path) -> TextIO:
-    file = path.open("rb")
-    if file.peek(2)[:2] == b"\x1f\x8b":
-        return io.TextIOWrapper(gzip.GzipFile(fileobj=file), encoding="utf-8-sig")
-    return io.TextIOWrapper(file, encoding="utf-8-sig")
 
 
 def _of_lines(

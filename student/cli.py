@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -19,7 +19,9 @@ from shared.console import (
     PrivateOption,
     RepositoryArgument,
     RevisionOption,
+    RuleOption,
     SetOption,
+    SplitOption,
     VersionOption,
     application,
     configure_logging,
@@ -55,7 +57,9 @@ def init(config: ConfigArgument, overrides: SetOption = None, log_level: LogLeve
 def export(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run such as runs/demo, or a model's directory.")],
     to: Annotated[Path | None, typer.Option("--to", help="Where to write; RUN/export by default.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; as trained by default.")] = None,
+    dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"] | None, typer.Option(help="As trained by default.")
+    ] = None,
     shard_size: Annotated[str, typer.Option(help="Largest safetensors file.")] = "5GB",
     checkpoint: Annotated[int | None, typer.Option(help="Of this step, in place of the trained student.")] = None,
     log_level: LogLevelOption = "info",
@@ -97,8 +101,12 @@ def generate(
     steps: Annotated[int | None, typer.Option(help="Denoising steps in all; the length unmasks one a step.")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 takes the most probable token.")] = None,
     cfg: Annotated[float | None, typer.Option("--cfg", help="Classifier-free guidance scale; 0 is off.")] = None,
-    remasking: Annotated[str | None, typer.Option(help="low_confidence or random.")] = None,
-    attention: Annotated[str | None, typer.Option(help="bidirectional (LLaDA's) or draft (prefix cache).")] = None,
+    remasking: Annotated[
+        Literal["low_confidence", "random"] | None, typer.Option(help="Which predictions of a step are kept.")
+    ] = None,
+    attention: Annotated[
+        Literal["bidirectional", "draft"] | None, typer.Option(help="LLaDA's own, or with the prefix cache.")
+    ] = None,
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt without the chat template.")] = False,
     seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Of the noise at temperatures above 0.")] = 0,
@@ -110,8 +118,12 @@ def generate(
 ) -> None:
     """Talk to a student with LLaDA's own sampler, or see what it drafts of the teacher's answer."""
     configure_logging(log_level)
+    sampling = {
+        "block_length": block_length, "steps": steps, "temperature": temperature, "guidance": cfg,
+        "remasking": remasking, "attention": attention,
+    }  # fmt: skip
     if with_teacher is not None:
-        if raw or {block_length, steps, temperature, cfg, remasking, attention} != {None}:
+        if raw or set(sampling.values()) != {None}:
             raise ConfigError(
                 "--with-teacher decodes greedily with the teacher and takes --prompt, --system and --length; leave the "
                 "sampler's other options out"
@@ -122,21 +134,7 @@ def generate(
         return
     from student.model.generate import generate as generate_answer
 
-    answer = generate_answer(
-        model,
-        prompt,
-        system=system,
-        raw=raw,
-        seed=seed,
-        length=length,
-        block_length=block_length,
-        steps=steps,
-        temperature=temperature,
-        guidance=cfg,
-        remasking=remasking,
-        attention=attention,
-    )
-    typer.echo(answer)
+    typer.echo(generate_answer(model, prompt, system=system, raw=raw, seed=seed, length=length, **sampling))
 
 
 @app.command()
@@ -153,8 +151,8 @@ def audit(
     dataset: Annotated[str, typer.Argument(metavar="DATASET", help="Directory or URL of a dataset.")],
     tokenizer: Annotated[Path, typer.Argument(metavar="TOKENIZER", help="The student's tokenizer: directory or file.")],
     limit: Annotated[int, typer.Option("--limit", min=1, help="Records to look at.")] = 200,
-    split: Annotated[str | None, typer.Option("--split", help="train or held_out; default both.")] = None,
-    rule: Annotated[str | None, typer.Option("--rule", help="greedy, sample or filtered; default all.")] = None,
+    split: SplitOption = None,
+    rule: RuleOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     log_level: LogLevelOption = "info",
 ) -> None:

@@ -260,14 +260,15 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """The JSON object at `path`; None where there is no such file.
 
     Raises:
-        CheckpointError: if it is not a JSON object.
+        CheckpointError: if it cannot be read or is not a JSON object.
     """
+    again = "copy it again, or run the command that wrote it again"
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except ValueError as error:
-        raise CheckpointError(f"{path} is damaged ({error}); run the command that wrote it again") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); {again}") from error
     if not isinstance(tree, dict):
-        raise CheckpointError(f"{path} holds {type(tree).__name__}, expected an object; run what wrote it again")
+        raise CheckpointError(f"{path} holds {type(tree).__name__}, expected an object; {again}")
     return tree

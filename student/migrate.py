@@ -172,7 +172,7 @@ def _check_first_entry(config: PipelineConfig, file: Path, further: Sequence[str
     where, value = next(read_entries(file))
     entry = checked(Entry, value, where, DatasetError, ENTRY_EXAMPLE)
     loss = resolve_loss(config.train, entry.logits is not None).name
-    LossSettings.from_config(config.train, config.train.block_length, loss)
+    LossSettings.from_config(config.train, loss)
     options = {option.partition("=")[0] for option in further}
     if config.train.objectives.blocks and entry.sampling is None and "--temperature" not in options:
         raise ConfigError(

@@ -17,19 +17,18 @@ import importlib.util
 import json
 import logging
 import os
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from shared.config import TeacherConfig
 from shared.errors import CheckpointError
+from shared.files import new_directory
 from shared.hub import is_hub_name
 
 log = logging.getLogger(__name__)
-
 
 _SNAPSHOT_FILES = ["*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt"]
 """What of a hub repository is fetched here: all but the weights, which vLLM fetches wherever its ranks are."""
@@ -172,35 +171,39 @@ def fingerprint(teacher: TeacherConfig) -> str:
 
 
 def convert_gguf(source: Path, destination: Path) -> None:
-    """Write the model and tokenizer of `source` as a safetensors checkpoint at `destination`, atomically.
+    """Write the model and tokenizer of `source` as a safetensors checkpoint at `destination`, unless one is there.
 
     Raises:
         CheckpointError: if transformers cannot read the file.
     """
-    with _exclusive_sibling(destination) as partial:
-        if partial is None:
+    with _locked(destination.parent):
+        if destination.exists():
             return  # another process converted it while this one waited
         log.info("converting %s to %s (once)", source.name, destination)
-        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-        from transformers.utils.logging import disable_progress_bar
+        with new_directory(destination) as partial:
+            _convert(source, partial)
 
-        disable_progress_bar()
 
-        folder, file = str(source.parent), source.name
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
-            # Without `dequantize` the weights stay in GGUF's blocks, which safetensors cannot hold.
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, gguf_file=file, quantization_config=GgufConfig(dequantize=True), dtype="bfloat16"
-            )
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise CheckpointError(
-                f"{source} cannot be converted: {error}; expected a GGUF file that transformers reads"
-            ) from error
-        _restore_pre_tokenizer(tokenizer, source)
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        _name_end_of_turn(partial, tokenizer)
+def _convert(source: Path, directory: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    folder, file = str(source.parent), source.name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+        # Without `dequantize` the weights stay in GGUF's blocks, which safetensors cannot hold.
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=file, quantization_config=GgufConfig(dequantize=True), dtype="bfloat16"
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{source} cannot be converted: {error}; expected a GGUF file that transformers reads"
+        ) from error
+    _restore_pre_tokenizer(tokenizer, source)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    _name_end_of_turn(directory, tokenizer)
 
 
 def _is_local(teacher: TeacherConfig) -> bool:
@@ -290,38 +293,12 @@ def _name_end_of_turn(directory: Path, tokenizer: Any) -> None:
 
 
 @contextmanager
-def _exclusive_sibling(destination: Path) -> Iterator[Path | None]:
-    """Hold an empty hidden directory beside `destination` and rename it there at the end; None if another process did.
-
-    The lock is on the directory itself, so it goes with its holder, and what a killed holder wrote is cleared.
-    """
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    partial = destination.parent / f".{destination.name}.partial"
-    while True:
-        if destination.exists():
-            yield None
-            return
-        partial.mkdir(exist_ok=True)
-        try:
-            descriptor = os.open(partial, os.O_RDONLY)
-        except FileNotFoundError:
-            continue
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        # The holder before us may have renamed or removed the directory that we have just locked, or have ended
-        # between our look at `destination` and our making of `partial`.
-        with suppress(FileNotFoundError):
-            if os.fstat(descriptor).st_ino == partial.stat().st_ino:
-                if not destination.exists():
-                    break
-                shutil.rmtree(partial)
-        os.close(descriptor)
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a directory, which is made where it is not there. The lock goes with its holder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        for left in partial.iterdir():
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
-        yield partial
-        partial.rename(destination)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
     finally:
         os.close(descriptor)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from enum import Enum
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -17,14 +16,7 @@ if TYPE_CHECKING:
 
 app = application("Let a teacher answer prompts, and store its top-k distribution at every token of the answers.")
 
-
-class Runner(Enum):
-    """Where engines run."""
-
-    LOCAL = "local"
-    RAY = "ray"
-
-
+Runner = Literal["local", "ray"]
 ShardOption = Annotated[
     str | None,
     typer.Option("--shard", metavar="I/N", help="Do this share of the units only; I is 0 to N - 1."),
@@ -40,7 +32,7 @@ WorkersOption = Annotated[
 def collect(
     config: ConfigArgument,
     overrides: SetOption = None,
-    runner: RunnerOption = Runner.LOCAL,
+    runner: RunnerOption = "local",
     workers: WorkersOption = None,
     shard: ShardOption = None,
     retry_failed: RetryOption = False,
@@ -57,7 +49,7 @@ def collect(
 def score(
     config: ConfigArgument,
     overrides: SetOption = None,
-    runner: RunnerOption = Runner.LOCAL,
+    runner: RunnerOption = "local",
     workers: WorkersOption = None,
     shard: ShardOption = None,
     retry_failed: RetryOption = False,
@@ -126,12 +118,12 @@ def _launch(runner: Runner, workers: int | None, shard: str | None, retry_failed
     from teacher.collect import Launch
     from teacher.runners.local import Shard
 
-    if workers is not None and runner is not Runner.RAY:
+    if workers is not None and runner != "ray":
         raise ConfigError(
             f"--workers {workers} is for --runner ray; without Ray start one process for each engine: they share the "
             "units by themselves, or by --shard I/N"
         )
-    return Launch(runner.value, workers, None if shard is None else Shard.parse(shard), retry_failed)
+    return Launch(runner, workers, None if shard is None else Shard.parse(shard), retry_failed)
 
 
 def _show(summary: Summary | None) -> None:

@@ -19,15 +19,9 @@ from shared.dataset.reader import Dataset, DatasetWriter, Manifest, Provenance
 from shared.errors import ConfigError
 from shared.stopping import REQUEUE_EXIT_CODE
 from shared.tokenizer.vocabulary import Vocabulary
-from teacher.checkpoints import (
-    check_checkpoint,
-    ensure_checkpoint,
-    fingerprint,
-    hub_commit,
-    vocabulary_size,
-)
+from teacher.checkpoints import ensure_checkpoint, fingerprint, hub_commit, vocabulary_size
 from teacher.engine import prepare_environment, version_of
-from teacher.prompts import Prompt, Renderer, load_renderer, load_sources, prompts_fingerprint, split_prompts
+from teacher.prompts import Renderer, load_renderer, load_sources, prompts_fingerprint, split_prompts
 from teacher.prompts.lengths import FittingPrompts, fit_prompts
 from teacher.runners.local import Job, Kind, Shard, run_here
 from teacher.runners.ray_pool import run_on_ray
@@ -51,14 +45,6 @@ class Plan:
     fitting: FittingPrompts
     units: list[Unit]
     renderer: Renderer
-
-    @property
-    def prompts(self) -> list[Prompt]:
-        return self.fitting.prompts
-
-    @property
-    def prompt_tokens(self) -> dict[str, int]:
-        return self.fitting.tokens
 
 
 def prepare(config: PipelineConfig) -> Plan:
@@ -84,7 +70,6 @@ def prepare(config: PipelineConfig) -> Plan:
 
 def check_top_k(config: PipelineConfig) -> None:
     """Raises `ConfigError` where more candidates are asked for than the teacher has tokens."""
-    check_checkpoint(config.teacher)
     size = vocabulary_size(config.teacher)
     if config.collect.top_k > size:
         raise ConfigError(
@@ -117,7 +102,7 @@ def collect(config: PipelineConfig, launch: Launch = DEFAULT) -> Summary | None:
     """Collect everything that `config` asks for and is not there yet; resumes where it was interrupted."""
     plan = prepare(config)
     plan.fitting.save(config.run_dir)
-    return run(config, plan.units, plan.renderer, prompts_fingerprint(plan.prompts), "collect", launch)
+    return run(config, plan.units, plan.renderer, prompts_fingerprint(plan.fitting.prompts), "collect", launch)
 
 
 def run(

@@ -15,7 +15,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 
@@ -26,7 +25,7 @@ from shared.dataset.writer import DatasetWriter
 from shared.errors import AlignmentError, CheckpointError, EngineError, UserError
 from shared.tokenizer.vocabulary import Vocabulary
 from teacher.capture import response_columns, to_distributions
-from teacher.engine import Answer, Request
+from teacher.engine import Answer, Request, TeacherEngine
 from teacher.prompts import Renderer
 from teacher.units import Task, Unit, is_retry
 
@@ -36,14 +35,6 @@ processor (`python -m tests.benchmarks.bench_teacher`)."""
 _ATTEMPTS = 3
 _FEW = 3
 """Failures that are never too many."""
-
-
-class AnsweringEngine(Protocol):
-    """What a collector needs of an engine; `teacher.engine.Engine` is the one in this process."""
-
-    def stream(self, requests: Iterable[Request]) -> Iterator[Answer]:
-        """Answers in the order in which they are complete, taking requests as there is room."""
-        ...
 
 
 @dataclass(slots=True)
@@ -77,7 +68,7 @@ class Collector:
         renderer: Renderer,
         vocabulary: Vocabulary,
         writer: DatasetWriter,
-        engine: AnsweringEngine,
+        engine: TeacherEngine,
     ) -> None:
         self._collect = config.collect
         self._renderer = renderer

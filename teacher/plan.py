@@ -68,7 +68,7 @@ def estimate(config: PipelineConfig, assumptions: Assumptions) -> Estimate:
     measured = read_summary(config.run_dir)
     # The longest that each rule allows, where neither a measurement nor the user knows better.
     room = config.teacher.max_sequence_tokens
-    most = float(sum(min(task.sampling.max_tokens, room - plan.prompt_tokens[task.prompt.id]) for task in tasks))
+    most = float(sum(min(task.sampling.max_tokens, room - plan.fitting.tokens[task.prompt.id]) for task in tasks))
     if assumptions.tokens_per_response is not None:
         tokens = min(most, assumptions.tokens_per_response * len(tasks))
         tokens_source = f"{assumptions.tokens_per_response:g} a response, as stated"
@@ -87,10 +87,10 @@ def estimate(config: PipelineConfig, assumptions: Assumptions) -> Estimate:
     if workers < assumptions.workers:
         rate_source += f" of {assumptions.workers}: the others find no unit; lower collect.unit_prompts"
     return Estimate(
-        prompts=len(plan.prompts),
+        prompts=len(plan.fitting.prompts),
         units=len(plan.units),
         responses=len(tasks),
-        prompt_tokens=sum(plan.prompt_tokens[task.prompt.id] for task in tasks),
+        prompt_tokens=sum(plan.fitting.tokens[task.prompt.id] for task in tasks),
         response_tokens=tokens,
         bytes=None if size is None else tokens * size,
         hours=None if rate is None else tokens / rate / workers / 3600,

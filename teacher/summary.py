@@ -18,7 +18,7 @@ from shared.config import PipelineConfig
 from shared.dataset.reader import Dataset
 from shared.dataset.records import Sampling
 from shared.files import write_json, write_text
-from teacher.engine import Engine, Request, ServiceEngine
+from teacher.engine import Request, TeacherEngine
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ def summarize(config: PipelineConfig, dataset: Dataset, rates: Summary, failures
     return summary
 
 
-def measure_capture(engine: Engine | ServiceEngine, prompts: Sequence[NDArray[np.int32]]) -> float | None:
+def measure_capture(engine: TeacherEngine, prompts: Sequence[NDArray[np.int32]]) -> float | None:
     """Tokens per second with logprobs over without, on a sample of prompts in the loaded engine.
 
     Both are run twice in the order without, with, with, without, so that a drift of the machine's speed cancels, after
@@ -129,7 +129,7 @@ def measure_capture(engine: Engine | ServiceEngine, prompts: Sequence[NDArray[np
     return ratio
 
 
-def _timed(engine: Engine | ServiceEngine, prompts: Sequence[NDArray[np.int32]], capture: bool) -> float:
+def _timed(engine: TeacherEngine, prompts: Sequence[NDArray[np.int32]], capture: bool) -> float:
     sampling = Sampling(0, 1, 0, _PROBE_TOKENS, None)
     started = time.monotonic()
     requests = (Request(f"measure-{i}", ids, sampling, ignore_end=True) for i, ids in enumerate(prompts))

@@ -16,7 +16,7 @@ import shared.commands.cli
 import student.cli
 import teacher.cli
 from shared.config import PipelineConfig, load_config
-from shared.config.reference import section_of
+from shared.config.section import section_of
 from tests.fixtures.toy_run import load_toy, write_toy_shards
 from tests.test_house import DOCUMENTS, ROOT, code_spans
 

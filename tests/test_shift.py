@@ -31,6 +31,7 @@ DRAFT = 3
 class RowDrafter:
     """Drafts what the stored rows say is most probable: all that a student could learn from them."""
 
+    draft_tokens = DRAFT
     confidence: ClassVar[dict[Hashable, list[float]]] = {}
 
     def __init__(self, records: Sequence[Record]) -> None:
@@ -71,9 +72,9 @@ def test_acceptance_collapses(tmp_path: Path, shift: int) -> None:
     sampled = list(Dataset.open(config.shards_dir).records(rule="sample"))
     moved = [shifted(record, shift) for record in greedy]
 
-    right = draft_along(RowDrafter(greedy), greedy, DRAFT, batch=4)
+    right = draft_along(RowDrafter(greedy), greedy, batch=4)
     assert right.by_depth()[0] == 1, "the teacher's own rows are always accepted"
-    wrong = draft_along(RowDrafter(moved), moved, DRAFT, batch=4)
+    wrong = draft_along(RowDrafter(moved), moved, batch=4)
     assert wrong.mean_accepted < 0.2 * right.mean_accepted
 
     assert ratio_acceptance(teacher, sampled) > 0.97  # what is missing was lost to storage

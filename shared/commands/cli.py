@@ -15,6 +15,8 @@ from shared.console import (
     PrivateOption,
     RepositoryArgument,
     RevisionOption,
+    RuleOption,
+    SplitOption,
     application,
     configure_logging,
     run,
@@ -26,10 +28,6 @@ app = application("Datasets of a teacher's distributions: check them, look into 
 DirArgument = Annotated[str, typer.Argument(metavar="DIR", help="A dataset: a directory, or s3://…, gs://…, hf://….")]
 TokenizerOption = Annotated[
     Path, typer.Option("--tokenizer", metavar="DIR", help="The teacher's tokenizer, that the rows were made with.")
-]
-SplitOption = Annotated[Literal["train", "held_out"] | None, typer.Option("--split", help="Only this split.")]
-RuleOption = Annotated[
-    Literal["greedy", "sample", "filtered"] | None, typer.Option("--rule", help="Only this decoding rule.")
 ]
 
 

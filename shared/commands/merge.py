@@ -10,13 +10,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pyarrow.compute as pc
 
 from shared.console import progress
 from shared.dataset.columns import repeated
-from shared.dataset.manifest import UnitEntry
+from shared.dataset.manifest import DATA, UnitEntry
 from shared.dataset.reader import Dataset, Manifest, Provenance
 from shared.dataset.writer import DatasetWriter, read_shard, shard_bytes, unit_entry
 from shared.errors import DatasetError
@@ -87,24 +86,27 @@ def _merged_provenance(sources: Sequence[str | Path], datasets: Sequence[Dataset
 
 
 def _merged_units(datasets: Sequence[Dataset], provenance: Provenance) -> dict[str, tuple[int, UnitEntry, UnitEntry]]:
-    """New name → (dataset, the merged entry, the original); units of one name get their dataset's number in front.
+    """New name → (dataset, the merged entry, the original); where names clash, all have their dataset's number.
 
     A unit of several splits comes once for each, with that split's name in front of it and that split's counts.
     """
-    names = [unit.unit for dataset in datasets for unit in dataset.manifest.units]
-    ambiguous = len(names) != len(set(names))
+    parts = [
+        (index, unit, f"{split}-" if len(_splits(unit)) > 1 else "", split)
+        for index, dataset in enumerate(datasets)
+        for unit in dataset.manifest.units
+        for split in _splits(unit) or [""]
+    ]
+    clash = len({front + unit.unit for _, unit, front, _ in parts}) < len(parts)
     units = {}
-    for index, dataset in enumerate(datasets):
-        for unit in dataset.manifest.units:
-            name = f"{index:02d}-{unit.unit}" if ambiguous else unit.unit
-            splits = _splits(unit)
-            for split in splits if len(splits) > 1 else [None]:
-                own = name if split is None else f"{split}-{name}"
-                update: dict[str, Any] = {"unit": own, "file": f"data/{own}.parquet"}
-                update["provenance"] = provenance.fingerprint
-                if split is not None:
-                    update["counts"] = {k: count for k, count in unit.counts.items() if k.startswith(f"{split}/")}
-                units[own] = (index, unit.model_copy(update=update), unit)
+    for index, unit, front, split in parts:
+        name = front + (f"{index:02d}-{unit.unit}" if clash else unit.unit)
+        update = {
+            "unit": name,
+            "file": f"{DATA}/{name}.parquet",
+            "provenance": provenance.fingerprint,
+            "counts": {key: count for key, count in unit.counts.items() if key.startswith(f"{split}/")},
+        }
+        units[name] = (index, unit.model_copy(update=update), unit)
     return units
 
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-from pathlib import PurePath
-from typing import Any
 
 from shared.dataset.card import CARD, dataset_card
 from shared.dataset.manifest import COMMITS, DATA, MANIFEST, PROVENANCE, TOKENIZER
@@ -17,7 +15,7 @@ from shared.dataset.reader import Dataset
 from shared.dataset.storage import LocalStorage, open_storage
 from shared.dataset.validate import validate_dataset
 from shared.errors import DatasetError
-from shared.hub import Repository, public_name
+from shared.hub import Repository, absolute_paths, public_name
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +40,7 @@ def push(directory: str, repository: Repository, license: str | None = None) -> 
     validate_dataset(directory).raise_if_damaged(directory)
     dataset = Dataset.open(directory)
     names = [entry.name for entry in dataset.manifest.files] + [unit.file for unit in dataset.manifest.units]
-    if paths := sorted(_absolute_paths(json.loads(storage.read(PROVENANCE)))):
+    if paths := sorted(absolute_paths(json.loads(storage.read(PROVENANCE)))):
         log.warning(
             "%s is pushed as it was collected, and names paths of a machine, such as %s; whoever sees the repository "
             "sees them",
@@ -73,10 +71,3 @@ def _card(dataset: Dataset, repository: Repository, license: str | None) -> str:
     if license is not None:
         card.data["license"] = license
     return str(card)
-
-
-def _absolute_paths(tree: Any) -> set[str]:
-    if isinstance(tree, dict | list):
-        children = tree.values() if isinstance(tree, dict) else tree
-        return {path for child in children for path in _absolute_paths(child)}
-    return {tree} if isinstance(tree, str) and PurePath(tree).is_absolute() else set()

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from shared.config.pipeline import PipelineConfig
-from shared.config.section import SecretError
+from shared.config.section import SecretError, Section, section_of
 from shared.errors import ConfigError
 
 CHANGED_KEYS = {
@@ -109,17 +109,8 @@ def _explain(error: ValidationError) -> list[str]:
 
 
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:
-    model: type[BaseModel] = PipelineConfig
+    section: type[Section] | None = PipelineConfig
     for part in location:
-        if isinstance(part, int):
-            continue
-        annotation = model.model_fields[part].annotation
-        nested = [
-            a
-            for a in (annotation, *getattr(annotation, "__args__", ()))
-            if isinstance(a, type) and issubclass(a, BaseModel)
-        ]
-        if not nested:
-            return []
-        model = nested[0]
-    return list(model.model_fields)
+        if section is not None and isinstance(part, str):
+            section = section_of(section.model_fields[part].annotation)
+    return [] if section is None else list(section.model_fields)

@@ -17,6 +17,7 @@ import yaml
 from pydantic.fields import FieldInfo
 
 from shared.config import PipelineConfig, Section
+from shared.config.section import section_of
 
 _HEADER = """\
 # Every key of a config, generated from the models by `python -m shared.config.reference`; not meant to be run as it is.
@@ -92,13 +93,6 @@ def _comment(text: str, indent: str) -> Iterator[str]:
 def _scalar(value: Any) -> str:
     plain = value if value is None or isinstance(value, bool | int | float | list | dict) else str(value)
     return yaml.safe_dump(plain, default_flow_style=True, width=1000).removesuffix("\n").removesuffix("\n...")
-
-
-def section_of(annotation: Any) -> type[Section] | None:
-    """The section inside an annotation such as `Section`, `Section | None` or `list[Section]`."""
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return annotation
-    return next((found for part in get_args(annotation) if (found := section_of(part)) is not None), None)
 
 
 if __name__ == "__main__":

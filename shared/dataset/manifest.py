@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
@@ -77,6 +77,9 @@ class Document(BaseModel):
     """What `dump` writes and `load` reads."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+Loaded = TypeVar("Loaded", bound=BaseModel)
 
 
 class Provenance(Document):
@@ -201,7 +204,7 @@ def dump(document: BaseModel) -> bytes:
     return _serialize(tree)
 
 
-def load(kind: type[Any], data: bytes, source: str) -> Any:
+def load(kind: type[Loaded], data: bytes, source: str) -> Loaded:
     """The inverse of `dump`.
 
     Raises:

@@ -72,8 +72,7 @@ class Dataset:
     @cached_property
     def provenance(self) -> Provenance:
         """Raises `DatasetError` where it is damaged."""
-        found: Provenance = load(Provenance, self._read_file(PROVENANCE), self.storage.join(PROVENANCE))
-        return found
+        return load(Provenance, self._read_file(PROVENANCE), self.storage.join(PROVENANCE))
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
@@ -166,8 +165,7 @@ def read_manifest(storage: Storage) -> Manifest:
             f"{storage.url} holds no dataset (no {MANIFEST}); collect one with `teacher collect CONFIG`, "
             "or import one with `shards import-json FILE DIR`"
         ) from error
-    manifest: Manifest = load(Manifest, data, storage.join(MANIFEST))
-    return manifest
+    return load(Manifest, data, storage.join(MANIFEST))
 
 
 def open_shard(storage: Storage, unit: UnitEntry, again: bool = False) -> pq.ParquetFile:

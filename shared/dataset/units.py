@@ -61,7 +61,7 @@ class UnitStore(Generic[Entry]):
         units: dict[str, Entry] = {}
         for name, data in self.storage.read_all(commits).items():
             try:
-                entry: Entry = load(self._kind, data, self.storage.join(name))
+                entry = load(self._kind, data, self.storage.join(name))
                 if entry.file not in sizes:
                     log.warning("%s is committed but gone; unit %s will be done again", entry.file, entry.unit)
                 elif sizes[entry.file] != entry.bytes:

@@ -29,7 +29,7 @@ from shared.dataset.schema import DISTRIBUTION_COLUMNS, MAX_STEPS
 from shared.dataset.storage import Storage, open_storage
 from shared.dataset.writer import unit_entry
 from shared.errors import DatasetError, UserError, VocabularyError
-from shared.tokenizer.vocabulary import Vocabulary
+from shared.tokenizer.vocabulary import Vocabulary, first_difference
 
 GREEDY_TOLERANCE = 0.5
 """Nats that a greedy token may lie below its row's top: scoring and decoding differ by some rounding steps."""
@@ -165,7 +165,7 @@ def table_problems(table: pa.Table, vocabulary: Vocabulary | None) -> Iterator[s
                 yield f"record {names[row]!r}: {error}"
                 continue
             if decoded != stored:
-                byte = _first_difference(decoded, stored)
+                byte = first_difference(decoded, stored)
                 yield (
                     f"record {names[row]!r}: response_bytes differ from the tokens' bytes at byte {byte}: "
                     f"{stored[byte : byte + 12]!r} against {decoded[byte : byte + 12]!r}"
@@ -240,7 +240,3 @@ def _sampling_problems(table: pa.Table, names: list[str]) -> Iterator[str]:
         for row, value in enumerate(table[name].to_pylist()):
             if value not in allowed:
                 yield f"record {names[row]!r}: {name} {value!r}, expected one of {', '.join(sorted(allowed))}"
-
-
-def _first_difference(left: bytes, right: bytes) -> int:
-    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))

@@ -53,7 +53,6 @@ class DatasetWriter:
         provenance: what is collected, by what; a directory begun under another one is refused.
         vocabulary: the teacher's; stored beside the shards, and every id is checked against it.
         tokenizer_dir: the teacher's tokenizer files, copied beside the shards; None where there are none.
-        check: False stores rows that contradict their own text, for tests that need a damaged dataset.
         advice: what to do where `path` was begun with another provenance.
 
     Raises:
@@ -66,7 +65,6 @@ class DatasetWriter:
         provenance: Provenance,
         vocabulary: Vocabulary,
         tokenizer_dir: Path | None,
-        check: bool = True,
         advice: str = "choose another directory, or go back to what it was begun with",
     ) -> None:
         if provenance.tokenizer_fingerprint != vocabulary.fingerprint:
@@ -77,7 +75,6 @@ class DatasetWriter:
         self._store = UnitStore(open_storage(path), UnitEntry)
         self._provenance = provenance
         self._vocabulary = vocabulary
-        self._check = check
         self._claim(advice)
         self._store.storage.clear_partial()
         self._write_sidecars(tokenizer_dir)
@@ -140,7 +137,7 @@ class DatasetWriter:
         for sample, count in Counter(record.sample_id for record in batch).most_common(1):
             if count > 1:
                 raise DatasetError(f"unit {name}: sample id {sample!r} comes {count} times")
-        table = records_to_table(batch, len(self._vocabulary), check=self._check)
+        table = records_to_table(batch, len(self._vocabulary))
         if failures:
             reasons = json.dumps(dict(sorted(failures.items())), ensure_ascii=False)
             table = table.replace_schema_metadata({**table.schema.metadata, FAILURES_KEY: reasons})
@@ -242,8 +239,7 @@ class DatasetWriter:
         name = self._store.storage.join(ours.file)
         try:
             table = read_shard(there, name)
-            if self._check:
-                check_records([*table_to_records(table)], len(self._vocabulary))
+            check_records([*table_to_records(table)], len(self._vocabulary))
             theirs = unit_entry(ours.unit, table, there, ours.provenance)
             # Requests that failed for one worker may have passed for the other: together they are the unit's samples.
             if _samples(table, theirs) == _samples(read_shard(data, "ours"), ours):

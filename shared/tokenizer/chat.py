@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 from shared.dataset.records import Message
 from shared.errors import ConfigError, PromptError, UserError
 from shared.tokenizer.files import TokenizerFile, with_merges
-from shared.tokenizer.roles import find_roles
 from shared.tokenizer.template import ANSWER, BREAK, QUESTION, ChatTemplate, Specials
 from shared.tokenizer.vocabulary import Encoder, Vocabulary
 
@@ -52,6 +51,7 @@ class ChatEncoder:
     Attributes:
         template: None where the tokenizer has none.
         template_used: whether a prompt was rendered with it so far.
+        vocabulary: of the tokenizer.
         roles: role → id of the special tokens.
         ends: ids of the special tokens that end a response.
 
@@ -71,16 +71,12 @@ class ChatEncoder:
             self.template = ChatTemplate(file.chat_template, file.settings, arguments, now)
         elif arguments:
             raise ConfigError(f"{file.source} has no chat template to give {', '.join(arguments)} to; leave them out")
-        self.roles = find_roles(file)
+        self.vocabulary = Vocabulary.of_file(file)
+        self.roles = self.vocabulary.roles
         self._file, self._rendered, self._specials = file, rendered, Specials(file)
         stops = file.settings.get("generation_eos_token_id")
         ends = {self.roles[role] for role in ("end_of_turn", "end_of_text") if role in self.roles}
         self.ends = frozenset(ends.union(stops if isinstance(stops, list) else ()))
-
-    @cached_property
-    def vocabulary(self) -> Vocabulary:
-        """Of this tokenizer."""
-        return Vocabulary(self._file.tokens, np.array(self._file.is_special, np.bool_), self._file.texts, self.roles)
 
     @cached_property
     def encoder(self) -> Encoder:
@@ -105,12 +101,45 @@ class ChatEncoder:
         return [len(encoding.ids) for encoding in self._backend.encode_batch_fast(marked, add_special_tokens=False)]
 
     def takes_as_rendered(self, messages: Sequence[Message], rendered: bool | None = None) -> bool:
-        """Whether the conversation is text that is rendered already.
+        """Whether the conversation is text that is rendered already, in one turn.
 
         Raises:
             PromptError: if it may or may not be.
         """
-        return self._is_rendered(messages, self._rendered if rendered is None else rendered)
+        stated = self._rendered if rendered is None else rendered
+        if stated is False:
+            return False
+        *before, last = messages
+        if stated:
+            if before:
+                raise PromptError(
+                    f"it has {len(messages)} turns, but rendered text is one; give it as `prompt`, without "
+                    f"collect.system_prompt, or change {_CHOICE}"
+                )
+            return True
+        if last.role != "user" or any(message.role != "system" for message in before):
+            return False
+        text = last.content.strip()
+        if self.template is None:
+            special = next((piece for piece in self._specials.split(text) if isinstance(piece, int)), None)
+            if special is not None:
+                self._refuse(f"it holds {self._text(special)} and the tokenizer has no chat template")
+            return False
+        found = re.search(self._opening, text) if self._opening else None
+        if found and found.start() == 0:
+            if before:
+                self._refuse("it begins as rendered text does, but has a system turn before it")
+            return True
+        bos = self.roles.get("bos")
+        for number, piece in enumerate(self._specials.split(text)):
+            # A beginning of text in the middle is only text, unless a header is behind it: `<s>` is HTML too.
+            alone = piece == bos and number > 0 and not found and bos != self.roles.get("start_header")
+            if piece in self._structure and not alone:
+                self._refuse(
+                    f"it holds {self._text(piece)}, which the chat template writes, "
+                    f"but does not begin as the template does{self._example}"
+                )
+        return False
 
     def cut(self, text: str, tokens: int) -> str:
         """`text`, in which special tokens are text, without its last `tokens` tokens."""
@@ -192,42 +221,6 @@ class ChatEncoder:
         with_end = finished if rows is None else rows == len(ids) + 1
         return np.append(ids, np.int32(end)) if with_end and end is not None else ids
 
-    def _is_rendered(self, messages: Sequence[Message], stated: bool | None) -> bool:
-        """Whether the conversation is rendered text in one turn."""
-        if stated is False:
-            return False
-        *before, last = messages
-        if stated:
-            if before:
-                raise PromptError(
-                    f"it has {len(messages)} turns, but rendered text is one; give it as `prompt`, without "
-                    f"collect.system_prompt, or change {_CHOICE}"
-                )
-            return True
-        if last.role != "user" or any(message.role != "system" for message in before):
-            return False
-        text = last.content.strip()
-        if self.template is None:
-            special = next((piece for piece in self._specials.split(text) if isinstance(piece, int)), None)
-            if special is not None:
-                self._refuse(f"it holds {self._text(special)} and the tokenizer has no chat template")
-            return False
-        found = re.search(self._opening, text) if self._opening else None
-        if found and found.start() == 0:
-            if before:
-                self._refuse("it begins as rendered text does, but has a system turn before it")
-            return True
-        bos = self.roles.get("bos")
-        for number, piece in enumerate(self._specials.split(text)):
-            # A beginning of text in the middle is only text, unless a header is behind it: `<s>` is HTML too.
-            alone = piece == bos and number > 0 and not found and bos != self.roles.get("start_header")
-            if piece in self._structure and not alone:
-                self._refuse(
-                    f"it holds {self._text(piece)}, which the chat template writes, "
-                    f"but does not begin as the template does{self._example}"
-                )
-        return False
-
     def _refuse(self, what: str) -> NoReturn:
         raise PromptError(
             f"{what}: it may be rendered already, or somebody's words; set {_CHOICE}: true takes it as it is, "
@@ -292,10 +285,8 @@ class ChatEncoder:
         """The tokenizer itself, but its special tokens are written `_OPEN id _CLOSE`, so that text cannot name them."""
         from tokenizers import Tokenizer
 
-        tree = self._file.tree
+        tree = with_merges(self._file.tree)
         model = tree["model"]
-        if model["type"] == "BPE" and not model["merges"]:
-            model = with_merges(tree)["model"]
         names = {entry["content"]: _marked(entry["id"]) for entry in tree["added_tokens"] if entry["special"]}
         vocab = model["vocab"]
         renamed = (

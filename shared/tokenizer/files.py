@@ -307,11 +307,14 @@ def _from_ranks(file: Path, ids: dict[bytes, int], specials: dict[str, int], pat
 
 
 def with_merges(tree: dict[str, Any]) -> dict[str, Any]:
-    """Fill in the merges of a tree that came from ranks: every split of a token into two tokens, in order of rank.
+    """Fill in the merges of a tree that came from ranks, and has none: every split of a token into two tokens, in order
+    of rank. Another tree stays as it is.
 
     tiktoken joins the adjacent pair whose concatenation has the lowest rank, whichever the parts are, which is
     a BPE whose merges are all such pairs.
     """
+    if tree["model"]["type"] != "BPE" or tree["model"]["merges"]:
+        return tree
     vocab: dict[str, int] = tree["model"]["vocab"]
     merges: list[list[str]] = []
     for text in sorted(vocab, key=vocab.__getitem__):

@@ -65,7 +65,11 @@ class Vocabulary:
         Raises:
             VocabularyError: if it cannot be read, or a token's bytes cannot be recovered.
         """
-        file = read_tokenizer_file(Path(path), **reading)
+        return cls.of_file(read_tokenizer_file(Path(path), **reading), roles)
+
+    @classmethod
+    def of_file(cls, file: TokenizerFile, roles: Mapping[str, int | str] | None = None) -> Vocabulary:
+        """The vocabulary of a tokenizer that is read already; `roles` as for `from_tokenizer`."""
         return cls(file.tokens, np.array(file.is_special, dtype=np.bool_), file.texts, find_roles(file, roles))
 
     @cached_property
@@ -161,9 +165,7 @@ class Encoder:
                 f"{file.source} is a rank file, which does not say how text is split before merging; "
                 "pass its pattern, or use the tokenizer.json of the same tokenizer"
             )
-        tree = file.tree
-        if tree["model"]["type"] == "BPE" and not tree["model"]["merges"]:
-            tree = with_merges(tree)
+        tree = with_merges(file.tree)
         self.vocabulary = vocabulary
         normalizer = list(components(tree.get("normalizer")))
         structural = [part for part in normalizer if _writes_space(part)]
@@ -193,7 +195,7 @@ class Encoder:
     def from_tokenizer(cls, path: str | Path, vocabulary: Vocabulary | None = None, **reading: Any) -> Encoder:
         """The encoder of the tokenizer at `path`; arguments and errors as for `Vocabulary.from_tokenizer`."""
         file = read_tokenizer_file(Path(path), **reading)
-        own = Vocabulary(file.tokens, np.array(file.is_special, dtype=np.bool_), file.texts, find_roles(file))
+        own = Vocabulary.of_file(file)
         if vocabulary is not None and vocabulary.fingerprint != own.fingerprint:
             raise VocabularyError(
                 f"{path} has the fingerprint {own.fingerprint[:12]} ({len(own)} tokens), expected "
@@ -240,12 +242,6 @@ class Encoder:
 
     def _verified(self, tokenized: list[list[int]], texts: Sequence[bytes], partial: bool) -> list[list[int]]:
         """`tokenized`, which must have exactly the bytes of `texts`; where one has not, no ids or an error."""
-        token = self.vocabulary.tokens.__getitem__
-        try:
-            if [b"".join(map(token, ids)) for ids in tokenized] == list(texts):
-                return tokenized
-        except IndexError:
-            pass  # an id that the vocabulary does not have: found again below, with its text
         for at, (ids, text) in enumerate(zip(tokenized, texts, strict=True)):
             if self._bytes_of(ids) != text:
                 if not partial:
@@ -267,11 +263,7 @@ class Encoder:
             return b""
 
     def _missing(self, ids: list[int], expected: bytes) -> str:
-        actual = self._bytes_of(ids)
-        at = next(
-            (i for i, (a, b) in enumerate(zip(actual, expected, strict=False)) if a != b),
-            min(len(actual), len(expected)),
-        )
+        at = first_difference(self._bytes_of(ids), expected)
         return (
             f"the tokenizer gives tokens of other bytes for {expected[max(0, at - 20) : at + 20]!r}: it has no "
             f"tokens for {expected[at : at + 8]!r}; expected a vocabulary with all 256 bytes, or byte fallback"
@@ -303,8 +295,13 @@ def load_tokenizer(
 ) -> tuple[Vocabulary, Encoder]:
     """The vocabulary and the encoder of the tokenizer at `path`, read once; errors as `Vocabulary.from_tokenizer`."""
     file = read_tokenizer_file(Path(path), **reading)
-    vocabulary = Vocabulary(file.tokens, np.array(file.is_special, dtype=np.bool_), file.texts, find_roles(file, roles))
+    vocabulary = Vocabulary.of_file(file, roles)
     return vocabulary, Encoder(file, vocabulary)
+
+
+def first_difference(left: Sequence[object], right: Sequence[object]) -> int:
+    """The first place at which two texts differ; the shorter one's end where it begins the other."""
+    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
 
 
 def _writes_space(part: dict[str, Any]) -> bool:

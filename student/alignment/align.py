@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 
 from shared.config import PrepareConfig
 from shared.dataset.records import Distributions, Record
-from shared.tokenizer.vocabulary import Encoder, Vocabulary
 from student.alignment.spans import Spans, lay_spans, retokenize
-from student.alignment.tables import PairTables, pair_tables
+from student.alignment.tables import PairTables
 from student.alignment.targets import AlignedSample, SparseTargets, Targets
 
 if TYPE_CHECKING:
@@ -22,41 +19,13 @@ if TYPE_CHECKING:
 
 
 class Aligner:
-    """Aligns the records of one dataset for one student.
+    """Aligns the records of one dataset for one student, by the tables of their vocabularies and the settings."""
 
-    Args:
-        teacher, student: the two vocabularies.
-        encoder: the student's.
-        prepare: settings; None takes the defaults.
-        teacher_encoder: the teacher's. Without it the teacher's tokenization of student tokens is taken as greedy.
-        cache: directory of the pair tables; None takes the user's cache.
+    def __init__(self, tables: PairTables, prepare: PrepareConfig) -> None:
+        self.tables, self.prepare = tables, prepare
 
-    Raises:
-        VocabularyError: if one tokenizer has no tokens for bytes of the other.
-    """
-
-    def __init__(
-        self,
-        teacher: Vocabulary,
-        student: Vocabulary,
-        encoder: Encoder,
-        prepare: PrepareConfig | None = None,
-        *,
-        teacher_encoder: Encoder | None = None,
-        cache: Path | None = None,
-    ) -> None:
-        self.prepare = prepare or PrepareConfig()
-        self.tables: PairTables = pair_tables(teacher, student, encoder, teacher_encoder, cache)
-
-    def align(self, record: Record) -> AlignedSample | None:
-        """The aligned sample, or None for a record that has nothing to learn from or must not be used.
-
-        `align_counted` says why.
-        """
-        return self.align_counted(record)[0]
-
-    def align_counted(self, record: Record) -> tuple[AlignedSample | None, Counter[str]]:
-        """The aligned sample and what was met on the way.
+    def align(self, record: Record) -> tuple[AlignedSample | None, Counter[str]]:
+        """The aligned sample, None for a record that must not be used, and what was met on the way.
 
         Counts of records: `records`, and, where they are refused, `empty`, `bytes_mismatch`, `outside_vocabulary`,
         `dropped_changed_text`; `changed_text` and `cut_character` for those that are kept.
@@ -85,7 +54,6 @@ class Aligner:
             inner_specials=int(inner),
         )
         counts["mapped_mass"] += float((1 - targets.sparse.tail[soft]).sum())  # type: ignore[assignment]
-        sampled = record.distributions.sampled if record.distributions else np.full(len(record.response_ids), np.nan)
         sample = AlignedSample(
             sample_id=record.sample_id,
             prompt_id=record.prompt_id,
@@ -96,23 +64,11 @@ class Aligner:
             prompt_length=len(prompt_ids),
             byte_ends=spans.ends,
             is_anchor=spans.is_anchor,
-            teacher_index=spans.teacher_index,
             observed_logprob=targets.observed_logprob,
-            targets=targets.sparse,
-            teacher_ids=np.asarray(record.response_ids, dtype=np.int32),
-            teacher_byte_ends=spans.teacher_ends,
-            teacher_sampled_logprob=np.asarray(sampled, dtype=np.float32),
             anchor_logprob=targets.anchor_logprob,
+            targets=targets.sparse,
         )
         return sample, counts
-
-    def retokenize(self, teacher_ids: ArrayLike) -> NDArray[np.int32]:
-        """The student's ids of a text in the teacher's ids: text re-encoded, specials by role or left out.
-
-        Raises:
-            VocabularyError: if an id is outside the teacher's vocabulary.
-        """
-        return retokenize(self.tables, teacher_ids)
 
     def _refusal(self, record: Record, counts: Counter[str]) -> str | None:
         teacher = self.tables.teacher

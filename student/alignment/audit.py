@@ -6,6 +6,7 @@ Aligns a sample of the records and reads nothing but them. Shifted rows are refu
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from itertools import cycle, islice
 from math import isnan
@@ -91,44 +92,45 @@ def audit(
     """
     source = open_source(dataset, tokenizer, PrepareConfig())
     records = list(islice(source.dataset.records(split, rule), limit))
-    report, samples = measure(source.aligner, records)
-    console.print(render(report, source.aligner.tables.teacher, source.aligner.tables.student))
-    shown = next((sample for sample in samples if len(sample.teacher_ids) >= 20), samples[0] if samples else None)
-    if shown is not None:
-        console.print(side_by_side(shown, source.aligner.tables.teacher, source.aligner.tables.student))
-    observed = check_alignment(samples)
+    report, aligned = measure(source.aligner, records)
+    teacher, student = source.aligner.tables.teacher, source.aligner.tables.student
+    console.print(render(report, teacher, student))
+    if aligned:
+        record, sample = next((pair for pair in aligned if len(pair[0].response_ids) >= 20), aligned[0])
+        console.print(side_by_side(record, sample, teacher, student))
+    observed = check_alignment(sample for _, sample in aligned)
     console.print(f"rows and text belong together: the observed tokens have a mean probability of {observed:.3f}")
     return report
 
 
-def measure(aligner: Aligner, records: list[Record]) -> tuple[Audit, list[AlignedSample]]:
-    """The figures, and the aligned samples behind them."""
+def measure(aligner: Aligner, records: list[Record]) -> tuple[Audit, list[tuple[Record, AlignedSample]]]:
+    """The figures, and the records behind them with their aligned samples."""
     tables = aligner.tables
     teacher, student = tables.teacher, tables.student
     counts: Counter[str] = Counter()
-    samples: list[AlignedSample] = []
+    aligned: list[tuple[Record, AlignedSample]] = []
     unmatched: Counter[int] = Counter()
-    mass, matched_mass = 0.0, 0.0
+    mass, matched_mass, teacher_information = 0.0, 0.0, 0.0
     is_shared = np.array([token in student.ids for token in teacher.tokens]) | teacher.is_special & (
-        np.diff(tables.tokenization_offsets) > 0
+        np.diff(tables.tokenizations.offsets) > 0
     )
     for record in records:
-        sample, met = aligner.align_counted(record)
-        for name, value in met.items():
-            counts[name] += value
+        sample, met = aligner.align(record)
+        counts.update(met)
         if sample is None:
             continue
-        samples.append(sample)
+        aligned.append((record, sample))
         unmatched.update(v for v in record.response_ids.tolist() if not is_shared[v])
         if record.distributions is not None:
+            teacher_information -= float(np.nansum(record.distributions.sampled))
             probabilities = np.exp(record.distributions.logprobs.astype(np.float64))
             mass += float(probabilities.sum())
             matched_mass += float(probabilities[is_shared[record.distributions.ids]].sum())
+    samples = [sample for _, sample in aligned]
     positions, soft = max(1, counts["positions"]), counts["soft"]
     inside_soft = sum(int((~s.is_anchor & ~np.isnan(s.targets.tail)).sum()) for s in samples)
-    size = sum(int(s.teacher_byte_ends[-1]) for s in samples)
+    size = sum(len(record.response_bytes) for record, _ in aligned)
     chunks = max(1, sum(int(s.is_anchor.sum()) for s in samples))
-    teacher_information = -sum(float(np.nansum(s.teacher_sampled_logprob)) for s in samples)
     return Audit(
         records=len(records),
         counts=counts,
@@ -146,11 +148,11 @@ def measure(aligner: Aligner, records: list[Record]) -> tuple[Audit, list[Aligne
         teacher_information=teacher_information / max(1, size),
         target_information=sum(_information(s) for s in samples) / max(1, size),
         unmatched=[
-            (teacher.tokens[v] or teacher.texts[v].encode(), count, [student.tokens[s] for s in tables.tokenization(v)])
+            (_tokens(teacher, [v])[0], count, [student.tokens[s] for s in tables.tokenizations.row(v)])
             for v, count in unmatched.most_common(20)
         ],
         digits=(_longest_digits(teacher), _longest_digits(student)),
-    ), samples
+    ), aligned
 
 
 def _overlap(of: Vocabulary, other: Vocabulary) -> float:
@@ -206,17 +208,18 @@ def render(report: Audit, teacher: Vocabulary, student: Vocabulary) -> Renderabl
     return Group(*parts)
 
 
-def side_by_side(sample: AlignedSample, teacher: Vocabulary, student: Vocabulary, tokens: int = 120) -> RenderableType:
-    """The start of one response in both tokenizations; one color per token."""
-    student_ids = sample.input_ids[sample.prompt_length :][:tokens]
-    parts = [
-        Panel(
-            _colored([teacher.tokens[v] or teacher.texts[v].encode() for v in sample.teacher_ids[:tokens]]),
-            title="teacher",
-        ),
-        Panel(_colored([student.tokens[s] or student.texts[s].encode() for s in student_ids]), title="student"),
-    ]
-    return Group(*parts)
+def side_by_side(record: Record, sample: AlignedSample, teacher: Vocabulary, student: Vocabulary) -> RenderableType:
+    """The first 120 tokens of one response in both tokenizations; one color per token."""
+    student_ids = sample.input_ids[sample.prompt_length :]
+    return Group(
+        Panel(_colored(_tokens(teacher, record.response_ids[:120])), title="teacher"),
+        Panel(_colored(_tokens(student, student_ids[:120])), title="student"),
+    )
+
+
+def _tokens(vocabulary: Vocabulary, ids: Iterable[int]) -> list[bytes]:
+    """The bytes of every token; of a special its name."""
+    return [vocabulary.tokens[v] or vocabulary.texts[v].encode() for v in ids]
 
 
 def _colored(tokens: list[bytes]) -> Text:

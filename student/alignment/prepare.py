@@ -45,6 +45,7 @@ from student.alignment.prepared import (
     unit_bytes,
     unit_store,
 )
+from student.alignment.tables import PairTables
 from student.alignment.targets import AlignedSample
 from student.lineage import (
     IDENTITY,
@@ -79,7 +80,7 @@ class PrepareSummary:
     Attributes:
         positions: student tokens of responses. supervised_fraction: share of them with a soft target.
         mapped_mass: mean mass in events at those.
-        counts: as `Aligner.align_counted`, summed over the dataset.
+        counts: as `Aligner.align`, summed over the dataset.
         units_done: units aligned by this call; the others were there.
     """
 
@@ -104,34 +105,31 @@ def open_source(dataset_path: str | Path, tokenizer: Path, settings: PrepareConf
     """
     dataset = Dataset.open(dataset_path)
     teacher = dataset.vocabulary
-    teacher_encoder: Encoder | None = None
-    if dataset.has_tokenizer:
-        teacher_encoder = Encoder.from_tokenizer(dataset.tokenizer_dir, teacher)
-    else:
+    teacher_encoder = Encoder.from_tokenizer(dataset.tokenizer_dir, teacher) if dataset.has_tokenizer else None
+    if teacher_encoder is None:
         _logger.warning(
             "%s was made without the teacher's tokenizer files: how the teacher tokenizes student tokens is taken as "
             "greedy, and `student evaluate` and `student speculate` will not work; import it again with --tokenizer",
             dataset_path,
         )
     student, encoder = load_tokenizer(tokenizer)
-    aligner = Aligner(teacher, student, encoder, settings, teacher_encoder=teacher_encoder)
-    parts = [
+    tables = PairTables(teacher, student, encoder, teacher_encoder)
+    key = _sha256(
         str(VERSION),
         teacher.fingerprint,
         json.dumps(teacher.roles),
-        teacher_encoder.fingerprint if teacher_encoder else "greedy",
+        tables.teacher_encoder.fingerprint,
         student.fingerprint,
         json.dumps(student.roles),
         encoder.fingerprint,
         settings.model_dump_json(exclude={"workers"}),
-    ]
+    )
     inputs = {
         "dataset": dataset_fingerprint(dataset.manifest),
         "teacher vocabulary": teacher.fingerprint,
         "tokenizer": tokenizer_fingerprint(student, encoder),
     }
-    key = hashlib.sha256("|".join(parts).encode()).hexdigest()
-    return Source(dataset, aligner, key, prepared_identity(settings, inputs))
+    return Source(dataset, Aligner(tables, settings), key, prepared_identity(settings, inputs))
 
 
 def prepare(config: PipelineConfig) -> PrepareSummary:
@@ -153,7 +151,7 @@ def prepare(config: PipelineConfig) -> PrepareSummary:
     source = open_source(config.shards_dir, config.student_init_dir, config.prepare)
     target = config.prepared_dir
     units = source.dataset.manifest.units
-    keys = {unit.unit: _unit_key(source.key, unit.sha256) for unit in units}
+    keys = {unit.unit: _sha256(source.key, unit.sha256) for unit in units}
     store = unit_store(target)
     store.storage.clear_partial()
     done = _done_units(target, store, keys)
@@ -173,7 +171,8 @@ def prepare(config: PipelineConfig) -> PrepareSummary:
     entries = [done[unit] for unit in keys]
     summary = _summarize(entries, len(pending), tokens, time.monotonic() - started)
     if not summary.samples:
-        raise AlignmentError(f"no record of {config.shards_dir} can be used: {_reasons(summary.counts)}")
+        reasons = ", ".join(_met(summary.counts)) or "it is empty"
+        raise AlignmentError(f"no record of {config.shards_dir} can be used: {reasons}")
     _publish(target, source, entries, summary)
     PreparedDataset.open(target).verify()  # reads back what was written; training then need not
     _report(summary)
@@ -192,11 +191,11 @@ def _finished(config: PipelineConfig, source: Source, keys: dict[str, str]) -> P
 
 
 def _fingerprint(keys: dict[str, str]) -> str:
-    return hashlib.sha256("|".join(f"{unit}={key}" for unit, key in keys.items()).encode()).hexdigest()
+    return _sha256(*(f"{unit}={key}" for unit, key in keys.items()))
 
 
-def _unit_key(source_key: str, shard_sha256: str) -> str:
-    return hashlib.sha256(f"{source_key}|{shard_sha256}".encode()).hexdigest()
+def _sha256(*parts: str) -> str:
+    return hashlib.sha256("|".join(parts).encode()).hexdigest()
 
 
 def _done_units(directory: Path, store: UnitStore[PreparedUnit], keys: dict[str, str]) -> dict[str, PreparedUnit]:
@@ -253,9 +252,8 @@ def _align_unit(source: Source, unit: str, key: str, store: UnitStore[PreparedUn
 
     def samples() -> Iterator[AlignedSample]:
         for record in source.dataset.records(unit=unit):
-            sample, met = source.aligner.align_counted(record)
-            for name, value in met.items():
-                counts[name] += value
+            sample, met = source.aligner.align(record)
+            counts.update(met)
             if sample is not None:
                 index.append(_index_entry(sample, unit, len(index)))
                 yield sample
@@ -345,10 +343,8 @@ REASONS = {
 }
 
 
-def _reasons(counts: dict[str, float]) -> str:
-    return (
-        ", ".join(f"{counts[name]:,.0f} {text}" for name, text in REASONS.items() if counts.get(name)) or "it is empty"
-    )
+def _met(counts: dict[str, float]) -> list[str]:
+    return [f"{counts[name]:,.0f} {text}" for name, text in REASONS.items() if counts.get(name)]
 
 
 def _report(summary: PrepareSummary) -> None:
@@ -360,6 +356,5 @@ def _report(summary: PrepareSummary) -> None:
         100 * summary.supervised_fraction,
         mass,
     )
-    for name, text in REASONS.items():
-        if summary.counts.get(name):
-            _logger.info("  %s %s", f"{summary.counts[name]:,.0f}", text)
+    for line in _met(summary.counts):
+        _logger.info("  %s", line)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -39,19 +38,14 @@ VERSION = 3
 INDEX = "index.parquet"
 VERIFIED = "verified.json"
 _AGAIN = "run `student prepare` again"
-_OPEN_UNITS = 16
 
 _TEXT = ("sample_id", "prompt_id", "split", "rule", "skill")
 _ARRAYS: dict[str, pa.DataType] = {
     "input_ids": pa.int32(),
     "byte_ends": pa.int64(),
     "is_anchor": pa.uint8(),
-    "teacher_index": pa.int32(),
     "observed_logprob": pa.float32(),
     "anchor_logprob": pa.float32(),
-    "teacher_ids": pa.int32(),
-    "teacher_byte_ends": pa.int64(),
-    "teacher_sampled_logprob": pa.float32(),
     "event_counts": pa.int32(),
     "event_mass": pa.float32(),
     "member_counts": pa.int32(),
@@ -93,7 +87,7 @@ def unit_store(directory: Path) -> UnitStore[PreparedUnit]:
 
 
 class PreparedDataset:
-    """Aligned samples by number; make one with `PreparedDataset.open`.
+    """Aligned samples by number; make one with `of_run`, or with `open` for the index alone.
 
     Attributes:
         lengths: int64 [n], student tokens of each sample, prompt and response.
@@ -103,12 +97,10 @@ class PreparedDataset:
         with_distributions: bool [n], whether the sample's record holds distributions.
         fingerprint: sha256 over what the samples were made from.
         identity: the dataset, the tokenizer and the settings that they were made from (`student.lineage`).
-        has_distributions: some position has a soft target.
     """
 
     def __init__(self, directory: Path, manifest: dict[str, Any], index: pa.Table) -> None:
         self.directory, self.manifest = directory, manifest
-        self._storage = unit_store(directory).storage
         self.lengths: NDArray[np.int64] = index["length"].to_numpy().astype(np.int64)
         self.prompt_lengths: NDArray[np.int64] = index["prompt_length"].to_numpy().astype(np.int64)
         self.soft: NDArray[np.int64] = index["soft"].to_numpy().astype(np.int64)
@@ -116,10 +108,7 @@ class PreparedDataset:
         self.with_distributions: NDArray[np.bool_] = np.asarray(index["with_distributions"].to_pylist(), dtype=bool)
         self.fingerprint: str = manifest["fingerprint"]
         self.identity: dict[str, Any] = manifest[IDENTITY]
-        self.has_distributions = bool(manifest["summary"]["supervised_fraction"])
         self._index = {name: index[name].to_pylist() for name in ("split", "rule", "unit", "batch")}
-        self._files: OrderedDict[str, pa.ipc.RecordBatchFileReader] = OrderedDict()
-        self._is_verified = False
 
     @classmethod
     def open(cls, directory: str | Path) -> PreparedDataset:
@@ -154,65 +143,44 @@ class PreparedDataset:
 
     @classmethod
     def of_run(cls, config: PipelineConfig) -> PreparedDataset:
-        """The run's prepared targets, if they are of the start, dataset and settings that are there now.
+        """The run's prepared targets, if they are of the start, dataset and settings that are there now, and whole.
 
         Raises:
-            DatasetError: as `open`. StaleError: if they, or the start, are to be made again.
+            DatasetError: as `open` and `verify`. StaleError: if they, or the start, are to be made again.
         """
         prepared = cls.open(config.prepared_dir)
         now = prepared_identity(config.prepare, present(config, "dataset", "teacher vocabulary", "tokenizer"))
         require_same(prepared.directory, prepared.identity, now, _AGAIN, config)
         require_current_start(config)
+        prepared.verify()
         return prepared
 
     def verify(self) -> None:
-        """Compare every unit with its checksum before any is read, instead of each when it is first read.
+        """Compare every unit with its checksum.
 
         Raises:
             DatasetError: naming the first unit that is missing or damaged.
         """
-        for error in damaged_units(self.directory, self._checksums()).values():
+        checksums = {unit: entry["sha256"] for unit, entry in self.manifest["units"].items()}
+        for error in damaged_units(self.directory, checksums).values():
             raise error
-        self._is_verified = True
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """For a data loader's process, which opens files of its own."""
-        return self.__dict__ | {"_files": OrderedDict()}
-
     def __getitem__(self, number: int) -> AlignedSample:
-        """Sample `number`, 0 ≤ number < len.
-
-        Raises:
-            DatasetError: if its unit is missing or damaged.
-        """
+        """Sample `number`, 0 ≤ number < len. `verify` is what says that its unit is whole."""
         if not 0 <= number < len(self):
             raise IndexError(f"sample {number} of {len(self)}")
-        return batch_to_sample(self._unit(self._index["unit"][number]).get_batch(self._index["batch"][number]))
+        file = self.directory / data_file(check_unit_name(self._index["unit"][number]))
+        with pa.memory_map(str(file)) as mapped:
+            return batch_to_sample(pa.ipc.open_file(mapped).get_batch(self._index["batch"][number]))
 
     def indices(self, split: str | None = None, rule: str | None = None) -> NDArray[np.int64]:
         """Numbers of the samples of a split and of a decoding rule, rising; None takes every one."""
         pairs = zip(self._index["split"], self._index["rule"], strict=True)
         chosen = [i for i, (a, b) in enumerate(pairs) if split in (None, a) and rule in (None, b)]
         return np.array(chosen, dtype=np.int64)
-
-    def _unit(self, unit: str) -> pa.ipc.RecordBatchFileReader:
-        found = self._files.get(unit)
-        if found is None:
-            check_unit_name(unit)  # the index names it: no path out of the directory
-            if not self._is_verified:
-                self._storage.open_verified(data_file(unit), self._checksums()[unit])
-            found = pa.ipc.open_file(pa.memory_map(str(self.directory / data_file(unit))))
-            self._files[unit] = found
-            if len(self._files) > _OPEN_UNITS:
-                self._files.popitem(last=False)
-        self._files.move_to_end(unit)
-        return found
-
-    def _checksums(self) -> dict[str, str]:
-        return {unit: entry["sha256"] for unit, entry in self.manifest["units"].items()}
 
 
 def damaged_units(directory: Path, checksums: Mapping[str, str]) -> dict[str, DatasetError]:

@@ -67,7 +67,7 @@ def lay_spans(tables: PairTables, teacher_ids: NDArray[np.int32]) -> Spans:
     for first, stop in _runs(teacher.is_special[teacher_ids]):
         run_start[first:stop], run_stop[first:stop] = first, stop
         if teacher.is_special[teacher_ids[first]]:
-            counterpart = tables.tokenization(int(teacher_ids[first]))
+            counterpart = tables.tokenizations.row(teacher_ids[first])
             ids.append(counterpart)
             special_rows.append(np.full(len(counterpart), first, np.int32))
             continue

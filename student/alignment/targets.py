@@ -66,12 +66,8 @@ class AlignedSample:
         prompt_length: P.
         byte_ends: int64 [S], end of each response token in the response's bytes; a special token has no bytes.
         is_anchor: bool [S], token i starts at a byte end common to both tokenizations: a block may start here.
-        teacher_index: int32 [S], the teacher token that covers the first byte of student token i.
         observed_logprob: float32 [S], log p(x_i | x_<i); NaN where unknown. A chain: it sums to the log probability
             of the whole response.
-        teacher_ids: int32 [T], the response in the teacher's tokens.
-        teacher_byte_ends: int64 [T].
-        teacher_sampled_logprob: float32 [T]; NaN where unknown.
         anchor_logprob: float32 [S], log p(x_i) where the teacher's token is known to have ended before x_i, which is
             what the first position of a block knows; it differs from `observed_logprob` only after a token that the
             teacher could have made longer.
@@ -86,10 +82,6 @@ class AlignedSample:
     prompt_length: int
     byte_ends: NDArray[np.int64]
     is_anchor: NDArray[np.bool_]
-    teacher_index: NDArray[np.int32]
     observed_logprob: NDArray[np.float32]
-    targets: SparseTargets
-    teacher_ids: NDArray[np.int32]
-    teacher_byte_ends: NDArray[np.int64]
-    teacher_sampled_logprob: NDArray[np.float32]
     anchor_logprob: NDArray[np.float32]
+    targets: SparseTargets

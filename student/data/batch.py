@@ -74,14 +74,14 @@ def collate(
         row_tokens: L; null is the longest row.
     """
     used = [sum(len(block_row) for _, block_row in row) for row in rows]
-    length = row_tokens or max(used, default=1)
-    shape = (max(len(rows), 1), length)
+    length = row_tokens or max(used)
+    shape = len(rows), length
     input_ids = np.full(shape, pad_id, np.int64)
     position_ids = np.zeros(shape, np.int64)
     block_ids = np.zeros(shape, np.int64)
     document_ids = np.full(shape, PADDING_DOCUMENT, np.int64)
     supervised, blocks, next_block = [], [], 0
-    documents = [[block_row.clean_and_masked for _, block_row in row] for row in rows] or [[]]
+    documents = [[block_row.clean_and_masked for _, block_row in row] for row in rows]
     for number, row in enumerate(rows):
         start = 0
         for document, (_, block_row) in enumerate(row):
@@ -92,7 +92,7 @@ def collate(
             blocks.append(np.where(block_row.block < 0, -1, next_block + block_row.block))
             next_block += int(block_row.block_ids.max(initial=0))
             start += len(block_row)
-    for of_row, tokens in zip(documents, used or [0], strict=True):
+    for of_row, tokens in zip(documents, used, strict=True):
         if tokens < length:
             of_row.append((length - tokens, 0))
     laid_out = [pair for row in rows for pair in row]

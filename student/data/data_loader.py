@@ -51,7 +51,6 @@ class TrainingDataLoader:
             ConfigError: if the batch cannot be shared out.
         """
         prepared = PreparedDataset.of_run(config)
-        prepared.verify()
         of_split = np.asarray(prepared.indices(split="train"), dtype=np.int64)
         if not len(of_split):
             raise TrainingError(
@@ -86,26 +85,23 @@ class TrainingDataLoader:
         """Training samples of records that hold no distributions (rows that were too thin to use do not count)."""
         return int((~self.prepared.with_distributions[self.chosen]).sum())
 
-    def micro_batches(
-        self, rank: int, tokenizer: Any, first_step: int = 0, workers: int | None = None
-    ) -> Iterator[MicroBatch]:
+    def micro_batches(self, rank: int, tokenizer: Any, first_step: int = 0) -> Iterator[MicroBatch]:
         """This rank's forwards from `first_step` to the last step, `sampler.accumulation` a step.
 
         Args:
             tokenizer: the student's, for its special tokens.
-            workers: processes that make them ahead; 0 makes each when it is asked for, null is the config's number.
         """
         forwards = _Forwards(self, rank, tokenizer.mask_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id)
-        count = self.config.train.data_workers if workers is None else workers
+        workers = self.config.train.data_workers
         return iter(
             DataLoader(
                 forwards,
                 batch_size=None,
                 sampler=range(first_step * self.sampler.accumulation, len(forwards)),
-                num_workers=count,
+                num_workers=workers,
                 pin_memory=torch.cuda.is_available(),
                 # A fork would copy the threads of Arrow, and of the rank's process group, in the middle of their work.
-                multiprocessing_context="spawn" if count else None,
+                multiprocessing_context="spawn" if workers else None,
             )
         )
 

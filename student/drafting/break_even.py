@@ -1,6 +1,7 @@
 """`student speculate --break-even`: what an acceptance length is worth on this machine, before anyone trains for it.
 
-What the teacher will say is known from a run without a draft. The student drafts in every step at its real cost, and
+What the teacher will say is known from a run without a draft; another one is the measure, in turns with the drafting
+one (`engines.py`). The student drafts in every step at its real cost, and
 its tokens are exchanged for so many right ones and wrong ones after them; vLLM verifies them as ever, so the output
 stays the teacher's. Since a step's cost does not depend on what is accepted, the speed-up is c · τ; c is fitted over
 the lengths measured, and 1 / c is the acceptance length at which drafting pays. Last, the policy may decide: with a
@@ -21,17 +22,9 @@ from numpy.typing import NDArray
 from shared.config import PipelineConfig
 from shared.console import titled_table
 from shared.files import write_json
-from student.drafting.decode import LATENCY, THROUGHPUT, Job, Pass
-from student.drafting.speculate import (
-    BASELINE,
-    decoding_environment,
-    drafter_arguments,
-    ends,
-    figures_of,
-    inputs,
-    run,
-    shared_arguments,
-)
+from student.drafting.decode import LATENCY, THROUGHPUT, Pass
+from student.drafting.engines import run
+from student.drafting.speculate import BASELINE, decoding_environment, figures_of, inputs
 from student.drafting.vllm_proposer import LladaProposer
 from student.lineage import IDENTITY, speculation_identity
 
@@ -53,20 +46,19 @@ def break_even(config: PipelineConfig) -> dict[str, Any]:
     Raises:
         DatasetError, CheckpointError, StaleError, VocabularyError, MissingExtraError: as `speculate`.
     """
-    dataset, prompts, student = inputs(config)
-    few = list(prompts.values())[: config.speculate.latency_prompts]
-    environment, directory = decoding_environment(config), config.run_dir / "speculate"
+    job, _, drafting = inputs(config)
+    job = replace(job, prompts=job.prompts[: config.speculate.latency_prompts])
+    directory, environment = config.run_dir / "speculate", decoding_environment(config)
+    identity = speculation_identity(config)
     plain = {THROUGHPUT: Pass(), LATENCY: Pass(one_by_one=True)}
-    job = Job(shared_arguments(config), few, config.speculate.max_response_tokens, ends(dataset), plain)
-    baseline = run(job, directory / f"break_even_{BASELINE}", "without draft", environment).passes
-    sequences = [
-        prompt + output for made in baseline.values() for prompt, output in zip(few, made.outputs, strict=True)
-    ]
-    write_json(directory / "break_even_sequences.json", sequences)
+    base = directory / f"break_even_{BASELINE}"
+    outputs = [made.outputs for made in run({base: replace(job, passes=plain)}, environment)[base].passes.values()]
+    said = [ids + output for these in outputs for ids, output in zip(job.prompts, these, strict=True)]
+    sequences = directory / "break_even_sequences.json"
+    write_json(sequences, said)
 
-    drafting = drafter_arguments(config, str(student), dataset)
     drafting["speculative_config"]["model"] = f"{__name__}.{RehearsedProposer.__name__}"
-    drafting["additional_config"][SEQUENCES] = str((directory / "break_even_sequences.json").resolve())
+    drafting["additional_config"][SEQUENCES] = str(sequences.resolve())
     most = config.speculate.draft_tokens
     always = [(accepted, False) for accepted in np.linspace(0, most, LENGTHS).round(2).tolist()]
     policy = [(0.0, True), (float(most), True)]
@@ -75,11 +67,14 @@ def break_even(config: PipelineConfig) -> dict[str, Any]:
         for name, each in plain.items()
         for accepted, chosen in always + policy
     }
-    drafted = replace(job, engine=job.engine | drafting, passes=passes)
-    made = run(drafted, directory / "break_even", "with right drafts", environment).passes
+    jobs = {
+        directory / "break_even": replace(job, engine=job.engine | drafting, passes=passes),
+        base: replace(job, passes={name: replace(each, options=None) for name, each in passes.items()}),
+    }
+    made, baseline = (each.passes for each in run(jobs, environment, config.teacher.kv_cache_gib or 0).values())
 
     def figures(accepted: float, chosen: bool) -> dict[str, Any]:
-        found = {name: figures_of(made[f"{name}_{accepted}_{chosen}"], baseline[name]) for name in plain}
+        found = {name: figures_of(*(of[f"{name}_{accepted}_{chosen}"] for of in (made, baseline))) for name in plain}
         return {"asked": 1 + accepted} | {name: {key: found[name][key] for key in _KEPT} for name in plain}
 
     measured = [figures(*each) for each in always]
@@ -89,7 +84,7 @@ def break_even(config: PipelineConfig) -> dict[str, Any]:
         "measured": measured,
         "with_policy": [figures(*each) for each in policy],
         "needed": {name: needed([entry[name] for entry in measured]) for name in plain},
-        IDENTITY: speculation_identity(config),
+        IDENTITY: identity,
     }
     write_json(config.run_dir / RESULT, result)
     return result

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -227,16 +228,10 @@ def _boundary_pattern(*vocabularies: Vocabulary) -> re.Pattern[str]:
 
 def _extendable_tokens(vocabulary: Vocabulary) -> NDArray[np.bool_]:
     """bool [V]: some longer token starts with this one's bytes."""
-    order = sorted(range(len(vocabulary)), key=vocabulary.tokens.__getitem__)
-    extendable = np.zeros(len(vocabulary), dtype=np.bool_)
-    # In order of bytes, a token's extensions follow it; equal tokens stand between.
-    following = b""
-    for index, after in zip(reversed(order), [None, *reversed(order)], strict=False):
-        token = vocabulary.tokens[index]
-        if after is not None and vocabulary.tokens[after] != token:
-            following = vocabulary.tokens[after]
-        extendable[index] = bool(token) and len(following) > len(token) and following.startswith(token)
-    return extendable
+    # In order of bytes, a token's extensions follow it.
+    in_order = sorted(set(vocabulary.tokens))
+    following = dict(pairwise(in_order))
+    return np.array([bool(token) and following.get(token, b"").startswith(token) for token in vocabulary.tokens])
 
 
 def _whole_characters(text: bytes) -> int:

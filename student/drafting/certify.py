@@ -23,7 +23,8 @@ import torch
 from shared.config import PipelineConfig
 from shared.files import write_json, write_text
 from shared.vllm_settings import engine_version
-from student.drafting.decode import SAMPLED, THROUGHPUT, Job, Pass, Result
+from student.drafting.decode import SAMPLED, THROUGHPUT, Pass, Result
+from student.drafting.engines import run
 from student.drafting.goodness_of_fit import CLASSES, LEVEL, POSITIONS
 from student.drafting.speculate import (
     BASELINE,
@@ -31,12 +32,8 @@ from student.drafting.speculate import (
     WITH_DRAFT,
     decoding_environment,
     described,
-    drafter_arguments,
     dtype_of,
-    ends,
     inputs,
-    run,
-    shared_arguments,
 )
 from student.lineage import IDENTITY, differences, evaluation_identity, read_json, speculation_identity
 
@@ -56,30 +53,29 @@ def certify(config: PipelineConfig, tokens: int = 100_000) -> dict[str, Any]:
     Raises:
         DatasetError, CheckpointError, StaleError, VocabularyError, MissingExtraError: as `speculate`.
     """
-    dataset, prompts, student = inputs(config)
-    samples = math.ceil(tokens / (len(prompts) * config.speculate.max_response_tokens))
+    job, prompt_ids, drafting = inputs(config)
+    directory, identity = config.run_dir / "certify", speculation_identity(config)
+    samples = math.ceil(tokens / (len(prompt_ids) * job.max_tokens))
     alone, chosen = ({"policy": False, "lookup": lookup} for lookup in (False, config.speculate.lookup))
-    drafting = {THROUGHPUT: Pass(options=alone), SAMPLED: Pass(samples=samples, options=chosen)}
+    passes = {THROUGHPUT: Pass(options=alone), SAMPLED: Pass(samples=samples, options=chosen)}
     if config.speculate.lookup:
-        drafting[f"{THROUGHPUT}_lookup"] = Pass(options=chosen)
+        passes[f"{THROUGHPUT}_lookup"] = Pass(options=chosen)
     plain = {THROUGHPUT: Pass(), SAMPLED: Pass(samples=samples)}
-    identity = speculation_identity(config)
-    engine, directory, stop = shared_arguments(config), config.run_dir / "certify", ends(dataset)
-    job = Job(engine, list(prompts.values()), config.speculate.max_response_tokens, stop, plain)
-    with_draft = replace(job, engine=engine | drafter_arguments(config, str(student), dataset), passes=drafting)
-    drafted = run(with_draft, directory / WITH_DRAFT, "with draft", decoding_environment(config))
-    job = replace(job, compare_with=[str(directory / f"{WITH_DRAFT}.json")])
-    baseline = run(job, directory / BASELINE, "without draft", decoding_environment(config))
+    jobs = {
+        directory / WITH_DRAFT: replace(job, engine=job.engine | drafting, passes=passes),
+        directory / BASELINE: replace(job, passes=plain, compare_with=[str(directory / f"{WITH_DRAFT}.json")]),
+    }
+    drafted, baseline = run(jobs, decoding_environment(config), config.teacher.kv_cache_gib or 0).values()
 
     checks = {
-        "greedy": greedy_check(baseline, list(prompts), TIE[dtype_of(config)]),
+        "greedy": greedy_check(baseline, prompt_ids, TIE[dtype_of(config)]),
         "sampled": sampled_check(baseline),
         "acceptance": acceptance_check(config, drafted),
     }
     certificate = {
         "passed": all(check["passed"] is not False for check in checks.values()),
         "checks": checks,
-        "prompts": len(prompts),
+        "prompts": len(prompt_ids),
         "in_flight": config.speculate.max_num_seqs,
         "draft_tokens": config.speculate.draft_tokens,
         "dtype": dtype_of(config),

@@ -3,9 +3,12 @@
     python -m student.drafting.decode JOB.json RESULT.json
 
 Its own process, because vLLM frees a model's memory only by ending. One load of the teacher serves several *passes*
-over the prompts: all in flight or one at a time, each with other options of the proposer. Lines `progress DONE TOTAL
-NOTE` on stdout tell the parent how far it is; all other output goes to stderr. The time of a pass is that of
-`LLM.generate` after a warm-up: no loading, no detokenization, no prefix cache.
+over the prompts: many in flight or one at a time, each with other options of the proposer. The time of a pass is that
+of `LLM.generate` after a warm-up: no loading, no detokenization, no prefix cache.
+
+The parent (`engines.py`) reads lines on stdout: `progress DONE TOTAL NOTE`; `turn` before each part of a pass, and
+`others` before the results of `Job.compare_with` are read, each of which waits for a line on stdin. All other output
+goes to stderr.
 """
 
 from __future__ import annotations
@@ -18,11 +21,16 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
+from shared.files import write_json
 from student.drafting.goodness_of_fit import CANDIDATES, Tally
 from student.drafting.tokens import leading_matches
 
 THROUGHPUT, LATENCY, SAMPLED = "throughput", "latency", "sampled"
 """How the name of a pass starts: greedy with many requests in flight, greedy with one, sampled."""
+PROGRESS, TURN, OTHERS = "progress", "turn", "others"
+_BATCHES_PER_TURN = 4  # the machine should not change meanwhile, nor the end, with fewer in flight, weigh much
 _WARM_UP_TOKENS = 12  # the proposer's first steps are measurements
 _SCORED = 20  # candidates asked for where two runs differ
 _READ_TOGETHER = 64  # responses whose rows are held at a time, as Python objects
@@ -115,7 +123,7 @@ class Decoded:
     tokens: int
     counters: dict[str, int] = field(default_factory=dict)
     accepted_per_position: list[int] = field(default_factory=list)
-    proposer: dict[str, dict[str, float]] = field(default_factory=dict)
+    proposer: dict[str, dict[str, int | float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -136,13 +144,7 @@ class Result:
 
 def read_result(path: Path) -> Result:
     """A result that this module has written."""
-    tree = json.loads(path.read_text(encoding="utf-8"))
-    return Result(
-        {name: Decoded(**decoded) for name, decoded in tree["passes"].items()},
-        [Difference(**entry) for entry in tree["differences"]],
-        tree["async_scheduling"],
-        {file: {name: Tally(**tally) for name, tally in runs.items()} for file, runs in tree["tallies"].items()},
-    )
+    return TypeAdapter(Result).validate_python(json.loads(path.read_text(encoding="utf-8")))
 
 
 def decode(job: Job) -> Result:
@@ -156,6 +158,8 @@ def decode(job: Job) -> Result:
     for name, each in job.passes.items():
         passes[name] = _decode_pass(llm, job, each, sum(len(made.outputs) for made in passes.values()), total)
     differences, tallies = [], {"": _tallies(llm, job, passes)}
+    if job.compare_with:
+        _wait_for(OTHERS)
     for file in job.compare_with:
         others = read_result(Path(file)).passes
         tallies[Path(file).stem] = _tallies(llm, job, others)
@@ -174,6 +178,7 @@ def _decode_pass(llm: Any, job: Job, each: Pass, done: int, total: int) -> Decod
     from vllm import SamplingParams
     from vllm.inputs import TokensPrompt
 
+    _wait_for(TURN)
     if each.options is not None:
         llm.collective_rpc(_reset_proposer, kwargs=each.options)
     prompts = [TokensPrompt(prompt_token_ids=ids) for ids in each.of(job.prompts)]
@@ -182,18 +187,20 @@ def _decode_pass(llm: Any, job: Job, each: Pass, done: int, total: int) -> Decod
         rule |= {"temperature": 1, "stop_token_ids": [], "ignore_eos": True}
     sampling = SamplingParams(max_tokens=job.max_tokens, **rule)
     warm_up = SamplingParams(max_tokens=_WARM_UP_TOKENS, **rule)
-    llm.generate(prompts[: 1 if each.one_by_one else job.engine["max_num_seqs"]], warm_up, use_tqdm=False)
+    in_flight = 1 if each.one_by_one else job.engine["max_num_seqs"]
+    llm.generate(prompts[:in_flight], warm_up, use_tqdm=False)
     before, proposed_before = _metrics(llm), _proposed(llm)
-    _report(done, total, "decoding")
-    started = time.perf_counter()
-    if each.one_by_one:
-        responses = []
-        for number, prompt in enumerate(prompts, 1):
-            responses += llm.generate(prompt, sampling, use_tqdm=False)
-            _report(done + number, total, "one at a time")
-    else:
-        responses = llm.generate(prompts, sampling, use_tqdm=_progress_bar(done, total))
-    seconds = time.perf_counter() - started
+    responses: list[Any] = []
+    seconds = 0.0
+    part = 1 if each.one_by_one else _BATCHES_PER_TURN * in_flight
+    for start in range(0, len(prompts), part):
+        if start:
+            _wait_for(TURN)
+        bar = False if each.one_by_one else _progress_bar(done + start, total)
+        started = time.perf_counter()
+        responses += llm.generate(prompts[start : start + part], sampling, use_tqdm=bar)
+        seconds += time.perf_counter() - started
+        _report(done + len(responses), total, "one at a time" if each.one_by_one else "decoding")
     after, proposed = _metrics(llm), _proposed(llm)
     outputs = [[int(index) for index in response.outputs[0].token_ids] for response in responses]
     return Decoded(
@@ -295,7 +302,14 @@ def _metrics(llm: Any) -> tuple[dict[str, int], list[int]]:
 
 
 def _report(done: int, total: int, note: str) -> None:
-    print("progress", done, total, note, file=sys.__stdout__, flush=True)
+    print(PROGRESS, done, total, note, file=sys.__stdout__, flush=True)
+
+
+def _wait_for(what: str) -> None:
+    """Ask for it, until a line says that it is there."""
+    print(what, file=sys.__stdout__, flush=True)
+    if not sys.stdin.readline():
+        sys.exit(f"the process that started this one ended before it gave {what!r}")
 
 
 def _progress_bar(done: int, total: int) -> Any:
@@ -318,10 +332,7 @@ def _progress_bar(done: int, total: int) -> Any:
 
 def main() -> None:
     job_file, result_file = map(Path, sys.argv[1:])
-    tree = json.loads(job_file.read_text(encoding="utf-8"))
-    job = Job(**tree | {"passes": {name: Pass(**each) for name, each in tree["passes"].items()}})
-    from shared.files import write_json
-
+    job = TypeAdapter(Job).validate_python(json.loads(job_file.read_text(encoding="utf-8")))
     write_json(result_file, asdict(decode(job)))
 
 

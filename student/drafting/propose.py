@@ -74,7 +74,6 @@ class Drafter:
         in_turns: what finds no room is drafted for in a further forward, in which the others lose theirs: every
             request gets its draft, which takes longer. For evaluation.
         keep_extendable: also propose a last token that further bytes could still merge.
-        cached: False recomputes every context, for comparison.
 
     Attributes:
         passed_over: requests of the last call that were not drafted for, and why: `too long` for the model, or `no
@@ -95,11 +94,10 @@ class Drafter:
         memory_bytes: int | None = None,
         in_turns: bool = False,
         keep_extendable: bool = False,
-        cached: bool = True,
     ) -> None:
         self.forward, self.bridge = forward, bridge
         self.draft_tokens, self.block_length = draft_tokens, block_length
-        self.in_turns, self.keep_extendable, self.cached = in_turns, keep_extendable, cached
+        self.in_turns, self.keep_extendable = in_turns, keep_extendable
         self.passed_over: dict[Hashable, str] = {}
         self.confidence: dict[Hashable, list[float]] = {}
         self.cache = forward.cache(_pages(forward, memory_bytes))
@@ -196,8 +194,6 @@ class Drafter:
             VocabularyError: if a token is outside the teacher's vocabulary.
         """
         assert len(set(request_ids)) == len(request_ids) == len(contexts), "one context for each of different requests"
-        if not self.cached:
-            self._forget(self._requests.values())
         rows = [np.asarray(ids) for ids in contexts]
         requests = self._find(request_ids, rows)
         for request, row in zip(requests, rows, strict=True):

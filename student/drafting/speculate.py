@@ -1,34 +1,31 @@
 """`student speculate`: real speculative decoding of the held-out prompts, and the same without a draft.
 
-vLLM serves the teacher in one process after another: with the trained student as its draft model, with its own drafts
+vLLM serves the teacher in several processes: with the trained student as its draft model, with its own drafts
 (`ngram`, `suffix`), and alone at its best settings. Each decodes the same prompts greedily, with many requests in
-flight (throughput) and some of them one at a time (latency). Reported are vLLM's own acceptance metrics, wall-clock
-tokens per second, and whether the outputs are the same. Where one differs, the last engine scores both candidates at
-the first differing token, which tells a numerical tie (`TIE`) from a wrong output. In `speculate.json` many requests in
-flight stand at the top level, one in flight in `latency`; `acceptance_length` is 1 + accepted / drafts, as vLLM counts.
+flight (throughput) and some of them one at a time (latency), in turns where they fit together (`engines.py`). Reported
+are vLLM's own acceptance metrics, wall-clock tokens per second, and whether the outputs are the same. Where one
+differs, the last engine scores both candidates at the first differing token, which tells a numerical tie (`TIE`) from a
+wrong output. In `speculate.json` many requests in flight stand at the top level, one in flight in `latency`;
+`acceptance_length` is 1 + accepted / drafts, as vLLM counts.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import logging
-import os
-import subprocess
-import sys
-from collections import deque
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from shared.config import PipelineConfig
-from shared.console import progress
 from shared.dataset.reader import Dataset
 from shared.errors import CheckpointError, DatasetError, VocabularyError
 from shared.files import write_json
 from shared.tokenizer.vocabulary import Vocabulary
 from shared.vllm_settings import engine_arguments, engine_version, environment
-from student.drafting.decode import LATENCY, THROUGHPUT, Decoded, Difference, Job, Pass, Result, read_result
+from student.drafting.decode import LATENCY, THROUGHPUT, Decoded, Difference, Job, Pass, Result
+from student.drafting.engines import run
 from student.drafting.lookup import LONGEST, SHORTEST
 from student.drafting.vllm_proposer import OPTIONS_KEY, DrafterOptions
 from student.lineage import IDENTITY, read_json, require_current_model, speculation_identity
@@ -54,35 +51,34 @@ def speculate(config: PipelineConfig) -> dict[str, Any]:
         VocabularyError: if the teacher's tokenizer is not the one that the dataset was collected with.
         MissingExtraError: if vLLM is not installed.
     """
-    dataset, prompts, student = inputs(config)
-    directory = config.run_dir / "speculate"
-    identity = speculation_identity(config)
-    engine = shared_arguments(config)
-    files: dict[str, Path] = {}
-    results: dict[str, Result] = {}
-    for name, arguments, passes in variants(config, dataset, student):
-        job = Job(
-            engine | arguments, list(prompts.values()), config.speculate.max_response_tokens, ends(dataset), passes
-        )
-        if name == BASELINE:
-            job = replace(job, compare_with=[str(file) for file in files.values()])
-        files[name] = directory / f"{name}.json"
-        results[name] = run(job, directory / name, name.replace("_", " "), decoding_environment(config))
-    result = summarize(results, list(prompts), dtype_of(config)) | {IDENTITY: identity}
+    job, prompt_ids, drafting = inputs(config)
+    directory, identity = config.run_dir / "speculate", speculation_identity(config)
+    jobs = {
+        directory / name: replace(job, engine=job.engine | arguments, passes=passes)
+        for name, arguments, passes in variants(config, drafting)
+    }
+    *others, baseline = jobs
+    jobs[baseline] = replace(jobs[baseline], compare_with=[f"{other}.json" for other in others])
+    made = run(jobs, decoding_environment(config), config.teacher.kv_cache_gib or 0)
+    results = {base.name: result for base, result in made.items()}
+    result = summarize(results, prompt_ids, dtype_of(config)) | {IDENTITY: identity}
     write_json(config.run_dir / "speculate.json", result)
     logger.info("%s", headline(result, config.speculate.max_num_seqs))
     return result
 
 
-def inputs(config: PipelineConfig) -> tuple[Dataset, dict[str, list[int]], Path]:
-    """The dataset, its held-out prompts and the trained student, which belong together. Raises as `speculate` does."""
+def inputs(config: PipelineConfig) -> tuple[Job, list[str], dict[str, Any]]:
+    """What decodes the run's held-out prompts: a job without passes, the prompts' ids, and the arguments of `vllm.LLM`
+    that make the trained student the draft model. They belong together. Raises as `speculate` does."""
     dataset = Dataset.open(config.shards_dir)
     prompts = held_out_prompts(dataset, config.speculate.max_prompts, config.teacher.max_sequence_tokens)
     student = check_student(config)
     require_current_model(config)
     check_teacher(config, dataset)
     engine_version()
-    return dataset, prompts, student
+    most, stop = config.speculate.max_response_tokens, ends(dataset)
+    job = Job(shared_arguments(config), list(prompts.values()), most, stop, passes={})
+    return job, list(prompts), drafter_arguments(config, str(student), dataset)
 
 
 def ends(dataset: Dataset) -> list[int]:
@@ -92,7 +88,7 @@ def ends(dataset: Dataset) -> list[int]:
 
 
 def variants(
-    config: PipelineConfig, dataset: Dataset, student: Path
+    config: PipelineConfig, with_student: dict[str, Any]
 ) -> Iterator[tuple[str, dict[str, Any], dict[str, Pass]]]:
     """(name, its arguments of `vllm.LLM`, what it decodes) of each load of the teacher; the last is the baseline."""
     settings = config.speculate
@@ -101,7 +97,7 @@ def variants(
     drafting = {THROUGHPUT: replace(many, options=chosen), LATENCY: replace(one, options=chosen)}
     if settings.lookup:
         drafting[LLADA_ALONE] = replace(one, options=chosen | {"lookup": False})
-    yield WITH_DRAFT, drafter_arguments(config, str(student), dataset), drafting
+    yield WITH_DRAFT, with_student, drafting
     for method in settings.compare:
         if method == "suffix" and importlib.util.find_spec("arctic_inference") is None:
             logger.info("vLLM's suffix drafts are not measured: pip install arctic-inference provides them")
@@ -110,7 +106,7 @@ def variants(
         if method == "ngram":
             speculation |= {"prompt_lookup_min": SHORTEST, "prompt_lookup_max": LONGEST}
         yield method, {"speculative_config": speculation}, {THROUGHPUT: many, LATENCY: one}
-    yield BASELINE, {}, {THROUGHPUT: many, LATENCY: one}
+    yield BASELINE, {}, {name: replace(each, options=None) for name, each in drafting.items()}
 
 
 def held_out_prompts(dataset: Dataset, most: int | None, max_sequence_tokens: int) -> dict[str, list[int]]:
@@ -179,44 +175,6 @@ def measured_chances(config: PipelineConfig) -> list[float | None] | None:
     return None if chances is None else [entry["accepted"] for entry in chances]
 
 
-def run(job: Job, base: Path, name: str, environment: dict[str, str]) -> Result:
-    """Run `job` in a process of its own; leaves BASE.json (the result) and BASE.log (what vLLM said).
-
-    Args:
-        environment: variables that the process has beside this one's.
-
-    Raises:
-        RuntimeError: if the process fails; the end of its log is in the message.
-    """
-    base.parent.mkdir(parents=True, exist_ok=True)
-    result_file, log_file = base.with_suffix(".json"), base.with_suffix(".log")
-    job_file = base.with_suffix(".job.json")
-    result_file.unlink(missing_ok=True)
-    write_json(job_file, asdict(job))
-    command = [sys.executable, "-m", "student.drafting.decode", str(job_file), str(result_file)]
-    with log_file.open("w", encoding="utf-8") as log, progress() as bar:
-        task = bar.add_task(f"decoding {name}", total=None, note="starting vLLM")
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=os.environ | environment)
-        try:
-            assert process.stdout is not None
-            for line in process.stdout:
-                if line.startswith("progress "):
-                    _, done, total, note = line.rstrip("\n").split(" ", 3)
-                    bar.update(task, completed=int(done), total=int(total), note=note)
-                else:
-                    log.write(line)
-        finally:
-            if process.poll() is None and sys.exc_info()[0] is not None:
-                process.terminate()
-            code = process.wait()
-    if code != 0 or not result_file.exists():
-        with log_file.open(encoding="utf-8") as log:
-            end = "".join(deque(log, maxlen=20))
-        raise RuntimeError(f"vLLM {name} ended with exit code {code}; {log_file} ends with\n{end}")
-    job_file.unlink()
-    return read_result(result_file)
-
-
 def summarize(results: dict[str, Result], prompt_ids: list[str], dtype: str) -> dict[str, Any]:
     """The report's figures of all runs over the same prompts."""
     baseline = results[BASELINE]
@@ -227,7 +185,7 @@ def summarize(results: dict[str, Result], prompt_ids: list[str], dtype: str) -> 
     def figures(name: str, run: str) -> dict[str, Any] | None:
         if name not in results:
             return None
-        return figures_of(results[name].passes[run], baseline.passes[LATENCY if run.startswith(LATENCY) else run])
+        return figures_of(results[name].passes[run], baseline.passes[run])
 
     latency = figures(WITH_DRAFT, LATENCY) or {}
     return {

@@ -26,12 +26,14 @@ from __future__ import annotations
 
 import logging
 import time
+import traceback
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import PositiveFloat, PositiveInt, TypeAdapter, ValidationError
 
 from shared.errors import CheckpointError, ConfigError
 from shared.tokenizer.vocabulary import Vocabulary
@@ -79,16 +81,16 @@ class DrafterOptions:
     student: str
     teacher_tokenizer: str | None = None
     teacher_roles: dict[str, int] | None = None
-    block_length: int | None = None
-    memory_gib: float | None = None
-    max_context_tokens: int | None = None
+    block_length: PositiveInt | None = None
+    memory_gib: PositiveFloat | None = None
+    max_context_tokens: PositiveInt | None = None
     keep_extendable: bool = False
-    draft_vocabulary: int | None = None
+    draft_vocabulary: PositiveInt | None = None
     dtype: Way | None = None
     policy: bool = True
     lookup: bool = True
     acceptance_by_confidence: list[float | None] | None = None
-    denoising_steps: int = 1
+    denoising_steps: PositiveInt = 1
     denoising_order: Order = "confidence"
 
     @classmethod
@@ -115,10 +117,12 @@ class DrafterOptions:
                 f"{place} is {given!r}, expected a mapping with 'student', the trained student's directory, and at "
                 f"most the keys {known}"
             )
-        for key, values in (("dtype", (None, *get_args(Way))), ("denoising_order", get_args(Order))):
-            if key in given and given[key] not in values:
-                raise ConfigError(f"{place}[{key!r}] is {given[key]!r}, expected one of {values}")
-        return cls(**given)
+        try:
+            return TypeAdapter(cls).validate_python(given)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            at, value = "".join(f"[{key!r}]" for key in problem["loc"]), problem["input"]
+            raise ConfigError(f"{place}{at} is {value!r}: {problem['msg']}") from error
 
 
 class LladaProposer:
@@ -145,7 +149,7 @@ class LladaProposer:
         self.vocabulary = 0
         """Ids from here on are none of the teacher's; 0 where they are not checked."""
         self.counters = Counters()
-        self._logged: set[tuple[str, int]] = set()
+        self._logged: set[tuple[str, int | None]] = set()
         self._ended = time.perf_counter()
         self.reset()
 
@@ -347,10 +351,8 @@ class LladaProposer:
     def _failed(self, error: Exception) -> None:
         """Count an error, and log the first of each place."""
         self.counters.add("failures", type(error).__name__)
-        frame = error.__traceback__
-        while frame is not None and frame.tb_next is not None:
-            frame = frame.tb_next
-        place = (frame.tb_frame.f_code.co_filename, frame.tb_lineno) if frame is not None else ("", 0)
+        (frame,) = traceback.extract_tb(error.__traceback__, limit=-1)
+        place = (frame.filename, frame.lineno)
         if place not in self._logged:
             self._logged.add(place)
             logger.error("drafting failed; serving goes on, and this is logged once", exc_info=error)

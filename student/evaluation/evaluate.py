@@ -18,7 +18,7 @@ from shared.dataset.records import Record
 from shared.errors import CheckpointError
 from shared.files import write_json
 from student.drafting.steps import spans
-from student.evaluation.measure import HeldOut, drafter_of, gathered, measure, merged
+from student.evaluation.measure import HeldOut, drafter_of, gathered, measure
 from student.evaluation.offline_acceptance import steps_along
 from student.lineage import IDENTITY, differences, evaluation_identity, read_json, require_current_model
 from student.training import launch
@@ -62,9 +62,10 @@ def evaluate(config: PipelineConfig) -> dict[str, Any]:
     ranks = launch.ranks_here(config.train)
     if ranks * launch.nodes_by_hand() > 1:
         work = outstanding(config)  # here, so that a mistake ends without starting ranks
-        if work.students:
-            launch.run_ranks(ranks, config.train, sys.argv[1:])
-        return work.earlier
+        if not work.students:
+            return work.earlier
+        launch.run_ranks(ranks, config.train, sys.argv[1:])
+        return read_json(config.run_dir / RESULT) or {}
     return evaluate_rank(config)
 
 
@@ -109,10 +110,9 @@ def evaluate_rank(config: PipelineConfig) -> dict[str, Any]:
             dtype = training_dtype(config.train)
             model, tokenizer = load_student(directory, getattr(torch, dtype))
             model.eval().to(training_device())
-            mine = measure(held_out.part(rank, ranks), model, tokenizer, directory, name, way=dtype, quiet=rank > 0)
-            result[name] = merged(gathered(mine, ranks)).figures(config.evaluate.rule)
+            drafter = drafter_of(held_out, model, directory, dtype)
+            result[name] = measure(held_out, model, tokenizer, drafter, name, rank, ranks)
             if name == "after":
-                drafter = drafter_of(held_out, model, directory, dtype) if any(held_out.records.values()) else None
                 shown = answers(held_out, held_out.some(ANSWERS)[rank::ranks], model, tokenizer, directory, drafter)
                 parts = gathered(shown, ranks)
                 result["answers"] = [parts[number % ranks][number // ranks] for number in range(sum(map(len, parts)))]
@@ -153,7 +153,7 @@ def answers(
         said = answer(model, tokenizer, directory, record.messages, replace(settings, length=length, steps=length))
         prompt = record.messages[-1].content
         taught = record.response_bytes.decode("utf-8", "replace")
-        steps = [] if drafter is None else steps_along(drafter, record, held_out.config.evaluate.draft_tokens)
+        steps = [] if drafter is None else steps_along(drafter, record)
         drafted = [list(piece) for piece in spans(steps, held_out.dataset.vocabulary)]
         found.append({"prompt": prompt, "teacher": taught, "student": said, "drafted": drafted})
     return found

@@ -189,48 +189,43 @@ def gathered(mine: T, ranks: int) -> list[T]:
 
 
 def measure(
-    held_out: HeldOut,
-    model: Any,
-    tokenizer: Any,
-    directory: Path,
-    note: str,
-    *,
-    way: Way | None = None,
-    quiet: bool = False,
-) -> Measurement:
-    """Measure a loaded model, in evaluation mode, on its device.
+    held_out: HeldOut, model: Any, tokenizer: Any, drafter: Drafter | None, note: str, rank: int = 0, ranks: int = 1
+) -> dict[str, Any]:
+    """What evaluate.json holds of a loaded model, in evaluation mode, on its device: `Measurement.figures`.
+
+    Every rank measures a part of the responses and returns the figures of all. A collective.
+
+    Args:
+        drafter: the model, as `drafter_of` makes it.
+        note: what the progress bars say of the model; only rank 0 shows them.
+    """
+    settings, part = held_out.config.evaluate, held_out.part(rank, ranks)
+    acceptance: dict[str, OfflineAcceptance] = {}
+    with progress() as bar:
+        for rule, records in part.records.items():
+            if records and drafter is not None:
+                task = bar.add_task(f"{note}: drafting {rule} text", total=len(records), note="", visible=rank == 0)
+                advance = partial(bar.advance, task)
+                acceptance[rule] = draft_along(drafter, records, settings.batch, advance)
+        total = len(part.sampled) + len(part.masked)
+        task = bar.add_task(f"{note}: held-out loss", total=total, note="", visible=rank == 0)
+        sums, alpha = _rejection_sampling(part, model, tokenizer, partial(bar.advance, task))
+        masked = _random_masking(part, model, tokenizer, partial(bar.advance, task))
+    measured = gathered(Measurement(acceptance, sums, alpha, masked), ranks)
+    return merged(measured).figures(settings.rule)
+
+
+def drafter_of(held_out: HeldOut, model: Any, directory: Path, way: Way | None = None) -> Drafter | None:
+    """A loaded student as a drafter for the teacher of the held-out text; None where no text is drafted along.
 
     Args:
         directory: has the student's tokenizer.
-        note: what the progress bars say of the model. quiet: no progress bars.
         way: how drafts are computed; null leaves the weights of a model that is in training where they are.
     """
-    config = held_out.config
-    acceptance: dict[str, OfflineAcceptance] = {}
-    with progress() as bar:
-        if any(held_out.records.values()):
-            drafter = drafter_of(held_out, model, directory, way)
-            for rule, records in held_out.records.items():
-                if records:
-                    task = bar.add_task(f"{note}: drafting {rule} text", total=len(records), note="", visible=not quiet)
-                    acceptance[rule] = draft_along(
-                        drafter,
-                        records,
-                        config.evaluate.draft_tokens,
-                        config.evaluate.batch,
-                        partial(bar.advance, task),
-                    )
-        total = len(held_out.sampled) + len(held_out.masked)
-        task = bar.add_task(f"{note}: held-out loss", total=total, note="", visible=not quiet)
-        sums, alpha = _rejection_sampling(held_out, model, tokenizer, partial(bar.advance, task))
-        masked = _random_masking(held_out, model, tokenizer, partial(bar.advance, task))
-    return Measurement(acceptance, sums, alpha, masked)
-
-
-def drafter_of(held_out: HeldOut, model: Any, directory: Path, way: Way | None) -> Drafter:
-    """A loaded student as a drafter for the teacher of the held-out text; arguments as `measure`'s."""
     from student.drafting.propose import Drafter
 
+    if not any(held_out.records.values()):
+        return None
     return Drafter.from_student(
         model,
         directory,

@@ -8,10 +8,9 @@ after n accepted tokens the teacher adds one of its own, so that the next draft 
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,70 +20,54 @@ from student.drafting import confidence
 from student.drafting.steps import Step
 from student.drafting.tokens import leading_matches
 
-
-class Proposer(Protocol):
-    """What is needed of a drafter."""
-
-    @property
-    def confidence(self) -> Mapping[Hashable, list[float]]:
-        """As `Drafter`'s; empty where it has none."""
-
-    def propose(self, request_ids: Sequence[str], contexts: Sequence[np.ndarray]) -> list[list[int]]:
-        """Up to k teacher tokens for each context of teacher tokens."""
-        ...
-
-    def release(self, request_ids: Sequence[str]) -> None:
-        """Forget these requests."""
-        ...
+if TYPE_CHECKING:
+    from student.drafting.propose import Drafter
 
 
 @dataclass(frozen=True, slots=True)
 class OfflineAcceptance:
-    """Accepted tokens of every draft, by response.
+    """What came of N drafts.
 
     Attributes:
-        accepted: {sample id: accepted tokens of each of its drafts}.
-        proposed: {sample id: drafted tokens of each}; a draft may be empty.
-        skills: {sample id: skill}.
+        skills_N: of each draft's prompt.
+        proposed_N, accepted_N: tokens of each draft, which may be empty, and those of them that were accepted.
         draft_tokens: tokens drafted at most.
         by_confidence: [2, bins] tokens verified and accepted, by the drafter's confidence in them (`confidence.count`).
     """
 
-    accepted: dict[str, list[int]]
-    proposed: dict[str, list[int]]
-    skills: dict[str, str]
+    skills_N: NDArray[np.str_]
+    proposed_N: NDArray[np.int64]
+    accepted_N: NDArray[np.int64]
     draft_tokens: int
     by_confidence: NDArray[np.int64]
 
     @classmethod
     def merged(cls, parts: Sequence[OfflineAcceptance]) -> OfflineAcceptance:
         """Of responses that were drafted along in parts."""
-        accepted, proposed, skills = (
-            {key: value for part in parts for key, value in getattr(part, name).items()}
-            for name in ("accepted", "proposed", "skills")
+        skills_N, proposed_N, accepted_N = (
+            np.concatenate([getattr(part, name) for part in parts]) for name in ("skills_N", "proposed_N", "accepted_N")
         )
         counts = np.sum([part.by_confidence for part in parts], axis=0)
-        return cls(accepted, proposed, skills, parts[0].draft_tokens, counts)
+        return cls(skills_N, proposed_N, accepted_N, parts[0].draft_tokens, counts)
 
     @property
     def drafts(self) -> int:
-        return sum(len(counts) for counts in self.accepted.values())
+        return len(self.accepted_N)
 
     @property
     def mean_accepted(self) -> float:
         """Accepted tokens per draft; the acceptance length tau is this plus the teacher's own token."""
-        return float(np.mean(np.concatenate([np.asarray(counts) for counts in self.accepted.values() if counts])))
+        return float(self.accepted_N.sum()) / max(self.drafts, 1)
 
     @property
     def acceptance_length(self) -> float:
         """1 + accepted tokens per draft that is not empty: what vLLM counts, which sees no empty draft."""
-        drafts = sum(length > 0 for lengths in self.proposed.values() for length in lengths)
-        return 1 + sum(map(sum, self.accepted.values())) / max(drafts, 1)
+        return 1 + float(self.accepted_N.sum()) / max(int((self.proposed_N > 0).sum()), 1)
 
     def by_depth(self) -> list[float]:
         """Share of drafts whose first d tokens were accepted, d = 1 …"""
-        counts = np.concatenate([np.asarray(c, np.int64) for c in self.accepted.values()])
-        return [float(np.mean(counts >= depth)) for depth in range(1, self.draft_tokens + 1)]
+        depths = range(1, self.draft_tokens + 1)
+        return [float((self.accepted_N >= depth).sum()) / max(self.drafts, 1) for depth in depths]
 
     def chances(self) -> list[dict[str, Any]]:
         """Of each bin of confidence: where it starts, the tokens verified, and the share accepted, null for none."""
@@ -96,57 +79,56 @@ class OfflineAcceptance:
 
     def by_skill(self) -> dict[str, float]:
         """Acceptance length of each skill."""
-        pooled: defaultdict[str, list[int]] = defaultdict(list)
-        for sample_id, counts in self.accepted.items():
-            pooled[self.skills[sample_id]] += counts
-        return {skill: 1 + float(np.mean(counts)) for skill, counts in sorted(pooled.items()) if counts}
+        skills = np.unique(self.skills_N).tolist()
+        return {skill: 1 + float(self.accepted_N[self.skills_N == skill].mean()) for skill in skills}
 
 
 def draft_along(
-    drafter: Proposer,
-    records: Sequence[Record],
-    draft_tokens: int,
-    batch: int,
-    on_response: Callable[[], None] = lambda: None,
+    drafter: Drafter, records: Sequence[Record], batch: int, advance: Callable[[int], None] = lambda _: None
 ) -> OfflineAcceptance:
-    """Draft along `records`, `batch` at a time. The first response token is the teacher's own, as in serving."""
-    accepted: dict[str, list[int]] = {record.sample_id: [] for record in records}
-    proposed: dict[str, list[int]] = {record.sample_id: [] for record in records}
+    """Draft along `records`, `batch` at a time. The first response token is the teacher's own, as in serving.
+
+    Args:
+        advance: is told how many responses have been drafted along since the last call.
+    """
+    skills, proposed, accepted = [], [], []
     by_confidence = np.zeros((2, confidence.BINS), np.int64)
     for start in range(0, len(records), batch):
         group = records[start : start + batch]
-        for record, _, draft, matches in _drafts(drafter, group, draft_tokens):
-            sample_id = record.sample_id
-            accepted[sample_id].append(matches)
-            proposed[sample_id].append(len(draft))
-            by_confidence += confidence.count(drafter.confidence.get(sample_id, [])[:draft_tokens], matches)
-        for _ in group:
-            on_response()
-    skills = {record.sample_id: record.skill for record in records}
-    return OfflineAcceptance(accepted, proposed, skills, draft_tokens, by_confidence)
+        for record, _, draft, matches in _drafts(drafter, group):
+            skills.append(record.skill)
+            proposed.append(len(draft))
+            accepted.append(matches)
+            by_confidence += confidence.count(drafter.confidence.get(record.sample_id, []), matches)
+        advance(len(group))
+    return OfflineAcceptance(
+        np.array(skills, np.str_),
+        np.array(proposed, np.int64),
+        np.array(accepted, np.int64),
+        drafter.draft_tokens,
+        by_confidence,
+    )
 
 
-def steps_along(drafter: Proposer, record: Record, draft_tokens: int) -> list[Step]:
+def steps_along(drafter: Drafter, record: Record) -> list[Step]:
     """The steps in which the teacher would have said this response. The first token is its own."""
     said = record.response_ids
     steps = [Step.of([], said[:1])]
-    for _, start, draft, matches in _drafts(drafter, [record], draft_tokens):
+    for _, start, draft, matches in _drafts(drafter, [record]):
         stop = start + matches + 1
         steps.append(Step.of(draft, said[start:stop], ended=stop >= len(said)))
     return steps
 
 
-def _drafts(
-    drafter: Proposer, records: Sequence[Record], draft_tokens: int
-) -> Iterator[tuple[Record, int, list[int], int]]:
+def _drafts(drafter: Drafter, records: Sequence[Record]) -> Iterator[tuple[Record, int, list[int], int]]:
     """Every draft along `records`, which advance together: whose it is, where it starts in the response, its tokens,
     and how many of them are accepted."""
     by_id = {record.sample_id: record for record in records}
     position = dict.fromkeys(by_id, 1)
     while active := [i for i in position if position[i] < len(by_id[i].response_ids)]:
         contexts = [np.concatenate([by_id[i].prompt_ids, by_id[i].response_ids[: position[i]]]) for i in active]
-        for sample_id, whole in zip(active, drafter.propose(active, contexts), strict=True):
-            record, start, draft = by_id[sample_id], position[sample_id], whole[:draft_tokens]
+        for sample_id, draft in zip(active, drafter.propose(active, contexts), strict=True):
+            record, start = by_id[sample_id], position[sample_id]
             matches = leading_matches(draft, record.response_ids[start:])
             position[sample_id] += matches + 1
             yield record, start, draft, matches

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -13,8 +12,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
-
-from shared.files import write_text
 
 BEFORE, AFTER, SERVED = "#9aa5b1", "#2f6fde", "#e07a3f"
 INK = "#010203"
@@ -47,17 +44,16 @@ def _smooth(values: Sequence[float], window: int) -> np.ndarray:
     return (sums[ends] - sums[starts]) / (ends - starts)
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def _svg(figure: Figure) -> str:
     figure.tight_layout()
     drawn = io.StringIO()
     figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
     plt.close(figure)
     svg = drawn.getvalue()
-    write_text(path, svg[svg.index("<svg") :].replace(INK, "currentColor").replace("<defs>", f"{_SCHEME}<defs>", 1))
-    return path
+    return svg[svg.index("<svg") :].replace(INK, "currentColor").replace("<defs>", f"{_SCHEME}<defs>", 1)
 
 
-def loss_curve(entries: Sequence[dict[str, Any]], path: Path) -> Path:
+def loss_curve(entries: Sequence[dict[str, Any]]) -> str:
     """The trained loss over steps, each step and its trailing mean."""
     entries = [entry for entry in entries if entry["loss"] is not None]  # steps that were skipped have none
     steps = [entry["step"] for entry in entries]
@@ -67,10 +63,10 @@ def loss_curve(entries: Sequence[dict[str, Any]], path: Path) -> Path:
     axes.plot(steps, _smooth(losses, max(len(losses) // 40, 1)), color=AFTER, linewidth=1.8, label="trailing mean")
     axes.set(xlabel="step", ylabel="loss per target token [nats]", title="Training loss")
     axes.legend()
-    return _save(figure, path)
+    return _svg(figure)
 
 
-def acceptance_curve(entries: Sequence[dict[str, Any]], path: Path) -> Path:
+def acceptance_curve(entries: Sequence[dict[str, Any]]) -> str:
     """How often the first d drafted student tokens are all the observed ones, on training text, over the steps."""
     steps = [entry["step"] for entry in entries]
     figure, axes = plt.subplots(figsize=(6.4, 3.6))
@@ -83,10 +79,10 @@ def acceptance_curve(entries: Sequence[dict[str, Any]], path: Path) -> Path:
         xlabel="step", ylabel="share of blocks", ylim=(0, None), title="Leading student tokens right, training text"
     )
     axes.legend(ncol=2, fontsize=8)
-    return _save(figure, path)
+    return _svg(figure)
 
 
-def depth_bars(before: Sequence[float], after: Sequence[float], served: Sequence[float] | None, path: Path) -> Path:
+def depth_bars(before: Sequence[float], after: Sequence[float], served: Sequence[float] | None) -> str:
     """Share of drafts accepted to each depth, before and after training, and as vLLM counted it."""
     series = [("before training", before, BEFORE), ("after training", after, AFTER)]
     if served:
@@ -101,10 +97,10 @@ def depth_bars(before: Sequence[float], after: Sequence[float], served: Sequence
     )
     axes.set_xticks(np.arange(1, len(after) + 1))
     axes.legend()
-    return _save(figure, path)
+    return _svg(figure)
 
 
-def skill_bars(before: dict[str, float], after: dict[str, float], path: Path) -> Path:
+def skill_bars(before: dict[str, float], after: dict[str, float]) -> str:
     """Acceptance length of each skill, before and after training."""
     skills = sorted(after, key=lambda skill: after[skill])
     figure, axes = plt.subplots(figsize=(6.4, 0.32 * len(skills) + 1.2))
@@ -114,10 +110,10 @@ def skill_bars(before: dict[str, float], after: dict[str, float], path: Path) ->
     axes.set_yticks(rows, skills)
     axes.set(xlabel="acceptance length tau", title="By skill, held-out prompts")
     axes.legend(loc="lower right")
-    return _save(figure, path)
+    return _svg(figure)
 
 
-def speed_bars(speeds: dict[str, dict[str, float]], path: Path) -> Path:
+def speed_bars(speeds: dict[str, dict[str, float]]) -> str:
     """Tokens a second by kind of draft, a panel for each number of requests in flight."""
     figure, panels = plt.subplots(len(speeds), figsize=(6.4, 1.8 * len(speeds) + 0.6), squeeze=False)
     for axes, (title, by_draft) in zip(panels[:, 0], speeds.items(), strict=True):
@@ -127,11 +123,11 @@ def speed_bars(speeds: dict[str, dict[str, float]], path: Path) -> Path:
         axes.bar_label(bars, [f"{speed:.1f}  ({speed / plain:.2f} ×)" for speed in by_draft.values()], padding=3)
         axes.set(xlim=(0, 1.35 * max(by_draft.values())), title=title)
     panels[-1, 0].set_xlabel("tokens a second")
-    return _save(figure, path)
+    return _svg(figure)
 
 
-def break_even(result: dict[str, Any], student: dict[str, Any] | None, path: Path) -> Path:
-    """Speed-up over acceptance length, measured and by its fit; `student` is what LLaDA alone reached."""
+def break_even(result: dict[str, Any], student: dict[str, Any]) -> str:
+    """Speed-up over acceptance length, measured and by its fit; `student` is what LLaDA alone reached, if measured."""
     figure, axes = plt.subplots(figsize=(6.4, 3.6))
     ends = np.array([1.0, result["draft_tokens"] + 1])
     named = {"latency": ("one request in flight", AFTER), "throughput": (f"{result['in_flight']} in flight", SERVED)}
@@ -147,4 +143,4 @@ def break_even(result: dict[str, Any], student: dict[str, Any] | None, path: Pat
         )
     axes.set(xlabel="acceptance length", ylabel="times the speed without a draft", title="What a draft is worth here")
     axes.legend()
-    return _save(figure, path)
+    return _svg(figure)

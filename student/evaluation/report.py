@@ -9,6 +9,7 @@ with other settings than those of now; page and screen say which, and why.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,20 @@ from student.lineage import (
 
 _logger = logging.getLogger(__name__)
 
-COLLECT = ("responses", "tokens", "tokens_per_s", "bytes_per_token", "mean_topk_mass", "capture_ratio")
-PREPARE = ("positions", "supervised_fraction", "mapped_mass")
+COLLECT = {
+    "responses": "responses",
+    "tokens": "tokens",
+    "tokens_per_s": "tokens/s",
+    "bytes_per_token": "bytes per token",
+    "mean_topk_mass": "mean top-k mass",
+    "capture_ratio": "speed with capture ÷ without",
+}
+"""Figure → what the page calls it."""
+PREPARE = {
+    "positions": "positions",
+    "supervised_fraction": "share with a soft target",
+    "mapped_mass": "mapped mass",
+}
 TRAIN = ("steps", "tokens", "loss_first", "loss_last", "tokens_per_s")
 EVALUATE = ("tau", "alpha_low", "alpha_high", "accepted_one_hot", "by_depth")
 SPECULATE = (
@@ -115,7 +128,7 @@ def _stale(config: PipelineConfig, stages: dict[str, dict[str, Any]]) -> dict[st
     return stale
 
 
-def _pick(stage: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+def _pick(stage: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:
     return {key: stage.get(key) for key in keys}
 
 
@@ -134,45 +147,39 @@ def write_report(config: PipelineConfig) -> dict[str, Any]:
         raise UserError(f"{config.run_dir} holds no result of any stage; run `make collect-logits` first")
     entries = [] if "train" in report["stale"] else list(read_metrics(config.run_dir / "metrics.jsonl"))
     write_json(config.report_dir / "report.json", report)
-    pictures = _draw(config, report, entries)
+    pictures = list(_pictures(report, entries))
+    for name, _, svg in pictures:
+        write_text(config.report_dir / name, svg)
     write_text(config.report_dir / "index.html", _page(config, report, pictures))
     stdout.print(summary(config, report))
     stdout.print(f"pictures and details: {config.report_dir / 'index.html'}", highlight=False)
     return report
 
 
-def _draw(config: PipelineConfig, report: dict[str, Any], entries: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """File name and caption of every picture that there is data for."""
+def _pictures(report: dict[str, Any], entries: list[dict[str, Any]]) -> Iterator[tuple[str, str, str]]:
+    """(file name, caption, SVG) of every picture that there is data for."""
     from student.evaluation import plots
 
-    directory, pictures = config.report_dir, []
+    evaluated, speculated, worth = (report["details"][stage] for stage in ("evaluate", "speculate", "break_even"))
+    alone = (speculated.get("latency") or {}).get("llada_alone") or {}
     if entries:
-        plots.loss_curve(entries, directory / "loss.svg")
-        pictures.append(("loss.svg", "The trained loss; its KL part would be zero at the teacher's own distribution."))
-        plots.acceptance_curve(entries, directory / "acceptance.svg")
-        pictures.append(
-            ("acceptance.svg", "Share of blocks whose first d student tokens are all the teacher's, on training text.")
-        )
-    before, after = (report["details"]["evaluate"].get(when) for when in ("before", "after"))
+        caption = "The trained loss; its KL part would be zero at the teacher's own distribution."
+        yield "loss.svg", caption, plots.loss_curve(entries)
+        caption = "Share of blocks whose first d student tokens are all the teacher's, on training text."
+        yield "acceptance.svg", caption, plots.acceptance_curve(entries)
+    before, after = evaluated.get("before"), evaluated.get("after")
     if before and after and "tau" in before:
-        served = ((report["details"]["speculate"].get("latency") or {}).get("llada_alone") or {}).get(
-            "accepted_per_position"
-        )
-        plots.depth_bars(before["by_depth"], after["by_depth"], served, directory / "depth.svg")
-        rule = report["evaluate"]["rule"]
-        pictures.append(("depth.svg", f"Held-out prompts, {rule} decoding: drafts whose first d tokens are accepted."))
-        plots.skill_bars(before["by_skill"], after["by_skill"], directory / "skills.svg")
-        pictures.append(("skills.svg", "Mean tokens per forward of the teacher, by the prompt's skill."))
-    if speeds := _speeds(report["details"]["speculate"]):
-        plots.speed_bars(speeds, directory / "speed.svg")
-        pictures.append(("speed.svg", "Decoding speed in vLLM, measured, with each kind of draft and with none."))
-    if worth := report["details"]["break_even"]:
-        latency = report["details"]["speculate"].get("latency") or {}
-        plots.break_even(worth, latency.get("llada_alone"), directory / "break_even.svg")
-        pictures.append(
-            ("break_even.svg", "Speed-up by acceptance length: right tokens in place of the student's, at its cost.")
-        )
-    return pictures
+        caption = f"Held-out prompts, {evaluated['rule']} decoding: drafts whose first d tokens are accepted."
+        served = alone.get("accepted_per_position")
+        yield "depth.svg", caption, plots.depth_bars(before["by_depth"], after["by_depth"], served)
+        caption = "Mean tokens per forward of the teacher, by the prompt's skill."
+        yield "skills.svg", caption, plots.skill_bars(before["by_skill"], after["by_skill"])
+    if speeds := _speeds(speculated):
+        caption = "Decoding speed in vLLM, measured, with each kind of draft and with none."
+        yield "speed.svg", caption, plots.speed_bars(speeds)
+    if worth:
+        caption = "Speed-up by acceptance length: right tokens in place of the student's, at its cost."
+        yield "break_even.svg", caption, plots.break_even(worth, alone)
 
 
 def _speeds(speculate: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -180,27 +187,23 @@ def _speeds(speculate: dict[str, Any]) -> dict[str, dict[str, float]]:
     latency = speculate.get("latency")
     if not latency:
         return {}
-    speeds = {}
-    for label, figures, drafts in (
-        ("one request in flight", latency, ("llada_alone", "ngram", "suffix")),
-        ("many in flight", speculate, ("ngram", "suffix")),
-    ):
-        named = {"no draft": figures["baseline_tokens_per_s"]}
-        named |= {name: figures[name]["tokens_per_s"] for name in reversed(drafts) if figures.get(name)}
-        speeds[label] = {_DRAFTS.get(name, name): speed for name, speed in named.items()} | {
-            "LLaDA, as configured": figures["tokens_per_s"]
+    return {
+        case: {
+            "no draft": figures["baseline_tokens_per_s"],
+            **{label: figures[name]["tokens_per_s"] for name, label in reversed(_DRAFTS.items()) if figures.get(name)},
+            "LLaDA, as configured": figures["tokens_per_s"],
         }
-    return speeds
+        for case, figures in (("one request in flight", latency), ("many in flight", speculate))
+    }
 
 
 _DRAFTS = {"llada_alone": "LLaDA alone", "ngram": "vLLM's ngram", "suffix": "vLLM's suffix"}
 
 
-def _page(config: PipelineConfig, report: dict[str, Any], pictures: list[tuple[str, str]]) -> str:
+def _page(config: PipelineConfig, report: dict[str, Any], pictures: list[tuple[str, str, str]]) -> str:
     import jinja2
     from markupsafe import Markup
 
-    drawn = [(Markup((config.report_dir / file).read_text(encoding="utf-8")), caption) for file, caption in pictures]
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("student.evaluation", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -208,7 +211,7 @@ def _page(config: PipelineConfig, report: dict[str, Any], pictures: list[tuple[s
     return environment.get_template("report.html.j2").render(
         name=config.name,
         report=report,
-        pictures=drawn,
+        pictures=[(Markup(svg), caption) for _, caption, svg in pictures],
         config=dump_config(config),
         stages=_stages(config, report),
         identical=_identical(report["details"]["speculate"]),
@@ -254,30 +257,19 @@ def figure(value: Any) -> str:
 
 def _stages(config: PipelineConfig, report: dict[str, Any]) -> list[tuple[str, str, list[tuple[str, Any]]]]:
     """(stage, what it did, its figures by name) for the page and the screen."""
-    collect, prepare, train, speculate = (report[key] for key in ("collect", "prepare", "train", "speculate"))
-    before, after = report["evaluate"]["before"], report["evaluate"]["after"]
-    rule = report["evaluate"]["rule"]
+    train, speculate = report["train"], report["speculate"]
+    before, after, rule = (report["evaluate"][key] for key in ("before", "after", "rule"))
+    alpha = _known("{:.3f} … {:.3f}", after["alpha_low"], after["alpha_high"])
     stages = [
         (
             "collect",
             f"{config.teacher.model} answered; its top {config.collect.top_k} were kept",
-            [
-                ("responses", collect["responses"]),
-                ("tokens", collect["tokens"]),
-                ("tokens/s", collect["tokens_per_s"]),
-                ("bytes per token", collect["bytes_per_token"]),
-                ("mean top-k mass", collect["mean_topk_mass"]),
-                ("speed with capture ÷ without", collect["capture_ratio"]),
-            ],
+            [(label, report["collect"][key]) for key, label in COLLECT.items()],
         ),
         (
             "prepare",
             "stored rows were mapped to the student's vocabulary",
-            [
-                ("positions", prepare["positions"]),
-                ("share with a soft target", prepare["supervised_fraction"]),
-                ("mapped mass", prepare["mapped_mass"]),
-            ],
+            [(label, report["prepare"][key]) for key, label in PREPARE.items()],
         ),
         (
             "train",
@@ -285,7 +277,7 @@ def _stages(config: PipelineConfig, report: dict[str, Any]) -> list[tuple[str, s
             [
                 ("steps", train["steps"]),
                 ("tokens", train["tokens"]),
-                ("loss, first → last", _arrow(train["loss_first"], train["loss_last"])),
+                ("loss, first → last", _known("{:.3f} → {:.3f}", train["loss_first"], train["loss_last"])),
                 ("tokens/s", train["tokens_per_s"]),
             ],
         ),
@@ -293,9 +285,9 @@ def _stages(config: PipelineConfig, report: dict[str, Any]) -> list[tuple[str, s
             "evaluate",
             f"held-out prompts, {rule} decoding, one-hot drafts of {config.evaluate.draft_tokens} teacher tokens",
             [
-                ("acceptance length τ, before → after", _arrow(before["tau"], after["tau"])),
+                ("acceptance length τ, before → after", _known("{:.3f} → {:.3f}", before["tau"], after["tau"])),
                 ("accepted to depth d", after["by_depth"]),
-                ("α at depth 1, bounds (T = 1, rejection sampling)", _between(after["alpha_low"], after["alpha_high"])),
+                ("α at depth 1, bounds (T = 1, rejection sampling)", alpha),
             ],
         ),
         (
@@ -303,7 +295,7 @@ def _stages(config: PipelineConfig, report: dict[str, Any]) -> list[tuple[str, s
             "vLLM decoded the held-out prompts greedily, with the draft and without",
             [
                 *_one_in_flight(report),
-                ("many in flight: tokens/s without draft, with", _pair(speculate)),
+                ("many in flight: tokens/s without draft, with", _speeds_of(speculate)),
                 ("many in flight: acceptance length", speculate["acceptance_length"]),
                 ("outputs identical", _identical(report["details"]["speculate"])),
                 *_proven(report["details"]),
@@ -319,7 +311,7 @@ def _one_in_flight(report: dict[str, Any]) -> list[tuple[str, Any]]:
     rows = [
         ("one request in flight: times as fast", latency["speedup"]),
         ("  with LLaDA alone", latency["llada_alone"]["speedup"]),
-        ("  tokens/s without draft, with", _pair(latency)),
+        ("  tokens/s without draft, with", _speeds_of(latency)),
         ("  acceptance length", details.get("acceptance_length")),
     ]
     for name, label in _DRAFTS.items():
@@ -339,11 +331,6 @@ def _proven(details: dict[str, Any]) -> list[tuple[str, Any]]:
     return rows
 
 
-def _pair(figures: dict[str, Any]) -> str | None:
-    plain, drafted = figures["baseline_tokens_per_s"], figures["tokens_per_s"]
-    return None if plain is None or drafted is None else f"{plain:.1f}, {drafted:.1f}"
-
-
 def _identical(speculate: dict[str, Any]) -> bool | str | None:
     """Whether the draft changed nothing; where outputs differ, whether each difference is a measured tie."""
     if speculate.get("outputs_identical") is not False:
@@ -352,12 +339,13 @@ def _identical(speculate: dict[str, Any]) -> bool | str | None:
     return f"{len(speculate['differences'])} differ, {kind}"
 
 
-def _arrow(first: float | None, last: float | None) -> str | None:
-    return None if first is None or last is None else f"{first:.3f} → {last:.3f}"
+def _speeds_of(figures: dict[str, Any]) -> str | None:
+    return _known("{:.1f}, {:.1f}", figures["baseline_tokens_per_s"], figures["tokens_per_s"])
 
 
-def _between(low: float | None, high: float | None) -> str | None:
-    return None if low is None or high is None else f"{low:.3f} … {high:.3f}"
+def _known(words: str, *figures: float | None) -> str | None:
+    """The figures in these words; None where one of them was not measured."""
+    return None if None in figures else words.format(*figures)
 
 
 def summary(config: PipelineConfig, report: dict[str, Any]) -> Table:

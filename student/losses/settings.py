@@ -51,23 +51,20 @@ class LossSettings:
     path_weight: float = 0.0
 
     @classmethod
-    def from_config(cls, train: TrainConfig, block_length: int, loss: ResolvedLossName | None = None) -> LossSettings:
-        """Settings of `train`, with `loss` (from `resolve_loss`) in place of `auto`.
+    def from_config(cls, train: TrainConfig, loss: ResolvedLossName) -> LossSettings:
+        """Settings of `train`, with `loss` as `resolve_loss` settled it.
 
         Raises:
-            ConfigError: if the loss is `auto` and was not resolved, or if every weight is zero.
+            ConfigError: if every weight is zero.
         """
-        name = loss if loss is not None else train.loss
-        if name == "auto":
-            raise ConfigError("train.loss is 'auto', expected ce, kl or hybrid: resolve it against the dataset first")
-        if name == "hybrid" and train.alpha == train.beta == train.tv_weight == train.path_weight == 0:
+        if loss == "hybrid" and train.alpha == train.beta == train.tv_weight == train.path_weight == 0:
             raise ConfigError(
                 "train.loss is 'hybrid' with train.alpha, beta, tv_weight and path_weight all 0, expected one above 0: "
                 "nothing would be trained"
             )
         return cls(
-            loss=name,
-            block_length=block_length,
+            loss=loss,
+            block_length=train.block_length,
             alpha=train.alpha,
             beta=train.beta,
             temperature=train.temperature,

@@ -1,4 +1,4 @@
-"""Who attends to whom: the attention layouts of draft training, packing and block diffusion, and one way to run them.
+"""Who attends to whom: the attention layouts of draft training and of padding, and one way to run them.
 
 A layout is a function of per-token features ("same document and key position before the query's limit"). The one
 function makes the dense mask of scaled_dot_product_attention (B x L x L booleans, right for CPUs and for short
@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -53,59 +53,20 @@ def _run_starts(*ids_BxL: Tensor) -> Tensor:
     return torch.where(boundary, index, 0).cummax(dim=1).values
 
 
-def positions_in_documents(document_ids_BxL: Tensor) -> Tensor:
-    """int64 [B, L]: the position of each token in its document; documents are runs of equal ids."""
-    return torch.arange(document_ids_BxL.shape[1], device=document_ids_BxL.device) - _run_starts(document_ids_BxL)
+class PaddedLayout(Layout):
+    """A padding mask, 1 for tokens and 0 for padding on either side: tokens see all tokens; positions count columns."""
 
-
-class PackedLayout(Layout):
-    """Documents side by side in a row, each bidirectional within itself: LLaDA's own attention, packed.
-
-    Also what a padding mask means: the tokens of a row are one document and the padding is another.
-    """
-
-    def __init__(self, document_ids_BxL: Tensor, position_ids_BxL: Tensor | None = None) -> None:
-        self.document_ids_BxL = document_ids_BxL
-        self.position_ids_BxL = (
-            positions_in_documents(document_ids_BxL) if position_ids_BxL is None else position_ids_BxL
-        )
-
-    @classmethod
-    def from_padding(cls, attention_mask_BxL: Tensor) -> PackedLayout:
-        """The layout of a padding mask (1 for tokens, 0 for padding on either side); positions count columns."""
+    def __init__(self, attention_mask_BxL: Tensor) -> None:
         columns = torch.arange(attention_mask_BxL.shape[1], device=attention_mask_BxL.device)
-        return cls(attention_mask_BxL.to(torch.int64) - 1, columns.expand(attention_mask_BxL.shape))
+        self.attention_mask_BxL = attention_mask_BxL
+        self.position_ids_BxL = columns.expand(attention_mask_BxL.shape)
 
     def features(self) -> Features:
-        return (self.document_ids_BxL,)
+        return (self.attention_mask_BxL,)
 
     @staticmethod
     def sees(query: Features, key: Features) -> Tensor:
         return query[0] == key[0]
-
-
-class BlockCausalLayout(Layout):
-    """A token sees its document's blocks up to and including its own.
-
-    `block_index_BxL` rises along a document: all equal is bidirectional, one a token is causal, `position // n` is
-    block diffusion, and one a token followed by one for a masked block is drafting without a cache.
-    """
-
-    def __init__(
-        self, document_ids_BxL: Tensor, block_index_BxL: Tensor, position_ids_BxL: Tensor | None = None
-    ) -> None:
-        self.document_ids_BxL = document_ids_BxL
-        self.block_index_BxL = block_index_BxL
-        self.position_ids_BxL = (
-            positions_in_documents(document_ids_BxL) if position_ids_BxL is None else position_ids_BxL
-        )
-
-    def features(self) -> Features:
-        return self.document_ids_BxL, self.block_index_BxL
-
-    @staticmethod
-    def sees(query: Features, key: Features) -> Tensor:
-        return (query[0] == key[0]) & (key[1] <= query[1])
 
 
 class AnchoredLayout(Layout):
@@ -121,8 +82,6 @@ class AnchoredLayout(Layout):
         block_ids_BxL: 0 for the clean copy, b >= 1 for masked block b. The tokens of a block are consecutive
             and in order of position.
         position_ids_BxL: a block's tokens have the positions of the clean tokens that they hide.
-        clean: "bidirectional" lets clean tokens see the whole clean copy. Only right where the clean copy ends
-            at the anchor: otherwise the block's answer leaks through the clean tokens' states.
         documents: (C, M) of each document, row after row, if the host knows them: the clean copy stands first. Padding
             is C, M = 0.
     """
@@ -132,7 +91,6 @@ class AnchoredLayout(Layout):
         document_ids_BxL: Tensor,
         block_ids_BxL: Tensor,
         position_ids_BxL: Tensor,
-        clean: Literal["causal", "bidirectional"] = "causal",
         documents: Sequence[Sequence[tuple[int, int]]] | None = None,
     ) -> None:
         if not document_ids_BxL.shape == block_ids_BxL.shape == position_ids_BxL.shape:
@@ -140,20 +98,16 @@ class AnchoredLayout(Layout):
                 "AnchoredLayout takes three tensors of one shape, got "
                 f"{tuple(document_ids_BxL.shape)}, {tuple(block_ids_BxL.shape)}, {tuple(position_ids_BxL.shape)}"
             )
-        if clean not in ("causal", "bidirectional"):
-            raise ValueError(f"clean is {clean!r}, expected 'causal' or 'bidirectional'")
         self.document_ids_BxL = document_ids_BxL
         self.block_ids_BxL = block_ids_BxL
         self.position_ids_BxL = position_ids_BxL
-        self.clean = clean
         self.documents = documents
 
     def features(self) -> Features:
         positions = self.position_ids_BxL
         block_start = positions.gather(1, _run_starts(self.document_ids_BxL, self.block_ids_BxL))
-        own = positions + 1 if self.clean == "causal" else torch.full_like(positions, torch.iinfo(positions.dtype).max)
         # Clean keys are visible below this position.
-        limit = torch.where(self.block_ids_BxL == 0, own, block_start)
+        limit = torch.where(self.block_ids_BxL == 0, positions + 1, block_start)
         return self.document_ids_BxL, self.block_ids_BxL, positions, limit
 
     @staticmethod
@@ -173,7 +127,7 @@ class AnchoredLayout(Layout):
                 end = start + clean + masked
                 query = tuple(f[row, start + clean : end, None] for f in features)
                 mask = self.sees(query, tuple(f[row, None, start:end] for f in features)) if masked else None
-                of_row.append(Document(clean, masked, self.clean == "causal", mask))
+                of_row.append(Document(clean, masked, mask))
                 start = end
             rows.append(of_row)
         return rows
@@ -181,11 +135,10 @@ class AnchoredLayout(Layout):
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """C clean tokens, which see one another, M masked ones, and whom these see."""
+    """C clean tokens, each of which sees those up to itself, M masked ones, and whom these see."""
 
     clean: int
     masked: int
-    is_causal: bool
     mask_MxD: Tensor | None
 
 
@@ -242,7 +195,7 @@ def _attend_by_document(q_HxLxE: Tensor, k_KxLxE: Tensor, v_KxLxE: Tensor, docum
         clean, masked = next(queries), next(queries)
         if document.clean:
             keys, values = k[:, : document.clean], v[:, : document.clean]
-            parts.append(_sdpa(clean, keys, values, is_causal=document.is_causal))
+            parts.append(_sdpa(clean, keys, values, is_causal=True))
         if document.masked:
             parts.append(_sdpa(masked, k, v, attn_mask=document.mask_MxD))
     return torch.cat(parts, dim=1)

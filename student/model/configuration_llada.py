@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-# Upstream's fields that have one supported value, and the values that mean the same.
+# Upstream's fields that have one supported value, which is their default, and the values that mean the same.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "activation_type": ("silu",),
     "alibi": (False,),
@@ -31,6 +31,17 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "rope": (True,),
     "rope_full_precision": (True,),
     "scale_logits": (False,),
+}
+# Upstream's fields that change nothing here, with LLaDA-8B's values.
+_UNUSED: dict[str, Any] = {
+    "alibi_bias_max": 8.0,
+    "attention_layer_norm_with_affine": True,
+    "flash_attention": False,
+    "init_cutoff_factor": None,
+    "init_device": "meta",
+    "init_fn": "mitchell",
+    "precision": "amp_bf16",
+    "use_cache": False,
 }
 _ROPE_SCALINGS: dict[str, tuple[str, ...]] = {
     "linear": ("factor",),
@@ -88,35 +99,12 @@ class LladaConfig(PretrainedConfig):
         mask_token_id: int = 126336,
         init_std: float = 0.02,
         draft_block_length: int | None = None,
-        activation_type: str = "silu",
-        alibi: bool = False,
-        alibi_bias_max: float = 8.0,
-        attention_dropout: float = 0.0,
-        attention_layer_norm: bool = False,
-        attention_layer_norm_with_affine: bool = True,
-        bias_for_layer_norm: bool | None = False,
-        block_group_size: int = 1,
-        block_type: str = "llama",
-        embedding_dropout: float = 0.0,
-        flash_attention: bool = False,
-        include_bias: bool = False,
-        include_qkv_bias: bool | None = False,
-        init_cutoff_factor: float | None = None,
-        init_device: str | None = "meta",
-        init_fn: str = "mitchell",
-        input_emb_norm: bool = False,
-        layer_norm_type: str = "rms",
-        layer_norm_with_affine: bool = True,
         multi_query_attention: bool | None = None,
-        precision: str | None = "amp_bf16",
-        residual_dropout: float = 0.0,
-        rope: bool = True,
-        rope_full_precision: bool = True,
-        scale_logits: bool = False,
-        use_cache: bool = False,
         **kwargs: Any,
     ) -> None:
         values = {name: value for name, value in locals().items() if name not in ("self", "kwargs", "__class__")}
+        defaults = {name: supported[0] for name, supported in _FIXED.items()} | _UNUSED
+        values |= {name: kwargs.pop(name, default) for name, default in defaults.items()}
         if n_kv_heads is None:
             values["n_kv_heads"] = 1 if multi_query_attention else n_heads
         if mlp_hidden_size is None:

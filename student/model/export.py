@@ -11,14 +11,13 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from shared.errors import CheckpointError
 from shared.files import new_directory
-from student.lineage import RECORD, require_model_of_run
+from student.lineage import RECORD, read_json, require_model_of_run
 from student.model.lora import merge_lora
 
 if TYPE_CHECKING:
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from student.model.configuration_llada import LladaConfig
     from student.model.modeling_llada import LladaForMaskedDiffusion
 
+ExportDtype = Literal["bfloat16", "float16", "float32"]
 MODELLING_FILES = ("configuration_llada.py", "modeling_llada.py", "attention.py", "prefix_cache.py")
 AUTO_MAP = {
     "AutoConfig": "configuration_llada.LladaConfig",
@@ -38,26 +38,12 @@ AUTO_MAP = {
 _logger = logging.getLogger(__name__)
 
 
-def register() -> None:
-    """Make transformers' Auto classes know `llada` in this process."""
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
-
-    from student.model.configuration_llada import LladaConfig
-    from student.model.modeling_llada import LladaForMaskedDiffusion
-
-    AutoConfig.register(LladaConfig.model_type, LladaConfig, exist_ok=True)
-    for auto in (AutoModel, AutoModelForMaskedLM, AutoModelForCausalLM):
-        auto.register(LladaConfig, LladaForMaskedDiffusion, exist_ok=True)
-
-
-def load_student(
-    directory: str | Path, dtype: torch.dtype | None = None, attention: str | None = None
-) -> tuple[LladaForMaskedDiffusion, Any]:
-    """The model and tokenizer of `directory`, a saved student or upstream's checkpoint.
+def load_student(directory: str | Path, dtype: torch.dtype | None = None) -> tuple[LladaForMaskedDiffusion, Any]:
+    """The model and tokenizer of `directory`, a saved student or upstream's checkpoint. With flex attention where there
+    is a GPU.
 
     Args:
         dtype: of the weights; null takes the checkpoint's.
-        attention: `sdpa`, `flex_attention` or `eager`; null takes flex attention where there is a GPU.
 
     Raises:
         CheckpointError: if files are missing, keys are missing, extra or misshapen (all are listed), or the
@@ -74,14 +60,13 @@ def load_student(
         raise CheckpointError(f"{directory} has an adapter_config.json beside its weights; merge the adapter into them")
     check_state({name: shape for name, (shape, _) in tensor_shapes(directory).items()}, config, directory)
     tokenizer = read_tokenizer(directory, config)
-    with _no_progress_bars():
-        model = LladaForMaskedDiffusion.from_pretrained(
-            directory,
-            config=config,
-            dtype=dtype or "auto",
-            use_safetensors=True,  # never a pickle that lies beside them
-            attn_implementation=attention or ("flex_attention" if torch.cuda.is_available() else "sdpa"),
-        )
+    model = LladaForMaskedDiffusion.from_pretrained(
+        directory,
+        config=config,
+        dtype=dtype or "auto",
+        use_safetensors=True,  # never a pickle that lies beside them
+        attn_implementation="flex_attention" if torch.cuda.is_available() else "sdpa",
+    )
     load_sequential_head(model, directory)
     return model, tokenizer
 
@@ -113,8 +98,7 @@ def save_student(
     model.config.auto_map = dict(AUTO_MAP)
     dtype = next(iter(weights.values())).dtype
     # The module may hold adapters or no weights at all: what is saved is `weights`, under the plain class's config.
-    with _no_progress_bars():
-        model.save_pretrained(directory, state_dict=weights, max_shard_size=max_shard_size)
+    model.save_pretrained(directory, state_dict=weights, max_shard_size=max_shard_size)
     # save_pretrained records the module's dtype, which need not be that of the weights that were given.
     model.config.dtype = dtype
     model.config.save_pretrained(directory)
@@ -127,7 +111,7 @@ def save_student(
 def export_student(
     run: Path,
     to: Path | None = None,
-    dtype: str | None = None,
+    dtype: ExportDtype | None = None,
     max_shard_size: str = "5GB",
     checkpoint: int | None = None,
 ) -> Path:
@@ -139,14 +123,11 @@ def export_student(
     What the model was trained from, and its tokens' counts, go along with it (training.json, token_counts.npy).
 
     Raises:
-        CheckpointError: if there is no model, or the dtype is unknown.
+        CheckpointError: if there is no model.
         StaleError: if the run's dataset, start or prepared data are no longer those that its model was trained from.
     """
     import torch
 
-    kinds = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-    if dtype is not None and dtype not in kinds:
-        raise CheckpointError(f"--dtype {dtype!r} is not one of {', '.join(kinds)}")
     if checkpoint is not None:
         return _export_checkpoint(run, checkpoint, to, dtype, max_shard_size)
     source = run if (run / "config.json").exists() else run / "student" / "final"
@@ -157,7 +138,7 @@ def export_student(
     if source != run:
         require_model_of_run(run)
     target = to or run / "export"
-    model, tokenizer = load_student(source, kinds[dtype] if dtype else None)
+    model, tokenizer = load_student(source, getattr(torch, dtype) if dtype else None)
     with new_directory(target) as partial:
         save_student(model, tokenizer, partial, max_shard_size=max_shard_size)
         for name in (RECORD, "token_counts.npy"):
@@ -171,7 +152,7 @@ def export_student(
     return target
 
 
-def _export_checkpoint(run: Path, step: int, to: Path | None, dtype: str | None, max_shard_size: str) -> Path:
+def _export_checkpoint(run: Path, step: int, to: Path | None, dtype: ExportDtype | None, max_shard_size: str) -> Path:
     import torch
 
     from shared.config import LoraConfig
@@ -224,18 +205,12 @@ def read_config_tree(directory: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: if it is missing or not JSON.
     """
-    path = directory / "config.json"
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
+    tree = read_json(directory / "config.json")
+    if tree is None:
         raise CheckpointError(
-            f"{directory} holds no model: {path.name} cannot be read ({error.strerror}); "
-            "expected a directory that `student init` or save_pretrained wrote"
-        ) from error
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(tree, dict):
-        raise CheckpointError(f"{path} holds {type(tree).__name__}, expected a mapping")
+            f"{directory} holds no model: there is no config.json in it; expected a directory that `student init` or "
+            "save_pretrained wrote"
+        )
     return tree
 
 
@@ -312,24 +287,19 @@ def tensor_shapes(directory: Path) -> dict[str, tuple[tuple[int, ...], Path]]:
     return found
 
 
-def expected_shapes(config: LladaConfig) -> dict[str, tuple[int, ...]]:
-    """Name → shape of the state dict of a model of this config."""
-    import torch
-
-    from student.model.modeling_llada import LladaForMaskedDiffusion
-
-    with torch.device("meta"):
-        model = LladaForMaskedDiffusion(config)
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-
-
 def check_state(found: Mapping[str, tuple[int, ...]], config: LladaConfig, source: Path | str) -> None:
     """Hold the keys and shapes of a state dict against the config's.
 
     Raises:
         CheckpointError: listing every key that is missing, extra or of another shape.
     """
-    expected = expected_shapes(config)
+    import torch
+
+    from student.model.modeling_llada import LladaForMaskedDiffusion
+
+    with torch.device("meta"):
+        model = LladaForMaskedDiffusion(config)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     problems = [f"missing: {name}" for name in expected if name not in found]
     problems += [f"extra: {name}" for name in found if name not in expected]
     problems += [
@@ -365,20 +335,6 @@ def check_tokenizer(tokenizer: Any, config: LladaConfig, source: Path | str) -> 
             f"{source}: the tokenizer's mask is {tokenizer.mask_token!r} ({tokenizer.mask_token_id}), the config's "
             f"mask_token_id is {config.mask_token_id}; this is another model's tokenizer"
         )
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Keep transformers' bars out of the commands' own output: one a rank and a load says nothing."""
-    from transformers.utils import logging as transformers_logging
-
-    enabled = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            transformers_logging.enable_progress_bar()
 
 
 def read_tokenizer(directory: Path, config: LladaConfig) -> Any:

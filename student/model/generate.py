@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 def generate(
     directory: Path,
     prompt: str,
-    settings: SamplerSettings | None = None,
     *,
     system: str | None = None,
     raw: bool = False,
@@ -27,10 +26,8 @@ def generate(
     """The model's answer to `prompt`, up to the end of its turn.
 
     Args:
-        settings: by default 128 tokens, in draft blocks for a model that was trained to draft and as LLaDA itself
-            decodes otherwise.
         raw: continue `prompt` as it stands, without the chat template.
-        changes: fields of `settings` to override; those that are None are left alone.
+        changes: fields of `SamplerSettings`; for those that are None, `default_settings` says.
 
     Raises:
         CheckpointError: if the directory holds no model.
@@ -43,10 +40,8 @@ def generate(
 
     model, tokenizer = load_student(directory)
     model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-    settings = replace(
-        settings or default_settings(model.config),
-        **{name: value for name, value in changes.items() if value is not None},
-    )
+    given = {name: value for name, value in changes.items() if value is not None}
+    settings = replace(default_settings(model.config), **given)
     turns = [Message("system", system)] if system and not raw else []
     return answer(model, tokenizer, directory, [*turns, Message("user", prompt)], settings, raw=raw, seed=seed)
 
@@ -80,7 +75,7 @@ def answer(
 
 
 def default_settings(config: Any) -> SamplerSettings:
-    """What suits a model: draft blocks of the length it was trained on, or LLaDA's defaults."""
+    """What suits a model: 128 tokens, in draft blocks of the length it was trained on, or as LLaDA itself decodes."""
     block = config.draft_block_length
     if block is None:
         return SamplerSettings()

@@ -19,7 +19,7 @@ from shared.config import PipelineConfig, dump_config
 from shared.errors import ConfigError
 from shared.files import new_directory, write_json
 from student.lineage import IDENTITY, present, read_json, start_identity
-from student.model.source import EMBEDDING, HEAD, Source, changed
+from student.model.source import EMBEDDING, HEAD, NO_IDS, Source, changed
 from student.model.transplant import TransplantReport, plan_transplant
 
 if TYPE_CHECKING:
@@ -60,9 +60,10 @@ def initialize_student(config: PipelineConfig) -> Path:
         tokenizer.save_pretrained(scratch)
         # The mask is the one role that a tokenizer without settings for it must be told.
         new = Vocabulary.from_tokenizer(scratch, roles={"mask": tokenizer.mask_token_id})
+    rows = {"vocab_size": len(new), "embedding_size": len(new)}
     report: TransplantReport | None = None
     if source is None:
-        shape = _student_config(random_shape(config.student.shape), new, config)
+        shape = _student_config(changed(random_shape(config.student.shape), **rows), new, config)
         torch.manual_seed(config.seed)
         model = LladaForMaskedDiffusion(shape)
         weights = model.state_dict()
@@ -77,15 +78,14 @@ def initialize_student(config: PipelineConfig) -> Path:
         if not tied and source.config.weight_tying:
             weights[HEAD] = weights[EMBEDDING].clone()
         known = {"mask": source.config.mask_token_id} if source.family == "llada" else None
+        shape = changed(source.config, weight_tying=tied)
         old, encoder = load_tokenizer(source.directory, roles=known)
         if (old.fingerprint, old.roles.get("mask")) != (new.fingerprint, new.roles["mask"]):
             transplant = plan_transplant(old, encoder, new)
             report = transplant.report
             for name in {EMBEDDING, HEAD} & weights.keys():
                 weights[name] = transplant.apply(weights[name])
-            shape = changed(source.config, weight_tying=tied, vocab_size=len(new), embedding_size=len(new))
-        else:
-            shape = changed(source.config, weight_tying=tied)
+            shape = changed(shape, **rows)
         shape = _student_config(shape, new, config)
         with torch.device("meta"):
             model = LladaForMaskedDiffusion(shape)
@@ -170,16 +170,14 @@ def random_shape(given: dict[str, Any] | Path) -> LladaConfig:
     unknown = [key for key in shape if not hasattr(LladaConfig(), key)]
     if unknown:
         raise ConfigError(f"student.shape.{unknown[0]} is not a field of LladaConfig")
-    # The ids and the size are the vocabulary's; a mask of 0 stands in until it is known.
-    ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "mask_token_id": 0}
     try:
-        return LladaConfig(**{**shape, **ids})
+        return LladaConfig(**(shape | NO_IDS))
     except (TypeError, ValueError) as error:
         raise ConfigError(f"student.shape: {error}") from error
 
 
 def _student_config(shape: LladaConfig, vocabulary: Vocabulary, config: PipelineConfig) -> LladaConfig:
-    """`shape` with the vocabulary's size and special ids, and the configured length."""
+    """`shape` with the vocabulary's special ids, and the configured length."""
     roles = vocabulary.roles
     length = config.student.max_sequence_tokens
     if config.student.checkpoint is not None and length > shape.max_sequence_length:
@@ -188,20 +186,14 @@ def _student_config(shape: LladaConfig, vocabulary: Vocabulary, config: Pipeline
             f"{shape.max_sequence_length}; lower it"
         )
     end = roles.get("end_of_text", roles.get("end_of_turn"))
-    rows = {} if len(vocabulary) <= shape.vocab_size and config.student.checkpoint is not None else _rows(vocabulary)
     return changed(
         shape,
-        **rows,
         max_sequence_length=length,
         bos_token_id=roles.get("bos"),
         eos_token_id=end,
         pad_token_id=roles.get("pad", end),
         mask_token_id=roles["mask"],
     )
-
-
-def _rows(vocabulary: Vocabulary) -> dict[str, int]:
-    return {"vocab_size": len(vocabulary), "embedding_size": len(vocabulary)}
 
 
 def _summary(

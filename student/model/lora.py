@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 _ADAPTER = "default"
 
 
-def add_lora(model: LladaForMaskedDiffusion, settings: LoraConfig) -> int:
-    """Freeze `model` and put trainable adapters beside its target layers; the number of trainable parameters.
+def add_lora(model: LladaForMaskedDiffusion, settings: LoraConfig) -> None:
+    """Freeze `model` and put trainable adapters beside its target layers.
 
     Raises:
         ConfigError: if a target is not a linear layer of the block.
@@ -53,7 +53,6 @@ def add_lora(model: LladaForMaskedDiffusion, settings: LoraConfig) -> int:
         bias="none",
     )
     peft.inject_adapter_in_model(adapter, model, adapter_name=_ADAPTER)
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def merge_lora(model: LladaForMaskedDiffusion, weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -26,19 +26,11 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MaskedLMOutput
 
-from .attention import AnchoredLayout, AttentionPlan, BlockCausalLayout, Layout, PackedLayout, attend
+from .attention import AnchoredLayout, AttentionPlan, Layout, PaddedLayout, attend
 from .configuration_llada import LladaConfig
 from .prefix_cache import PrefixCache
 
-__all__ = [
-    "AnchoredLayout",
-    "BlockCausalLayout",
-    "Layout",
-    "LladaForMaskedDiffusion",
-    "LladaModel",
-    "PackedLayout",
-    "PrefixCache",
-]
+__all__ = ["AnchoredLayout", "Layout", "LladaForMaskedDiffusion", "LladaModel", "PaddedLayout", "PrefixCache"]
 
 Rope = tuple[Tensor, Tensor]
 
@@ -193,7 +185,7 @@ class LladaForMaskedDiffusion(PreTrainedModel):
         """States after the final norm, BxLxD: `head_weight` makes logits of them.
 
         Args:
-            attention_mask: BxL, 1 for tokens and 0 for padding; a short name for `PackedLayout.from_padding`.
+            attention_mask: BxL, 1 for tokens and 0 for padding; a short name for `PaddedLayout`.
             layout: who attends to whom; None is every token to every token of its row.
             position_ids: BxL; by default the layout's, or the columns.
             chosen_N: int64, indices into the flattened B x L: the states NxD of these alone. The last block then
@@ -206,7 +198,7 @@ class LladaForMaskedDiffusion(PreTrainedModel):
         if attention_mask is not None:
             if layout is not None:
                 raise ValueError("give attention_mask or layout, not both: a layout marks padding as document -1")
-            layout = PackedLayout.from_padding(attention_mask)
+            layout = PaddedLayout(attention_mask)
         if position_ids is None:
             if layout is not None:
                 position_ids = layout.position_ids_BxL
@@ -249,9 +241,9 @@ class LladaForMaskedDiffusion(PreTrainedModel):
     def draft_hidden_states(
         self,
         cache: PrefixCache,
-        slots: Sequence[int] | Tensor,
+        slots: Sequence[int],
         clean_ids_BxC: Tensor,
-        clean_lengths: Sequence[int] | Tensor,
+        clean_lengths: Sequence[int],
         block_length: int,
         block_ids_BxG: Tensor | None = None,
     ) -> Tensor:
@@ -262,7 +254,7 @@ class LladaForMaskedDiffusion(PreTrainedModel):
         [prefix | block] under `AnchoredLayout`, at the cost of C + G tokens instead of T + C + G.
 
         Args:
-            slots: B different requests of the cache, on the host, as the lengths are: the scheduler knows them.
+            slots: B different requests of the cache.
             clean_ids_BxC: right-padded; C may be 0.
             clean_lengths: B, how many of each row are tokens.
             block_length: G; 0 only appends.
@@ -271,7 +263,7 @@ class LladaForMaskedDiffusion(PreTrainedModel):
         Raises:
             ValueError: if a prefix and its block do not fit into the cache or the config's maximum length.
         """
-        step = cache.begin(_host_list(slots), _host_list(clean_lengths), block_length, self.config.max_sequence_length)
+        step = cache.begin(slots, clean_lengths, block_length, self.config.max_sequence_length)
         if block_ids_BxG is None:
             block_ids_BxG = clean_ids_BxC.new_full((len(step.slots), block_length), self.config.mask_token_id)
         rows = zip(clean_ids_BxC.to(torch.int64), step.clean.tolist(), block_ids_BxG.to(torch.int64), strict=True)
@@ -298,7 +290,3 @@ class LladaForMaskedDiffusion(PreTrainedModel):
                 f"the sequence has {length} tokens, this model takes at most {self.config.max_sequence_length} "
                 "(max_sequence_length): shorten it"
             )
-
-
-def _host_list(values: Sequence[int] | Tensor) -> list[int]:
-    return values.tolist() if isinstance(values, Tensor) else [int(value) for value in values]

@@ -16,7 +16,7 @@ import yaml
 from shared.dataset.manifest import MANIFEST
 from shared.dataset.reader import Dataset
 from shared.errors import CheckpointError
-from shared.hub import CARD, UNKNOWN_LICENSE, Repository, is_hub_name, public_name
+from shared.hub import CARD, UNKNOWN_LICENSE, Repository, absolute_paths, is_hub_name, public_name
 from student.lineage import IDENTITY, RECORD, read_json
 from student.model.export import (
     MODELLING_FILES,
@@ -57,7 +57,7 @@ def push_student(source: Path, repository: Repository, license: str | None = Non
     names = sorted(path.name for path in directory.iterdir() if path.suffix in _SUFFIXES)
     files: dict[str, Path | str] = {name: directory / name for name in (*names, *MODELLING_FILES)}
     for name in files.keys() & set(_WITH_PATHS):
-        files[name] = json.dumps(_without_paths(read_json(directory / name)), indent=2, ensure_ascii=False) + "\n"
+        files[name] = _without_paths(directory / name)
     identity = (read_json(directory / RECORD) or {}).get(IDENTITY) or {}
     facts = {
         **(_teacher(source) if "dataset" in identity else {}),
@@ -141,10 +141,11 @@ tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
 """
 
 
-def _without_paths(tree: Any) -> Any:
-    """`tree` with the last part in place of every absolute path."""
-    if isinstance(tree, dict):
-        return {key: _without_paths(value) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [_without_paths(value) for value in tree]
-    return PurePath(tree).name if isinstance(tree, str) and PurePath(tree).is_absolute() else tree
+def _without_paths(path: Path) -> str:
+    """The JSON file at `path` with the last part in place of every absolute path."""
+    tree = read_json(path)
+    text = json.dumps(tree, indent=2, ensure_ascii=False) + "\n"
+    for place in absolute_paths(tree):
+        quoted, last = (json.dumps(name, ensure_ascii=False) for name in (place, PurePath(place).name))
+        text = text.replace(quoted, last)
+    return text

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -25,7 +26,8 @@ from shared.errors import ConfigError
 if TYPE_CHECKING:
     from student.model.modeling_llada import LladaForMaskedDiffusion
 
-BlockLogits = Callable[[Tensor], Tensor]
+BlockLogits = Callable[[int, Tensor], Tensor]
+"""Where a block starts, and its ids BxG → its logits BxGxV."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +63,6 @@ class SamplerSettings:
             )
         if self.temperature < 0 or self.guidance < 0:
             raise ConfigError(f"temperature {self.temperature} and guidance {self.guidance} must not be negative")
-        if self.remasking not in ("low_confidence", "random"):
-            raise ConfigError(f"remasking {self.remasking!r} is not low_confidence or random")
-        if self.attention not in ("bidirectional", "draft"):
-            raise ConfigError(f"attention {self.attention!r} is not bidirectional or draft")
         if self.guidance and self.attention == "draft":
             raise ConfigError(
                 f"guidance {self.guidance} needs attention bidirectional, because it masks the prompt, which a prefix "
@@ -103,12 +101,12 @@ def sample(
         (batch, settings.length), model.config.mask_token_id, dtype=torch.int64, device=prompt_ids_BxP.device
     )
     sequence = torch.cat((prompt_ids_BxP.to(torch.int64), masked), dim=1)
-    blocks = (_bidirectional if settings.attention == "bidirectional" else _draft)(model, sequence, settings)
+    logits_of = (_bidirectional if settings.attention == "bidirectional" else _draft)(model, sequence, settings)
     for block in range(settings.blocks):
         start = prompt_length + block * settings.block_length
         stop = start + settings.block_length
         sequence[:, start:stop] = denoise(
-            blocks(start), sequence[:, start:stop], model.config.mask_token_id, settings, generator
+            partial(logits_of, start), sequence[:, start:stop], model.config.mask_token_id, settings, generator
         )
         answer = sequence[:, prompt_length:stop]
         if end_ids and bool(torch.isin(answer, torch.tensor(sorted(end_ids), device=answer.device)).any(1).all()):
@@ -117,7 +115,7 @@ def sample(
 
 
 def denoise(
-    logits_of: BlockLogits,
+    logits_of: Callable[[Tensor], Tensor],
     block_BxG: Tensor,
     mask_id: int,
     settings: SamplerSettings,
@@ -158,46 +156,36 @@ def _gumbel_argmax(logits: Tensor, temperature: float, generator: torch.Generato
     return (logits + temperature * gumbel).argmax(-1)
 
 
-def _bidirectional(
-    model: LladaForMaskedDiffusion, sequence: Tensor, settings: SamplerSettings
-) -> Callable[[int], BlockLogits]:
+def _bidirectional(model: LladaForMaskedDiffusion, sequence: Tensor, settings: SamplerSettings) -> BlockLogits:
     prompt_length = sequence.shape[1] - settings.length
-    mask_id = model.config.mask_token_id
 
-    def of_block(start: int) -> BlockLogits:
+    def logits_of(start: int, block: Tensor) -> Tensor:
         stop = start + settings.block_length
+        current = torch.cat((sequence[:, :start], block, sequence[:, stop:]), dim=1)
+        if not settings.guidance:
+            return model.logits(model.hidden_states(current)[:, start:stop])
+        blind = current.clone()
+        blind[:, :prompt_length] = model.config.mask_token_id
+        both = model.logits(model.hidden_states(torch.cat((current, blind)))[:, start:stop])
+        conditional, unconditional = both.chunk(2)
+        return unconditional + (settings.guidance + 1) * (conditional - unconditional)
 
-        def logits_of(block: Tensor) -> Tensor:
-            current = torch.cat((sequence[:, :start], block, sequence[:, stop:]), dim=1)
-            if not settings.guidance:
-                return model.logits(model.hidden_states(current)[:, start:stop])
-            blind = current.clone()
-            blind[:, :prompt_length] = mask_id
-            both = model.logits(model.hidden_states(torch.cat((current, blind)))[:, start:stop])
-            conditional, unconditional = both.chunk(2)
-            return unconditional + (settings.guidance + 1) * (conditional - unconditional)
-
-        return logits_of
-
-    return of_block
+    return logits_of
 
 
-def _draft(model: LladaForMaskedDiffusion, sequence: Tensor, settings: SamplerSettings) -> Callable[[int], BlockLogits]:
+def _draft(model: LladaForMaskedDiffusion, sequence: Tensor, settings: SamplerSettings) -> BlockLogits:
     from student.model.prefix_cache import PrefixCache
 
     batch, length = sequence.shape
     cache = PrefixCache.allocate(model.config, batch, length, model.dtype, sequence.device)
-    slots = list(range(batch))
 
-    def of_block(start: int) -> BlockLogits:
-        def logits_of(block: Tensor) -> Tensor:
-            # The first step of a block appends what was decoded since the last; the others append nothing.
-            new = sequence[:, cache.length(0) : start]
-            hidden = model.draft_hidden_states(
-                cache, slots, new, [new.shape[1]] * batch, settings.block_length, block_ids_BxG=block
-            )
-            return model.logits(hidden)
+    def logits_of(start: int, block: Tensor) -> Tensor:
+        # The first step of a block appends what was decoded since the last; the others append nothing.
+        new = sequence[:, cache.length(0) : start]
+        lengths = [new.shape[1]] * batch
+        hidden = model.draft_hidden_states(
+            cache, range(batch), new, lengths, settings.block_length, block_ids_BxG=block
+        )
+        return model.logits(hidden)
 
-        return logits_of
-
-    return of_block
+    return logits_of

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from student.model.configuration_llada import LladaConfig
 
 EMBEDDING, HEAD = "model.transformer.wte.weight", "model.transformer.ff_out.weight"
+NO_IDS: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "mask_token_id": 0}
+"""Special ids of a shape whose vocabulary is not known yet; a mask of 0 stands in."""
 _OUTER = {EMBEDDING: "model.embed_tokens", "model.transformer.ln_f.weight": "model.norm", HEAD: "lm_head"}
 _INNER = {
     "q_proj": "self_attn.q_proj",
@@ -178,10 +180,7 @@ def config_from_llama(tree: dict[str, Any], source: Path | str) -> LladaConfig:
             rope_theta=theta,
             rope_frequency_scaling=rope if scaled else None,
             weight_tying=tree.get("tie_word_embeddings", False),
-            bos_token_id=None,
-            eos_token_id=None,
-            pad_token_id=None,
-            mask_token_id=0,
+            **NO_IDS,
         )
     except ValueError as error:
         raise CheckpointError(f"{source}/config.json: {error}") from error

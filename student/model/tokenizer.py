@@ -8,7 +8,7 @@ alphabet is sorted; a test trains it in two processes. Costs seconds for tens of
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,14 +39,12 @@ def train_tokenizer(
     vocab_size: int,
     *,
     individual_digits: bool = False,
-    min_frequency: int = 2,
     max_sequence_tokens: int = 4096,
 ) -> PreTrainedTokenizerFast:
     """Train BPE on `texts`; the result has at most `vocab_size` tokens, specials and the 256 bytes included.
 
     Args:
         individual_digits: every digit is its own token. By default runs of digits merge as other text does.
-        min_frequency: a pair that is rarer is not merged.
         max_sequence_tokens: recorded as the tokenizer's `model_max_length`.
 
     Raises:
@@ -72,20 +70,27 @@ def train_tokenizer(
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(SPECIAL_TOKENS),
-        min_frequency=min_frequency,
+        min_frequency=2,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    counted = _Counted(texts)
-    tokenizer.train_from_iterator(counted, trainer)
-    if not counted.characters:
+    characters = 0
+
+    def counted() -> Iterator[str]:
+        nonlocal characters
+        for text in texts:
+            characters += len(text)
+            yield text
+
+    tokenizer.train_from_iterator(counted(), trainer)
+    if not characters:
         raise VocabularyError("there is no text to train the student's tokenizer on; collect responses first")
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     size = tokenizer.get_vocab_size()
     if size < vocab_size:
         _logger.warning(
             "a training text of %d characters yields only %d tokens, not the %d of student.tokenizer.vocab_size",
-            counted.characters,
+            characters,
             size,
             vocab_size,
         )
@@ -123,19 +128,3 @@ def load_tokenizer(directory: Path, config: Any = None) -> Any:
             "checkpoint is not run; save the tokenizer with a class of transformers' own, such as "
             "PreTrainedTokenizerFast"
         ) from error
-
-
-class _Counted:
-    """An iterator over texts that counts what passes."""
-
-    def __init__(self, texts: Iterable[str]) -> None:
-        self._texts = iter(texts)
-        self.characters = 0
-
-    def __iter__(self) -> _Counted:
-        return self
-
-    def __next__(self) -> str:
-        text = next(self._texts)
-        self.characters += len(text)
-        return text

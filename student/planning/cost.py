@@ -8,8 +8,7 @@ from shared.config import PipelineConfig, TrainConfig
 from shared.errors import DatasetError
 from student.alignment.prepared import PreparedDataset
 from student.model.configuration_llada import LladaConfig
-from student.planning.memory import ELEMENT_BYTES, block_linears, masked_tokens
-from student.planning.setup import Setup
+from student.planning.setup import Setup, block_linears
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +66,12 @@ def micro_batch_flops(setup: Setup, data: Data | None) -> float:
     three products each (`student.losses.chunked`).
     """
     shape, train, lora = setup.shape, setup.train, setup.lora
-    tokens = train.micro_batch * train.packed_row_tokens
+    tokens = setup.tokens
     sizes = {name: inputs * outputs for name, (inputs, outputs) in block_linears(shape).items()}
     after_attention = sum(sizes[name] for name in ("attn_out", "ff_proj", "up_proj", "ff_out"))
     sample = train.max_sequence_tokens if data is None else data.clean_tokens
     attention = shape.n_layers * 4 * shape.d_model * sample / 2
-    supervised = float(masked_tokens(train))
+    supervised = float(setup.supervised)
     if data is not None:
         supervised = tokens * data.masked_tokens / (data.clean_tokens + data.masked_tokens)
     again = 1 if train.activation_checkpointing else 0
@@ -86,8 +85,8 @@ def micro_batch_flops(setup: Setup, data: Data | None) -> float:
 def wire_bytes(setup: Setup) -> tuple[float, float]:
     """Bytes that a rank sends in a step, by rings: a share of (W - 1) / W to gather or to reduce and scatter, twice
     that to all-reduce. During the micro-batches, and after them."""
-    zero, e, count = setup.zero, ELEMENT_BYTES[setup.dtype], setup.parameters
-    ring = (zero.ranks - 1) / zero.ranks
+    zero, e, count = setup.zero, setup.element_bytes, setup.parameters
+    ring = (setup.ranks - 1) / setup.ranks
     gradients = ring * e * count.trained
     if zero.stage == 0:
         return 0.0, 2 * gradients
@@ -101,4 +100,4 @@ def wire_bytes(setup: Setup) -> tuple[float, float]:
 
 def checkpoint_bytes(setup: Setup) -> int:
     """Of one step-N: the weights, and float32 weights with AdamW's moments of what is trained."""
-    return ELEMENT_BYTES[setup.dtype] * setup.parameters.total + 12 * setup.parameters.trained
+    return setup.element_bytes * setup.parameters.total + 12 * setup.parameters.trained

@@ -13,8 +13,8 @@ import torch
 from shared.config import PipelineConfig
 from shared.errors import ConfigError
 from student.model.export import read_config
-from student.planning.memory import GIB, Device, Moment
-from student.planning.setup import Setup
+from student.planning.memory import GIB, Moment, memory
+from student.planning.setup import Device, Setup
 from student.training.engine import deepspeed_config, training_dtype
 
 WORKER_BYTES = GIB // 2
@@ -27,15 +27,15 @@ def require_fit(setup: Setup, available: int, owner: str = "a rank needs") -> No
     Raises:
         ConfigError: naming the largest part, the bytes, and the changes that the same arithmetic accepts.
     """
-    memory = setup.memory()
-    if memory.needed <= available:
+    held = memory(setup)
+    if held.needed <= available:
         return
-    name, moment = memory.fullest
+    name, moment = held.fullest
     part = max((field.name for field in fields(Moment)), key=lambda field: getattr(moment, field))
     found = [f"{text} ({needed / GIB:.1f} GiB)" for text, needed in remedies(setup, available)]
     more = "more or larger GPUs" if setup.device == "cuda" else "a larger machine, or fewer ranks on it"
     raise ConfigError(
-        f"does not fit: {owner} {memory.needed / GIB:.1f} GiB of {available / GIB:.1f} GiB, most of it in the {name} "
+        f"does not fit: {owner} {held.needed / GIB:.1f} GiB of {available / GIB:.1f} GiB, most of it in the {name} "
         f"({part} {getattr(moment, part) / GIB:.1f} GiB); "
         + ("any of these fits: " + "; ".join(found) if found else f"nothing tried here fits: take {more}")
     )
@@ -57,10 +57,10 @@ def require_memory(config: PipelineConfig, ranks: int, ranks_of_node: int) -> No
     setup = Setup(shape, train, deepspeed_config(train, 1), config.student.lora, ranks, device)
     free = host_bytes_free() // ranks_of_node - train.data_workers * WORKER_BYTES
     if device == "cpu":
-        require_fit(setup, free - setup.memory().host, f"each of {ranks_of_node} ranks on this machine needs")
+        require_fit(setup, free - memory(setup).host, f"each of {ranks_of_node} ranks on this machine needs")
         return
     require_fit(setup, torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
-    offloaded = setup.memory().host
+    offloaded = memory(setup).host
     if offloaded > free:
         raise ConfigError(
             f"does not fit: each of {ranks_of_node} ranks on this machine offloads {offloaded / GIB:.1f} GiB to the "
@@ -106,7 +106,7 @@ def remedies(setup: Setup, available: int) -> Iterator[tuple[str, int]]:
     found: list[tuple[str, int]] = []
     kinds: set[str] = set()
     for text, change in changes:
-        needed = setup.changed(**change).memory().needed
+        needed = memory(setup.changed(**change)).needed
         if needed <= available and not kinds & change.keys():  # the first of a kind costs least
             kinds |= change.keys()
             found.append((text, needed))
@@ -118,7 +118,7 @@ def remedies(setup: Setup, available: int) -> Iterator[tuple[str, int]]:
     for text, change in changes:
         texts |= dict.fromkeys(change, text)  # a later change of a kind replaces the one before
         together |= change
-        needed = setup.changed(**together).memory().needed
+        needed = memory(setup.changed(**together)).needed
         if needed <= available:
             yield " with ".join(texts.values()), needed
             return

@@ -17,7 +17,7 @@ from shared.config import PipelineConfig
 from shared.console import bytes_text, titled_table
 from student.planning.cost import Data, checkpoint_bytes, data_of, micro_batch_flops, wire_bytes
 from student.planning.fit import require_fit
-from student.planning.memory import ELEMENT_BYTES, GIB, Memory, Moment
+from student.planning.memory import GIB, Memory, Moment, memory
 from student.planning.setup import Setup
 from student.planning.shapes import shape_of
 from student.training.engine import deepspeed_config
@@ -87,7 +87,7 @@ class Plan:
     def host_bytes(self) -> int:
         """Of a node, while the start is loaded or all the time, whichever is more."""
         ranks = min(self.setup.ranks, RANKS_OF_A_NODE)
-        model = ELEMENT_BYTES[self.setup.dtype] * self.setup.parameters.saved
+        model = self.setup.element_bytes * self.setup.parameters.saved
         loading = ranks * (model if self.setup.zero.stage < 3 else min(model, SHARD_BYTES))
         return max(loading, ranks * self.memory.host + model)
 
@@ -133,7 +133,7 @@ class Plan:
         kept = train.keep_checkpoints + 1 if train.checkpoint_steps else 0
         rest.add_row("checkpoint", bytes_text(self.checkpoint_bytes),
                      f"at most {kept} at once: {bytes_text(kept * self.checkpoint_bytes)}")  # fmt: skip
-        rest.add_row("model at the end", bytes_text(ELEMENT_BYTES[setup.dtype] * count.saved), "")
+        rest.add_row("model at the end", bytes_text(setup.element_bytes * count.saved), "")
         node = f"of a node, with ranks: {min(setup.ranks, RANKS_OF_A_NODE)}"
         rest.add_row("host memory", bytes_text(self.host_bytes), node)
         if self.memory.nvme:
@@ -195,4 +195,4 @@ def plan(config: PipelineConfig, assumptions: Assumptions) -> Plan:
         if steps is None:
             steps = max(-(-int((epochs or 1) * rows) // train.global_batch), 1)
         epochs = steps / per_epoch
-    return Plan(setup, assumptions, available, setup.memory(), source, data, steps, epochs)
+    return Plan(setup, assumptions, available, memory(setup), source, data, steps, epochs)

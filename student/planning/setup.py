@@ -1,18 +1,101 @@
-"""What the arithmetic of a training starts from."""
+"""What the arithmetic of a training starts from: the student's shape, and how it is trained."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cached_property
+from typing import Any, Literal
 
 from shared.config import LoraConfig, TrainConfig
 from student.model.configuration_llada import LladaConfig
-from student.planning.memory import Device, Dtype, Memory, Parameters, Zero, memory
+
+Dtype = Literal["bfloat16", "float32"]
+Device = Literal["cuda", "cpu"]
+
+ELEMENT_BYTES: dict[Dtype, int] = {"bfloat16": 2, "float32": 4}
+# Elements that DeepSpeed reduces at a time where it has no ZeRO bucket (engine.py, MEMORY_OPT_ALLREDUCE_SIZE).
+PLAIN_BUCKET = 500_000_000
 
 
 @dataclass(frozen=True, slots=True)
+class Parameters:
+    """How many there are: of the saved model, with adapters, trained; and entries of the largest trained tensors."""
+
+    saved: int
+    total: int
+    trained: int
+    largest: int
+    largest_of_block: int
+
+    @classmethod
+    def of(cls, shape: LladaConfig, lora: LoraConfig | None, sequential_rank: int | None) -> Parameters:
+        linears = block_linears(shape)
+        block = sum(inputs * outputs for inputs, outputs in linears.values()) + 2 * shape.d_model
+        vocabulary = shape.embedding_size * shape.d_model
+        draft_head = 3 * (sequential_rank or 0) * shape.d_model
+        saved = shape.n_layers * block + shape.d_model + vocabulary * (1 if shape.weight_tying else 2) + draft_head
+        if lora is None:
+            matrix = max(inputs * outputs for inputs, outputs in linears.values())
+            return cls(saved, saved, saved, max(vocabulary, matrix), matrix)
+        ends = [linears[target] for target in lora.targets]
+        adapters = shape.n_layers * lora.rank * sum(a + b for a, b in ends)
+        matrix = lora.rank * max(max(pair) for pair in ends)
+        largest = max(matrix, draft_head // 3)
+        return cls(saved, saved + adapters, adapters + draft_head, largest, matrix)
+
+
+def block_linears(shape: LladaConfig) -> dict[str, tuple[int, int]]:
+    """(inputs, outputs) of the matrices of a block, by their names in `modeling_llada`."""
+    d, f, kv = shape.d_model, shape.mlp_hidden_size, shape.n_kv_heads * shape.head_dim
+    return {
+        "q_proj": (d, d), "k_proj": (d, kv), "v_proj": (d, kv), "attn_out": (d, d),
+        "ff_proj": (d, f), "up_proj": (d, f), "ff_out": (f, d),
+    }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Zero:
+    """DeepSpeed's ZeRO settings as the arithmetic needs them; sizes in elements."""
+
+    stage: int
+    optimizer_on: str
+    parameters_on: str
+    reduce_bucket: int
+    buckets: int
+    gathered: int
+    prefetch: int
+    sub_group: int
+    all_reduces: bool
+    overlap: bool
+    accumulate_bytes: int
+
+    @classmethod
+    def of(cls, settings: dict[str, Any], element_bytes: int) -> Zero:
+        """Of the settings that `engine.deepspeed_config` makes; what they leave out has DeepSpeed's default."""
+        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+        from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
+
+        zero = DeepSpeedZeroConfig(**settings.get("zero_optimization", {}))
+        wide = settings.get("data_types", {}).get("grad_accum_dtype") == "fp32"
+        stage = int(zero.stage)
+        return cls(
+            stage=stage,
+            optimizer_on=OffloadDeviceEnum(zero.offload_optimizer.device).value if zero.offload_optimizer else "none",
+            parameters_on=OffloadDeviceEnum(zero.offload_param.device).value if zero.offload_param else "none",
+            reduce_bucket=zero.reduce_bucket_size if stage else PLAIN_BUCKET,
+            buckets=2 if zero.overlap_comm and stage < 3 else 1,
+            gathered=zero.max_live_parameters,
+            prefetch=zero.prefetch_bucket_size,
+            sub_group=zero.sub_group_size,
+            all_reduces=zero.use_multi_rank_bucket_allreduce,
+            overlap=bool(zero.overlap_comm),
+            accumulate_bytes=4 if wide else element_bytes,
+        )
+
+
+@dataclass(frozen=True)
 class Setup:
-    """What the arithmetic takes: a shape, and how it is trained."""
+    """What the arithmetic takes: a shape, and how it is trained; `settings` are DeepSpeed's."""
 
     shape: LladaConfig
     train: TrainConfig
@@ -26,22 +109,44 @@ class Setup:
         return "float32" if self.train.dtype == "float32" else "bfloat16"
 
     @property
+    def element_bytes(self) -> int:
+        return ELEMENT_BYTES[self.dtype]
+
+    @property
     def accumulation(self) -> int:
+        """Micro-batches of a step on a rank."""
         return -(-self.train.global_batch // (self.ranks * self.train.micro_batch))
 
     @property
-    def zero(self) -> Zero:
-        return Zero.of(self.settings, self.ranks, self.dtype)
+    def tokens(self) -> int:
+        """Of a forward on a rank."""
+        return self.train.micro_batch * self.train.packed_row_tokens
 
     @property
+    def supervised(self) -> int:
+        """Supervised tokens of a forward, if samples are as long as they may be: shorter ones have more blocks to a
+        row, and more targets.
+
+        At most A G of every `max_sequence_tokens` + A G tokens of a row are masked (A anchors, blocks of G).
+        """
+        blocks = self.train.anchors * self.train.block_length
+        return self.tokens * blocks // (self.train.max_sequence_tokens + blocks)
+
+    @cached_property
     def parameters(self) -> Parameters:
         return Parameters.of(self.shape, self.lora, self.train.sequential_rank)
 
-    def memory(self) -> Memory:
-        zero = self.zero
+    @cached_property
+    def zero(self) -> Zero:
+        zero = Zero.of(self.settings, self.element_bytes)
         if self.device == "cpu":  # what nothing is ever written to takes no memory of a host
             zero = replace(zero, reduce_bucket=min(zero.reduce_bucket, self.parameters.trained))
-        return memory(self.shape, self.train, zero, self.dtype, self.lora, self.accumulation, self.device)
+        return zero
+
+    @property
+    def share(self) -> int:
+        """Trained parameters whose optimizer's state is on one rank."""
+        return -(-self.parameters.trained // (self.ranks if self.zero.stage else 1))
 
     def changed(
         self,

@@ -10,7 +10,7 @@ from shared.hub import is_hub_name
 from student.model.configuration_llada import LladaConfig
 from student.model.export import read_config
 from student.model.initialize import random_shape
-from student.model.source import changed, config_of_checkpoint
+from student.model.source import NO_IDS, changed, config_of_checkpoint
 
 # LladaConfig's defaults are theirs.
 PUBLISHED = ("GSAI-ML/LLaDA-8B-Base", "GSAI-ML/LLaDA-8B-Instruct", "GSAI-ML/LLaDA-1.5")
@@ -45,8 +45,7 @@ def shape_of(config: PipelineConfig, given: Path | None = None) -> tuple[LladaCo
         source += f", {len(student.layers)} layers"
     if student.tokenizer.kind == "trained":
         size = student.tokenizer.vocab_size
-        no_ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "mask_token_id": 0}
-        shape = changed(shape, vocab_size=size, embedding_size=size, **no_ids)
+        shape = changed(shape, vocab_size=size, embedding_size=size, **NO_IDS)
     if student.weight_tying is not None:
         shape = changed(shape, weight_tying=student.weight_tying)
     return shape, source

@@ -268,7 +268,7 @@ def reshard(checkpoint: Checkpoint, ranks: int, zero_stage: int) -> Path:
             f"there are {ranks} under ZeRO-{zero_stage}: DeepSpeed converts the states of AdamW, not those of Muon; "
             "restore both, or pass --fresh to train anew"
         )
-    target = universal(checkpoint)
+    target = checkpoint.directory.with_name(f"{checkpoint.directory.name}-universal")
     shutil.rmtree(target, ignore_errors=True)
     logger.info(
         "converting %s: saved by %d ranks under ZeRO-%d, resumed by %d under ZeRO-%d",
@@ -322,31 +322,29 @@ def _bridge_stages(folder: Path, to_zero3: bool) -> None:
     torch.save(state, path)
 
 
-def universal(checkpoint: Checkpoint) -> Path:
-    """Where `reshard` puts it."""
-    return checkpoint.directory.with_name(f"{checkpoint.directory.name}-universal")
+def load(engine: Any, checkpoint: Checkpoint, universal: Path | None, rank: int) -> None:
+    """Load it into an engine that was built for it. A collective.
 
-
-def load(engine: Any, checkpoint: Checkpoint, is_universal: bool, rank: int) -> None:
-    """Load it into an engine that was built for it; its universal copy is deleted then. A collective.
+    Args:
+        universal: what `reshard` made of it, which is loaded in its place and deleted then.
 
     Raises:
         CheckpointError: if DeepSpeed finds nothing to load.
     """
     import torch.distributed
 
-    folder = universal(checkpoint) if is_universal else checkpoint.directory
+    folder = universal or checkpoint.directory
     path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
     if path is None:
         raise CheckpointError(f"{folder} cannot be loaded; pass --fresh to train anew")
-    if is_universal:
+    if universal is not None:
         if _has_average(checkpoint):
             averaging.load_universal(engine, folder)
         for weights, state in engine.basic_optimizer.state.items():
             # ZeRO-3 gives all its parts one counter, which each would advance; and it is to be where the weights are.
             state["step"] = state["step"].clone().to(weights.device)
     torch.distributed.barrier()
-    if is_universal and rank == 0:
+    if universal is not None and rank == 0:
         shutil.rmtree(folder)
         (folder.parent / "latest_universal").unlink(missing_ok=True)
 

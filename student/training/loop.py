@@ -27,7 +27,7 @@ from student.data.batch import MicroBatch
 from student.data.data_loader import TrainingDataLoader
 from student.drafting.frequencies import count_tokens, write_counts
 from student.evaluation.evaluate import headline
-from student.evaluation.measure import HeldOut, gathered, measure, merged
+from student.evaluation.measure import HeldOut, drafter_of, measure
 from student.lineage import IDENTITY, RECORD
 from student.losses.objective import loss_scale, named_sums, sum_over_ranks, summarize
 from student.model.export import save_student
@@ -56,20 +56,18 @@ class TrainingRun:
     tokenizer: Any
     identity: dict[str, Any]
     rank: int
-    held_out: HeldOut | None = None
-    step_flops: float | None = None
+    held_out: HeldOut | None
+    step_flops: float | None
+    done: int
+    batches: Iterator[MicroBatch]
     metrics: MetricsLogger | None = None
-    done: int = 0
-    batches: Iterator[MicroBatch] = field(default_factory=lambda: iter(()))
     monitor: StepMonitor = field(init=False)
     gradients: GradientStatistics = field(init=False)
-    stop: StopRequest | None = None
-    _next_step: int = field(init=False)
+    stop: StopRequest = field(default_factory=StopRequest)
     _started: float = field(default_factory=time.monotonic)
     _tokens: int = 0
 
     def __post_init__(self) -> None:
-        self._next_step = self.done
         self.monitor = StepMonitor(self.step_flops)
         self.gradients = GradientStatistics(self.engine.module)
 
@@ -84,8 +82,7 @@ class TrainingRun:
             self.metrics = MetricsLogger(self.config.run_dir, self.done, train.trackers)
             if self.done:
                 logger.info("resuming after step %d of %d", self.done, steps)
-        self.stop = StopRequest()
-        self._started = time.monotonic()
+        self._started, at = time.monotonic(), self.done
         with progress() as bar, self.monitor.watching_collectives():
             task = bar.add_task("training", total=steps, completed=self.done, note="", visible=self.rank == 0)
             for step in range(self.done, steps):
@@ -107,16 +104,17 @@ class TrainingRun:
                     self.end_early(at)
                 if due and self.out_of_patience(at):
                     break
-        self.publish()
+        self.publish(at)
 
     def step(self, step: int) -> dict[str, Any]:
-        """Train step `step` (0-based); its entry of the metrics, the same on every rank. A collective."""
+        """Train on the next micro-batches, as step `step` (0-based); its entry of the metrics, the same on every rank.
+        A collective."""
         began = time.perf_counter()
         train, order, monitor, device = self.config.train, self.loader.sampler, self.monitor, self.engine.device
         every = train.gradient_statistics_steps
         self.gradients.watching = every is not None and step % every == 0
         with monitor.part("data"):
-            batches = self._batches_of(step)
+            batches = list(itertools.islice(self.batches, order.accumulation))
         targets = torch.tensor(sum(batch.target_count for batch in batches), device=device)
         with monitor.part("communication"):
             targets = sum_over_ranks(targets)
@@ -130,7 +128,7 @@ class TrainingRun:
             with monitor.part("optimizer"):
                 self.engine.step()
             sums.append(terms)
-        asked = self.stop is not None and self.stop.name is not None
+        asked = self.stop.name is not None
         own = sums[0].new_tensor([sum(batch.tokens for batch in batches), asked])
         with monitor.part("communication"):
             reduced = sum_over_ranks(torch.cat([torch.stack(sums).sum(0), own]))
@@ -159,28 +157,14 @@ class TrainingRun:
         }
         return figures | monitor.finish(time.perf_counter() - began)
 
-    def _batches_of(self, step: int) -> list[MicroBatch]:
-        """This rank's micro-batches of a step; steps that follow one another are made ahead."""
-        if step != self._next_step:
-            self.batches = self.loader.micro_batches(self.rank, self.tokenizer, first_step=step)
-        self._next_step = step + 1
-        return list(itertools.islice(self.batches, self.loader.sampler.accumulation))
-
     def measure(self, step: int) -> dict[str, Any]:
         """The student of now on held-out text, every rank a part of it; the same on every rank. A collective."""
         assert self.held_out is not None
         model, ranks = self.engine.module.model, torch.distributed.get_world_size()
         model.eval()
-        mine = measure(
-            self.held_out.part(self.rank, ranks),
-            model,
-            self.tokenizer,
-            self.config.student_init_dir,
-            f"step {step}",
-            quiet=self.rank > 0,
-        )
+        drafter = drafter_of(self.held_out, model, self.config.student_init_dir)
+        figures = measure(self.held_out, model, self.tokenizer, drafter, f"step {step}", self.rank, ranks)
         model.train()
-        figures = merged(gathered(mine, ranks)).figures(self.config.evaluate.rule)
         blocks = figures["ratio"]
         kept = {name: figures.get(name) for name in ("tau", "alpha_low", "alpha_high", "masked_ce")}
         kept |= {name: blocks.get(name) for name in ("ce", "kl")}
@@ -197,7 +181,7 @@ class TrainingRun:
         """End as a scheduler asked. A collective."""
         if self.metrics is not None:
             self.metrics.close()
-            name = self.stop.name if self.stop is not None and self.stop.name else "a signal to another rank"
+            name = self.stop.name or "a signal to another rank"
             logger.warning("%s: saved after step %d of %d; the same command goes on", name, step, self.loader.steps)
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
@@ -215,8 +199,9 @@ class TrainingRun:
             logger.info("no checkpoint was better than that of step %d: training ends at step %d", leader.step, step)
         return verdict[0]
 
-    def publish(self) -> None:
-        """Write the trained model, whole or not at all; its last checkpoint stays, for a run that is made longer.
+    def publish(self, step: int) -> None:
+        """Write the model trained for `step` steps, whole or not at all; its last checkpoint stays, for a run that is
+        made longer.
 
         A collective: under ZeRO-3 every rank holds a part.
         """
@@ -226,7 +211,7 @@ class TrainingRun:
             summary = training_summary(self.metrics.entries) | {IDENTITY: self.identity}
             model, train = self.engine.module.model, self.config.train
             leader = checkpoint.best(self.config.checkpoints_dir) if train.publish == "best" else None
-            if leader is not None and leader.step < self._next_step:
+            if leader is not None and leader.step < step:
                 dtype = next(iter(weights.values())).dtype
                 weights = {name: value.to(dtype) for name, value in checkpoint.whole_weights(leader).items()}
                 summary["published_step"] = leader.step

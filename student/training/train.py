@@ -165,7 +165,7 @@ def check(config: PipelineConfig, world_size: int) -> TrainingDataLoader:
             )
         HeldOut.open(config, loader.prepared)
     loss, reason = settle_loss(config, loader)
-    LossSettings.from_config(config.train, config.train.block_length, loss)
+    LossSettings.from_config(config.train, loss)
     stride = max(len(loader.chosen) // SANITY_SAMPLES, 1)
     samples = [loader.sample(number) for number in range(0, len(loader.chosen), stride)]
     probability = check_alignment(samples)
@@ -253,23 +253,15 @@ def agreed(decide: Callable[[], T]) -> T:
     """What `decide` says on rank 0, on every rank; where it fails there, all end. A collective."""
     import torch
 
-    if torch.distributed.get_rank() > 0:
-        received: list[Any] = [None]
-        torch.distributed.broadcast_object_list(received)
-        if isinstance(received[0], _Failed):
-            sys.exit(USER_ERROR_EXIT_CODE)  # rank 0 says why
-        return received[0]
+    said: list[Any] = [False, None]  # whether it did not fail, and the verdict
     try:
-        verdict: T = decide()
-    except BaseException:
-        torch.distributed.broadcast_object_list([_Failed()])
-        raise
-    torch.distributed.broadcast_object_list([verdict])
-    return verdict
-
-
-class _Failed:
-    """Sent in place of a verdict."""
+        if torch.distributed.get_rank() == 0:
+            said = [True, decide()]
+    finally:
+        torch.distributed.broadcast_object_list(said)
+    if not said[0]:
+        sys.exit(USER_ERROR_EXIT_CODE)  # rank 0 says why
+    return said[1]
 
 
 def build(
@@ -307,9 +299,9 @@ def build(
     batches = loader.micro_batches(rank, read_tokenizer(start, read_config(start)), first_step=done)
     accumulation = loader.sampler.accumulation
     settings = deepspeed_config(config.train, accumulation)
-    is_universal = resumed is not None and not resumed.fits(world_size, zero_stage(settings))
-    if resumed is not None and is_universal:
-        agreed(lambda: checkpoint.reshard(resumed, world_size, zero_stage(settings)))
+    universal = None
+    if resumed is not None and not resumed.fits(world_size, zero_stage(settings)):
+        universal = agreed(lambda: checkpoint.reshard(resumed, world_size, zero_stage(settings)))
         settings = deepspeed_config(config.train, accumulation, is_universal=True)
     torch.manual_seed(config.seed)
     partitioned = partitioned_loading(settings)
@@ -324,10 +316,10 @@ def build(
     if config.train.compile and torch.cuda.is_available() and zero_stage(settings) < 3:
         model.compile_blocks()
     model.train()
-    loss = LossSettings.from_config(config.train, config.train.block_length, decision.loss)
+    loss = LossSettings.from_config(config.train, decision.loss)
     engine = build_engine(DistillationModule(model, loss), config.train, settings, loader.steps)
     if resumed is not None:
-        checkpoint.load(engine, resumed, is_universal, rank)
+        checkpoint.load(engine, resumed, universal, rank)
     return TrainingRun(
         config,
         loader,

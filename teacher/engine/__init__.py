@@ -2,14 +2,13 @@
 
 from teacher.engine.in_process import Engine, prepare_environment
 from teacher.engine.open import open_engine, version_of
-from teacher.engine.requests import Answer, Request
-from teacher.engine.service import ServiceEngine
+from teacher.engine.requests import Answer, Request, TeacherEngine
 
 __all__ = [
     "Answer",
     "Engine",
     "Request",
-    "ServiceEngine",
+    "TeacherEngine",
     "open_engine",
     "prepare_environment",
     "version_of",

@@ -61,8 +61,6 @@ def install() -> tuple[Any, Callable[[], None]]:
     class NumpyRows(original):
         """Keeps rows as they arrive, for requests with `flat_logprobs`; others see vLLM's own behavior."""
 
-        logprobs: Any
-        prompt_logprobs: Any
         checking = False
         compared: dict[str, bool] = {}  # noqa: RUF012
 
@@ -71,7 +69,7 @@ def install() -> tuple[Any, Callable[[], None]]:
             processor = super().from_new_request(tokenizer, request)
             if request.sampling_params.flat_logprobs:
                 processor._key = request.external_req_id
-                processor._flat = (processor.logprobs, processor.prompt_logprobs)
+                processor._flat = {"logprobs": processor.logprobs, "prompt_logprobs": processor.prompt_logprobs}
                 if processor.logprobs is not None:
                     processor.logprobs = ColumnBuffer(processor.num_logprobs + 1)
                 if processor.prompt_logprobs is not None:
@@ -79,30 +77,23 @@ def install() -> tuple[Any, Callable[[], None]]:
             return processor
 
         def _update_sample_logprobs(self, logprobs_lists: Any) -> None:
-            buffer = self.logprobs
-            if not isinstance(buffer, ColumnBuffer):
-                super()._update_sample_logprobs(logprobs_lists)
-                return
-            ids, logprobs = logprobs_lists[0], logprobs_lists[1]
-            buffer.append(np.asarray(ids), np.asarray(logprobs))
-            if NumpyRows.checking:
-                self.logprobs = self._flat[0]
-                super()._update_sample_logprobs(logprobs_lists)
-                self.logprobs = buffer
-                self._compare(buffer, self._flat[0])
+            self._take("logprobs", logprobs_lists, super()._update_sample_logprobs)
 
         def _update_prompt_logprobs(self, prompt_logprobs_tensors: Any) -> None:
-            buffer = self.prompt_logprobs
+            self._take("prompt_logprobs", prompt_logprobs_tensors, super()._update_prompt_logprobs)
+
+        def _take(self, name: str, arrays: Any, update: Callable[[Any], None]) -> None:
+            """Append rows to the buffer `name`; `update` does it vLLM's own way, to what has that name then."""
+            buffer = getattr(self, name)
             if not isinstance(buffer, ColumnBuffer):
-                super()._update_prompt_logprobs(prompt_logprobs_tensors)
+                update(arrays)
                 return
-            ids, logprobs = prompt_logprobs_tensors[0], prompt_logprobs_tensors[1]
-            buffer.append(ids.numpy(), logprobs.numpy())
+            buffer.append(np.asarray(arrays[0]), np.asarray(arrays[1]))
             if NumpyRows.checking:
-                self.prompt_logprobs = self._flat[1]
-                super()._update_prompt_logprobs(prompt_logprobs_tensors)
-                self.prompt_logprobs = buffer
-                self._compare(buffer, self._flat[1])
+                setattr(self, name, self._flat[name])
+                update(arrays)
+                setattr(self, name, buffer)
+                self._compare(buffer, self._flat[name])
 
         def _compare(self, buffer: ColumnBuffer, flat: Any) -> None:
             ours, theirs = buffer.columns(), reshape_flat(flat.token_ids, flat.logprobs, len(buffer))

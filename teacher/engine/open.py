@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 from shared.config import PipelineConfig, TeacherConfig
+from shared.errors import MissingExtraError
 from shared.vllm_settings import engine_version
 from teacher.checkpoints import ensure_checkpoint
 from teacher.engine.in_process import Engine
-from teacher.engine.service import ServiceEngine, server_version
+from teacher.engine.requests import TeacherEngine
 
 
-def open_engine(config: PipelineConfig, score: bool = False, executor: str | None = None) -> Engine | ServiceEngine:
+def open_engine(config: PipelineConfig, score: bool = False, executor: str | None = None) -> TeacherEngine:
     """The servers of `teacher.service`, checked, or the teacher loaded into this process.
 
     Args:
@@ -21,7 +24,8 @@ def open_engine(config: PipelineConfig, score: bool = False, executor: str | Non
     """
     teacher, collect = config.teacher, config.collect
     if teacher.service is not None:
-        return ServiceEngine(teacher, collect.top_k, score)
+        engine: TeacherEngine = _service().ServiceEngine(teacher, collect.top_k, score)
+        return engine
     directory = ensure_checkpoint(teacher)
     return Engine(teacher, str(directory), collect.top_k, collect.score_tokens if score else None, executor)
 
@@ -32,4 +36,15 @@ def version_of(teacher: TeacherConfig) -> str:
     Raises:
         ServiceError, MissingExtraError: if there is none.
     """
-    return engine_version() if teacher.service is None else server_version(teacher.service)
+    return engine_version() if teacher.service is None else str(_service().server_version(teacher.service))
+
+
+def _service() -> ModuleType:
+    """The client of servers, whose libraries an engine in this process does without."""
+    try:
+        from teacher.engine import service
+    except ImportError as error:
+        raise MissingExtraError(
+            f"teacher.service needs {error.name}; pip install 'llada-drafter[teacher-service]'"
+        ) from error
+    return service

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,3 +45,21 @@ class Answer:
     finish_reason: FinishReason
     columns: Columns | None
     error: str | None = None
+
+
+class TeacherEngine(Protocol):
+    """A teacher that answers requests: in this process, or behind servers."""
+
+    @property
+    def capture(self) -> str:
+        """How rows come to this process, for the log."""
+
+    @property
+    def head_dtype(self) -> str:
+        """The dtype that logits are computed in."""
+
+    def stream(self, requests: Iterable[Request], capture: bool = True) -> Iterator[Answer]:
+        """Answers in the order in which they are complete, taking requests as there is room."""
+
+    def close(self) -> None:
+        """Free what the engine holds; it answers nothing more."""

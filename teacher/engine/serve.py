@@ -21,11 +21,8 @@ class ServerCommand:
 
     def __str__(self) -> str:
         """As a shell takes it."""
-        return shlex.join([*(["env"] if self.environment else []), *self._assignments, *self.arguments])
-
-    @property
-    def _assignments(self) -> list[str]:
-        return [f"{name}={value}" for name, value in self.environment.items()]
+        assignments = [f"{name}={value}" for name, value in self.environment.items()]
+        return shlex.join([*(["env", *assignments] if assignments else []), *self.arguments])
 
     def run(self) -> None:
         """Become the server; does not return.

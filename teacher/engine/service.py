@@ -18,16 +18,19 @@ import logging
 import math
 import os
 import re
-from collections.abc import Awaitable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, TypeVar
 
+import aiohttp
+import msgspec
 import numpy as np
+import tenacity
 
 from shared.config import ServiceConfig, TeacherConfig
 from shared.dataset.records import FinishReason, Sampling
-from shared.errors import MissingExtraError, ServiceError
+from shared.errors import ServiceError
 from teacher.capture import Columns
 from teacher.checkpoints import vocabulary_size
 from teacher.engine.requests import Answer, Request
@@ -54,6 +57,10 @@ class _UnavailableError(Exception):
     """The server cannot answer now; it, or another one, may later."""
 
 
+_PASSING = (_UnavailableError, aiohttp.ClientError, TimeoutError, OSError)
+"""Errors after which a request is sent again."""
+
+
 @dataclass(slots=True)
 class _Server:
     """One server: what it calls the model, how many requests it has, and until when it is left alone."""
@@ -66,7 +73,7 @@ class _Server:
 
 
 class ServiceEngine:
-    """A teacher that others serve; the same interface as `teacher.engine.Engine`.
+    """A teacher that others serve.
 
     Args:
         top_k: candidates per token, K.
@@ -74,15 +81,12 @@ class ServiceEngine:
 
     Raises:
         ServiceError: if no server is up within `teacher.service.patience_minutes`, or one is not as it must be.
-        MissingExtraError: if aiohttp, msgspec or tenacity is not installed.
     """
 
     capture = "json"
 
     def __init__(self, teacher: TeacherConfig, top_k: int, score: bool = False) -> None:
         assert teacher.service is not None
-        self._aiohttp, self._tenacity, self._msgspec = _libraries()
-        self._passing = (_UnavailableError, self._aiohttp.ClientError, TimeoutError, OSError)
         self._teacher, self._service, self._top_k = teacher, teacher.service, top_k
         full = 2 * teacher.max_num_seqs * teacher.data_parallel
         self._per_server = 8 if score else teacher.service.requests_in_flight or full
@@ -140,14 +144,14 @@ class ServiceEngine:
             self._run(asyncio.gather(*tasks, return_exceptions=True))
 
     async def _open(self) -> None:
-        self._session = _session(self._aiohttp, self._service)
+        self._session = _session(self._service)
         await self._retry(self._any_ready)
 
     async def _any_ready(self) -> None:
         """Check every server; those that are down are left for later as long as one is up."""
         found = await asyncio.gather(*map(self._ready, self._servers), return_exceptions=True)
         errors = [error for error in found if error is not None]
-        wrong = next((error for error in errors if not isinstance(error, self._passing)), None)
+        wrong = next((error for error in errors if not isinstance(error, _PASSING)), None)
         if wrong is not None or len(errors) == len(found):
             raise wrong or errors[0]
         for server, error in zip(self._servers, found, strict=True):
@@ -156,7 +160,7 @@ class ServiceEngine:
 
     async def _answer(self, request: Request, capture: bool) -> Answer:
         try:
-            choice = await self._retry(lambda: self._ask(self._body(request, capture)))
+            choice = await self._retry(self._ask, self._body(request, capture))
         except _RefusedError as error:
             return Answer(request.key, np.zeros(0, np.int32), "unknown", None, error=str(error))
         try:
@@ -206,20 +210,17 @@ class ServiceEngine:
 
     # --- servers ------------------------------------------------------------------------------------------------
 
-    async def _retry(self, attempt: Any) -> Any:
+    async def _retry(self, attempt: Callable[..., Awaitable[Result]], *arguments: Any) -> Result:
         """What `attempt` gives, tried again while no server can; `ServiceError` once patience has run out."""
-        tenacity = self._tenacity
         tries = tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception_type(self._passing),
+            retry=tenacity.retry_if_exception_type(_PASSING),
             wait=tenacity.wait_random_exponential(multiplier=0.5, max=_LONGEST_PAUSE),
             stop=tenacity.stop_after_delay(60 * self._service.patience_minutes),
             reraise=True,
         )
         try:
-            async for trial in tries:
-                with trial:
-                    return await attempt()
-        except self._passing as error:
+            return await tries(attempt, *arguments)
+        except _PASSING as error:
             raise ServiceError(
                 f"no server of teacher.service.urls ({', '.join(self._service.urls)}) answered for "
                 f"{self._service.patience_minutes:g} minutes (teacher.service.patience_minutes): "
@@ -260,7 +261,7 @@ class ServiceEngine:
             async with self._session.request(method, server.url + path, json=body) as response:
                 text = await response.text()
                 status = response.status
-        except (TimeoutError, self._aiohttp.ClientError, OSError):
+        except (TimeoutError, aiohttp.ClientError, OSError):
             server.name, server.rests_until = None, self._loop.time() + _LONGEST_PAUSE
             raise
         if status in (408, 425, 429) or status >= 500:
@@ -272,7 +273,7 @@ class ServiceEngine:
             refusal = _RefusedError if status in (400, 413, 422) else ServiceError
             raise refusal(f"{server.url}{path} answered {status}: {_message(text)}")
         try:
-            return text if path == "/metrics" else self._msgspec.json.decode(text)
+            return text if path == "/metrics" else msgspec.json.decode(text)
         except ValueError as error:
             raise ServiceError(
                 f"{server.url}{path} answered {text[:60]!r}, which is not JSON; give the URL of a vLLM server"
@@ -418,11 +419,10 @@ def server_version(service: ServiceConfig) -> str:
     Raises:
         ServiceError: if none answers, or one with no version.
     """
-    aiohttp, *_ = _libraries()
 
     async def ask() -> str:
         seen = []
-        async with _session(aiohttp, service) as session:
+        async with _session(service) as session:
             for url in service.urls:
                 try:
                     async with session.get(f"{url}/version") as response:
@@ -449,22 +449,10 @@ def _message(text: str) -> str:
         return text[:200]
 
 
-def _session(aiohttp: Any, service: ServiceConfig) -> Any:
+def _session(service: ServiceConfig) -> aiohttp.ClientSession:
     key = os.environ.get(API_KEY)
     return aiohttp.ClientSession(
         headers={"Authorization": f"Bearer {key}"} if key else {},
         connector=aiohttp.TCPConnector(limit=0),
         timeout=aiohttp.ClientTimeout(total=60 * service.patience_minutes, sock_connect=10),
     )
-
-
-def _libraries() -> tuple[Any, Any, Any]:
-    try:
-        import aiohttp
-        import msgspec
-        import tenacity
-    except ImportError as error:
-        raise MissingExtraError(
-            f"teacher.service needs {error.name}; pip install 'llada-drafter[teacher-service]'"
-        ) from error
-    return aiohttp, tenacity, msgspec

@@ -13,7 +13,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,13 +101,13 @@ def write_prompts(config: PipelineConfig) -> Drafts:
 
 @dataclass(frozen=True, slots=True)
 class PartialFile:
-    """The rounds of earlier sessions: a line with their key, then a round's prompts and a line with its counts."""
+    """The rounds of earlier sessions, a line each: prompts, the counts so far, the key of all that decides them."""
 
     path: Path
     key: str
 
     def read(self) -> Drafts:
-        """What the whole rounds hold; what a killed session left behind them is cut off.
+        """What the rounds hold; a line that a killed session did not end is cut off.
 
         Raises:
             PromptError: if it was written under another key.
@@ -113,38 +115,28 @@ class PartialFile:
         drafts = Drafts()
         if not self.path.exists():
             return drafts
-        texts: list[str] = []
-        position = end = 0
+        end = 0
         for line in self.path.read_bytes().splitlines(keepends=True):
             if not line.endswith(b"\n"):
                 break
-            position += len(line)
             value: dict[str, Any] = json.loads(line)
-            if "key" in value and value["key"] != self.key:
+            if value.get("settings") != self.key:
                 raise PromptError(
                     f"{self.path} was begun with another teacher, seed or settings of collect.write_prompts; restore "
                     "them to go on, or delete it to begin again"
                 )
-            if "prompt" in value:
-                texts.append(value["prompt"])
-            elif "drafts" in value:
-                drafts.texts += texts
-                drafts.written, drafts.repeats, drafts.unusable = value["drafts"], value["repeats"], value["unusable"]
-                texts = []
-            if "prompt" not in value:
-                end = position
-        with self.path.open("r+b") as file:
-            file.truncate(end)
+            drafts.texts += value["prompts"]
+            drafts.written, drafts.repeats, drafts.unusable = value["drafts"], value["repeats"], value["unusable"]
+            end += len(line)
+        os.truncate(self.path, end)
         return drafts
 
     def append(self, texts: list[str], drafts: Drafts) -> None:
         """One round, in one write."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        lines: list[dict[str, Any]] = [] if self.path.exists() and self.path.stat().st_size else [{"key": self.key}]
-        lines += [{"prompt": text} for text in texts]
-        lines.append({"drafts": drafts.written, "repeats": drafts.repeats, "unusable": drafts.unusable})
+        counts = {"drafts": drafts.written, "repeats": drafts.repeats, "unusable": drafts.unusable}
         with self.path.open("ab") as file:
-            file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+            file.write(json.dumps({"settings": self.key, "prompts": texts, **counts}).encode() + b"\n")
 
 
 def _write(
@@ -161,36 +153,32 @@ def _write(
             sampling = Sampling(settings.temperature, settings.top_p, settings.top_k, settings.max_prompt_tokens, seed)
             yield Request(str(number), header, sampling)
 
-    with lasting_interrupts() as check_interrupt, progress() as bar:
-        engine = open_engine(config)
-        try:
-            task = bar.add_task("writing prompts", total=settings.count, completed=len(drafts.texts), note="")
-            while len(drafts.texts) < settings.count:
-                answers = {int(a.key): a for a in engine.stream(requests(drafts.written), capture=False)}
-                check_interrupt()
-                kept = []
-                for number in sorted(answers):
-                    text = _text(answers[number], vocabulary, renderer, settings)
-                    if text is None:
-                        drafts.unusable += 1
-                    elif _plain(text) in seen:
-                        drafts.repeats += 1
-                    else:
-                        seen.add(_plain(text))
-                        kept.append(text)
-                drafts.written += _ROUND
-                drafts.texts += kept
-                partial.append(kept, drafts)
-                bar.update(task, completed=min(len(drafts.texts), settings.count), note=f"{drafts.written:,} drafts")
-                barren = 0 if kept else barren + 1
-                if barren == _BARREN_ROUNDS:
-                    raise ConfigError(
-                        f"the last {barren * _ROUND} drafts gave no new prompt, {len(drafts.texts)} of "
-                        f"{settings.count} are there; raise temperature or max_prompt_tokens of "
-                        "collect.write_prompts, or lower count"
-                    )
-        finally:
-            engine.close()
+    with lasting_interrupts() as check_interrupt, progress() as bar, closing(open_engine(config)) as engine:
+        task = bar.add_task("writing prompts", total=settings.count, completed=len(drafts.texts), note="")
+        while len(drafts.texts) < settings.count:
+            answers = {int(a.key): a for a in engine.stream(requests(drafts.written), capture=False)}
+            check_interrupt()
+            kept = []
+            for number in sorted(answers):
+                text = _text(answers[number], vocabulary, renderer, settings)
+                if text is None:
+                    drafts.unusable += 1
+                elif _plain(text) in seen:
+                    drafts.repeats += 1
+                else:
+                    seen.add(_plain(text))
+                    kept.append(text)
+            drafts.written += _ROUND
+            drafts.texts += kept
+            partial.append(kept, drafts)
+            bar.update(task, completed=min(len(drafts.texts), settings.count), note=f"{drafts.written:,} drafts")
+            barren = 0 if kept else barren + 1
+            if barren == _BARREN_ROUNDS:
+                raise ConfigError(
+                    f"the last {barren * _ROUND} drafts gave no new prompt, {len(drafts.texts)} of "
+                    f"{settings.count} are there; raise temperature or max_prompt_tokens of "
+                    "collect.write_prompts, or lower count"
+                )
 
 
 def _text(answer: Answer, vocabulary: Vocabulary, renderer: Renderer, settings: WritePromptsConfig) -> str | None:

@@ -19,7 +19,7 @@ from shared.errors import ConfigError
 from shared.stopping import StopRequest
 from shared.tokenizer.vocabulary import Vocabulary
 from teacher.collector import Collector, Counts
-from teacher.engine import Engine, ServiceEngine, open_engine, version_of
+from teacher.engine import TeacherEngine, open_engine, version_of
 from teacher.interrupts import lasting_interrupts
 from teacher.prompts import Renderer
 from teacher.runners.progress import Display
@@ -83,7 +83,7 @@ class Outcome:
     stopped_by: str | None = None
 
 
-def engine_for(job: Job, executor: str | None = None) -> Engine | ServiceEngine:
+def engine_for(job: Job, executor: str | None = None) -> TeacherEngine:
     """The teacher, as the job wants it; arguments and errors as `open_engine`."""
     started = time.monotonic()
     engine = open_engine(job.config, job.kind == "score", executor)

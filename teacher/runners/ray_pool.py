@@ -15,7 +15,7 @@ import logging
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 from shared.config import TeacherConfig
@@ -25,7 +25,7 @@ from shared.errors import ConfigError, EngineError, MissingExtraError, UserError
 from shared.stopping import StopRequest
 from shared.vllm_settings import is_cpu_build
 from teacher.collector import Collector, Counts
-from teacher.engine import Engine, ServiceEngine, prepare_environment
+from teacher.engine import TeacherEngine, prepare_environment
 from teacher.prompts import load_renderer
 from teacher.runners.local import LABELS, Job, Outcome, engine_for
 from teacher.runners.progress import Display
@@ -64,7 +64,7 @@ class Replica:
             engine.close()
         return self._counts
 
-    def open_engine(self) -> Engine | ServiceEngine:
+    def open_engine(self) -> TeacherEngine:
         """The teacher, with the GPUs of this actor's placement group."""
         return engine_for(self._job, self._executor)
 
@@ -244,10 +244,4 @@ class _Pool:
 
 
 def _sum(all_counts: Sequence[Counts]) -> Counts:
-    return Counts(
-        responses=sum(c.responses for c in all_counts),
-        tokens=sum(c.tokens for c in all_counts),
-        failures=sum(c.failures for c in all_counts),
-        units=sum(c.units for c in all_counts),
-        kept_mass=sum(c.kept_mass for c in all_counts),
-    )
+    return Counts(*map(sum, zip(*map(astuple, all_counts), strict=True)))

@@ -22,6 +22,7 @@ from rich.table import Table
 from shared.config import PrepareConfig
 from shared.console import stdout
 from student.alignment.align import Aligner
+from student.alignment.tables import PairTables
 from tests.fixtures.texts import RowMaker, corpus, llada_like, llama3, qwen, tekken
 
 PAIRS = {"Tekken": tekken, "Qwen": qwen, "LLaDA-like 8k": llada_like, "LLaMA 3 (equal)": llama3}
@@ -47,8 +48,10 @@ def main() -> None:
         for name, make in PAIRS.items():
             student, encoder = make()
             started = time.process_time()
-            aligner = Aligner(teacher, student, encoder, PrepareConfig(), teacher_encoder=teacher_encoder)
+            pair = PairTables(teacher, student, encoder, teacher_encoder)
+            _ = pair.tokenizations, pair.extensions
             tables = time.process_time() - started
+            aligner = Aligner(pair, PrepareConfig())
             aligner.align(records[0])  # compiles
             half = len(records) // 2
             for record in records[:half]:
@@ -56,7 +59,7 @@ def main() -> None:
             started = time.process_time()
             positions, members = 0, 0
             for record in records[half:]:
-                sample = aligner.align(record)
+                sample, _ = aligner.align(record)
                 assert sample is not None
                 positions += len(sample.byte_ends)
                 members += len(sample.targets.members)

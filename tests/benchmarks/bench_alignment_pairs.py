@@ -18,6 +18,7 @@ from shared.config import PrepareConfig
 from shared.console import stdout
 from student.alignment.align import Aligner
 from student.alignment.audit import measure
+from student.alignment.tables import PairTables
 from tests.fixtures.texts import TEXTS, RowMaker, llada_like, llama3, qwen, tekken
 
 PAIRS = {
@@ -42,7 +43,7 @@ def main() -> None:
         teacher, student = make_teacher(), make_student()
         maker = RowMaker(*teacher)
         records = [maker.record(text) for text in TEXTS.values()]
-        aligner = Aligner(teacher[0], student[0], student[1], PrepareConfig(), teacher_encoder=teacher[1])
+        aligner = Aligner(PairTables(teacher[0], *student, teacher[1]), PrepareConfig())
         report, _ = measure(aligner, records)
         results[name] = asdict(report)
         table.add_row(

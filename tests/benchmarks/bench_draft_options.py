@@ -60,9 +60,9 @@ def main(
         )
         size, way = variant.get("draft_vocabulary"), variant.get("denoising", Denoising())
         kept = drafter.forward._draftable_S.numpy() if size is None else frequent_tokens(directory, size)
-        result = draft_along(drafter, records, tokens, config.evaluate.batch)
+        result = draft_along(drafter, records, config.evaluate.batch)
         started = time.perf_counter()
-        alone = draft_along(drafter, records[:4], tokens, 1)
+        alone = draft_along(drafter, records[:4], 1)
         rows.append(
             {
                 "draft vocabulary": len(drafter.forward._draftable_S),

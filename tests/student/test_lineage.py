@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -35,13 +34,6 @@ from tests.fixtures.toy_run import load_toy, write_toy_shards
 
 STEPS = ["train.steps=2"]
 HEXADECIMAL = r"[0-9a-f]{12}"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LLADA_DRAFTER_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -304,6 +296,7 @@ def test_speculation_wants_the_dataset_that_the_student_learned_from(config: Pip
 
 @pytest.mark.slow
 @pytest.mark.distributed
+@pytest.mark.usefixtures("warm_training")
 def test_whoever_starts_the_ranks_the_checks_are_the_same(config: PipelineConfig) -> None:
     trained = weights_fingerprint(config.student_final_dir)
     digits = "student.tokenizer.individual_digits=true"

@@ -125,6 +125,7 @@ def test_what_the_file_does_not_say_is_asked_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("warm_training")
 def test_a_command_that_fails_ends_the_run_with_its_code(tmp_path: Path) -> None:
     run = migrated(SAMPLE, "--config", "configs/demo.yaml", "--set", f"runs={tmp_path}", "--run", "--", "--tokenizer",
                    tmp_path / "none")  # fmt: skip
@@ -140,7 +141,7 @@ def losses(config: PipelineConfig) -> list[float]:
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.xdist_group("smollm2")
+@pytest.mark.usefixtures("warm_training")
 def test_logits_become_a_trained_and_tested_student(tmp_path: Path, smollm2: Path) -> None:
     run = migrated(SAMPLE, "--config", toy_config(tmp_path), "--set", f"teacher.model={smollm2}", "--run")
     assert run.returncode == 0, run.stderr
@@ -157,6 +158,7 @@ def test_logits_become_a_trained_and_tested_student(tmp_path: Path, smollm2: Pat
 
 @pytest.mark.slow
 @pytest.mark.distributed
+@pytest.mark.usefixtures("warm_training")
 def test_conversations_become_a_trained_and_tested_student(tmp_path: Path) -> None:
     script = edited(tmp_path, "USE_LOGITS=", "USE_LOGITS=false")
     shape = "{d_model: 64, n_layers: 2, n_heads: 4, n_kv_heads: 2, mlp_hidden_size: 128}"

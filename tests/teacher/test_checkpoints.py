@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import multiprocessing
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from shared.config import TeacherConfig, load_config
 from shared.errors import CheckpointError
-from teacher.checkpoints import _exclusive_sibling, check_checkpoint, ensure_checkpoint, locate_gguf, vocabulary_size
+from teacher import checkpoints
+from teacher.checkpoints import check_checkpoint, convert_gguf, ensure_checkpoint, locate_gguf, vocabulary_size
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
 
@@ -63,54 +63,34 @@ def test_what_a_failed_conversion_wrote_does_not_stay(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.gguf"]
 
 
-def test_a_killed_conversion_is_cleared_and_repeated(tmp_path: Path) -> None:
-    (tmp_path / ".model.partial").mkdir()
-    (tmp_path / ".model.partial" / "half.safetensors").write_bytes(b"half")
-    with _exclusive_sibling(tmp_path / "model") as partial:
-        assert partial is not None
-        assert list(partial.iterdir()) == []
-        (partial / "whole").write_text("whole")
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-    with _exclusive_sibling(tmp_path / "model") as partial:
-        assert partial is None
+def _convert_once(source: Path, directory: Path) -> None:
+    with (directory.parent / "log").open("a") as log:
+        log.write("converting\n")
+    (directory / "weights").write_text(source.name)
 
 
-def _convert(destination: Path, log: Path) -> None:
-    with _exclusive_sibling(destination) as partial:
-        if partial is not None:
-            (partial / "weights").write_text("w")
-            with log.open("a") as file:
-                file.write("converted\n")
+def test_a_killed_conversion_is_cleared_and_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "_convert", _convert_once)
+    (tmp_path / "model.partial").mkdir()
+    (tmp_path / "model.partial" / "half.safetensors").write_bytes(b"half")
+    convert_gguf(Path("w.gguf"), tmp_path / "model")
+    convert_gguf(Path("other.gguf"), tmp_path / "model")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "model"]
+    assert [(path.name, path.read_text()) for path in (tmp_path / "model").iterdir()] == [("weights", "w.gguf")]
 
 
-def test_processes_that_start_together_convert_once(tmp_path: Path) -> None:
+def test_processes_that_start_together_convert_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "_convert", _convert_once)
     context = multiprocessing.get_context("fork")
-    workers = [context.Process(target=_convert, args=(tmp_path / "model", tmp_path / "log")) for _ in range(4)]
+    arguments = (Path("w.gguf"), tmp_path / "models" / "model")
+    workers = [context.Process(target=convert_gguf, args=arguments) for _ in range(4)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
     assert [worker.exitcode for worker in workers] == [0] * 4
-    assert (tmp_path / "log").read_text() == "converted\n"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "model"]
-
-
-def test_a_conversion_that_ends_between_a_look_and_a_lock_is_not_repeated(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made, mkdir = [], Path.mkdir
-
-    def mkdir_late(path: Path, *arguments: Any, **options: Any) -> None:
-        if path.name == ".model.partial" and not made:
-            made.append(path)
-            _convert(tmp_path / "model", tmp_path / "log")  # of another process
-        mkdir(path, *arguments, **options)
-
-    monkeypatch.setattr(Path, "mkdir", mkdir_late)
-    _convert(tmp_path / "model", tmp_path / "log")
-    assert made
-    assert (tmp_path / "log").read_text() == "converted\n"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "model"]
+    assert (tmp_path / "models" / "log").read_text() == "converting\n"
+    assert sorted(path.name for path in (tmp_path / "models").iterdir()) == ["log", "model"]
 
 
 @pytest.mark.slow

@@ -85,7 +85,7 @@ def collector_of(config: PipelineConfig, engine: ScriptedEngine) -> tuple[Collec
     plan = prepare(config)
     directory = Path(config.teacher.model)
     vocabulary = Vocabulary.from_tokenizer(directory)
-    provenance = provenance_of(config, vocabulary, plan.renderer, prompts_fingerprint(plan.prompts), "collect")
+    provenance = provenance_of(config, vocabulary, plan.renderer, prompts_fingerprint(plan.fitting.prompts), "collect")
     writer = DatasetWriter(config.shards_dir, provenance, vocabulary, directory)
     return Collector(config, plan.renderer, vocabulary, writer, engine), writer, plan.units
 
@@ -311,7 +311,7 @@ def test_a_template_that_reads_the_clock_is_refused_before_anything_is_written(
         prepare(config)
     config = with_template(make_config(collect__template_arguments={"date": "1.1.2024"}), tmp_path, DATED)
     plan = prepare(config)
-    assert plan.renderer.render(plan.prompts[0]).text.startswith("1.1.2024\n<|im_start|>")
+    assert plan.renderer.render(plan.fitting.prompts[0]).text.startswith("1.1.2024\n<|im_start|>")
     assert not config.run_dir.exists()
 
 

@@ -32,7 +32,7 @@ def test_batches_have_the_lengths_of_single_prompts(make_config: Maker) -> None:
     ready = json.dumps({"id": "r", "prompt": "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"})
     config = make_config(prompts="\n".join([prompts_of(1, 5, 20), special, ready]))
     plan = prepare(config)
-    assert plan.prompt_tokens == {p.id: len(plan.renderer.render(p).ids) for p in plan.prompts}
+    assert plan.fitting.tokens == {p.id: len(plan.renderer.render(p).ids) for p in plan.fitting.prompts}
 
 
 def test_overlong_prompts_are_skipped_and_recorded(make_config: Maker, caplog: pytest.LogCaptureFixture) -> None:
@@ -57,13 +57,13 @@ def test_overlong_prompts_are_cut_to_what_leaves_room_for_an_answer(make_config:
     plan.fitting.save(config.run_dir)
     entries = overlong(config)
     assert [entry["action"] for entry in entries] == ["truncated", "truncated"]
-    for prompt in plan.prompts:
+    for prompt in plan.fitting.prompts:
         rendered = plan.renderer.render(prompt)
-        assert len(rendered.ids) == plan.prompt_tokens[prompt.id]
+        assert len(rendered.ids) == plan.fitting.tokens[prompt.id]
         assert rendered.text.endswith("<|im_end|>\n<|im_start|>assistant\n")  # the template is whole
         if prompt.id != "p-1":
             assert ROOM - 8 - 3 <= len(rendered.ids) <= ROOM - 8  # max_response_tokens is 8
-    assert [entry["kept_tokens"] for entry in entries] == [plan.prompt_tokens[entry["id"]] for entry in entries]
+    assert [entry["kept_tokens"] for entry in entries] == [plan.fitting.tokens[entry["id"]] for entry in entries]
 
 
 def test_what_cannot_be_cut_is_skipped(make_config: Maker) -> None:
@@ -76,9 +76,9 @@ def test_what_cannot_be_cut_is_skipped(make_config: Maker) -> None:
 @pytest.mark.parametrize(("spare", "fits"), [(0, False), (1, True)])
 def test_a_prompt_as_long_as_the_context_leaves_no_room(make_config: Maker, spare: int, fits: bool) -> None:
     plan = prepare(make_config(prompts=prompts_of(1, 20)))
-    length = plan.prompt_tokens["p-20"]
+    length = plan.fitting.tokens["p-20"]
     plan = prepare(make_config(prompts=prompts_of(1, 20), teacher__max_sequence_tokens=length + spare))
-    assert ("p-20" in plan.prompt_tokens) is fits
+    assert ("p-20" in plan.fitting.tokens) is fits
 
 
 def test_only_overlong_prompts_are_refused(make_config: Maker) -> None:

@@ -70,7 +70,7 @@ def cluster() -> Iterator[None]:
 def started(config: PipelineConfig) -> tuple[Job, DatasetWriter, list[Unit]]:
     plan, directory = prepare(config), Path(config.teacher.model)
     vocabulary = Vocabulary.from_tokenizer(directory)
-    provenance = provenance_of(config, vocabulary, plan.renderer, prompts_fingerprint(plan.prompts), "collect")
+    provenance = provenance_of(config, vocabulary, plan.renderer, prompts_fingerprint(plan.fitting.prompts), "collect")
     writer = DatasetWriter(config.shards_dir, provenance, vocabulary, directory)
     return Job(config, provenance, vocabulary, "collect"), writer, plan.units
 

@@ -18,12 +18,12 @@ import psutil
 import pytest
 
 from shared.dataset.reader import Dataset
+from shared.dataset.records import Record
 from shared.stopping import REQUEUE_EXIT_CODE
 from tests.fixtures.random_teacher import save_random_teacher, write_run
 from tests.teacher.conftest import write_config
 
-# One worker runs them all, and those of test_vllm: two cores hold two engines, not four.
-pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.xdist_group("teacher_vllm")]
+pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.usefixtures("warm_serving")]
 
 ROOT = Path(__file__).parents[2]
 TOLERANCE = 2e-3
@@ -44,9 +44,9 @@ class Run:
         self.logs = [folder / f"{name}-{i}.log" for i in range(12)]
         self.started = 0
 
-    def start(self, *arguments: str) -> subprocess.Popen[bytes]:
+    def start(self, *arguments: str, cli: str = "teacher.cli") -> subprocess.Popen[bytes]:
         """`teacher collect` in a process group of its own."""
-        command = [sys.executable, "-m", "teacher.cli", "collect", str(self.config), "--log-level", "debug", *arguments]
+        command = [sys.executable, "-m", cli, "collect", str(self.config), "--log-level", "debug", *arguments]
         with self.logs[self.started].open("wb") as log:
             self.started += 1
             # Ray would print one of two actors' similar lines.
@@ -85,16 +85,25 @@ def whole(base: Path) -> Run:
     return run
 
 
+def records(run: Run) -> dict[str, Record]:
+    return {record.sample_id: record for record in Dataset.open(run.shards).records()}
+
+
 def assert_same(whole: Run, run: Run) -> None:
-    """The same records, nothing left over, and no unit published twice."""
-    ours, theirs = ({record.sample_id: record for record in Dataset.open(one.shards).records()} for one in (whole, run))
-    assert list(ours) == list(theirs)
+    """The same records, and all of `assert_whole`."""
+    assert_whole(whole, run)
+    ours, theirs = records(whole), records(run)
     for key, record in ours.items():
         again = theirs[key]
         np.testing.assert_array_equal(record.response_ids, again.response_ids)
         assert record.distributions is not None
         assert again.distributions is not None
         np.testing.assert_allclose(record.distributions.sampled, again.distributions.sampled, atol=TOLERANCE)
+
+
+def assert_whole(whole: Run, run: Run) -> None:
+    """Records of the same names, nothing left over, and no unit published twice."""
+    assert list(records(whole)) == list(records(run))
     names = [sorted(str(p.relative_to(one.shards)) for p in one.shards.rglob("*")) for one in (whole, run)]
     assert names[0] == names[1]
     assert len(run.published()) == len(set(run.published()))
@@ -150,21 +159,33 @@ def test_four_array_tasks_in_any_order_stopped_and_killed(whole: Run, base: Path
     assert_same(whole, run)
 
 
-def test_ray_actors_that_die_are_replaced_and_the_run_goes_on_after_its_end(whole: Run, base: Path) -> None:
+RAY = ("--runner", "ray", "--workers", "2")
+
+
+def test_a_ray_driver_that_is_stopped_or_killed_is_gone_on_with(whole: Run, base: Path) -> None:
+    """Its actors' engine is scripted, which starts at once."""
     pytest.importorskip("ray")
-    run = Run(base.parent, base, "ray")
-    arguments = ("--runner", "ray", "--workers", "2")
-    driver = run.start(*arguments)
+    run = Run(base.parent, base, "ray_scripted")
+    driver = run.start(*RAY, cli="tests.teacher.scripted_ray")
     with ended(driver):
         run.wait_for_commits(4, driver)
         driver.send_signal(signal.SIGTERM)
         assert driver.wait(120) == REQUEUE_EXIT_CODE, run.said()
-    driver = run.start(*arguments)
+    driver = run.start(*RAY, cli="tests.teacher.scripted_ray")
     with ended(driver):
         run.wait_for_commits(run.commits() + 4, driver)
         driver.kill()
         driver.wait()
-    driver = run.start(*arguments)
+    driver = run.start(*RAY, cli="tests.teacher.scripted_ray")
+    with ended(driver):
+        assert driver.wait(600) == 0, run.said()
+    assert_whole(whole, run)
+
+
+def test_a_ray_actor_that_dies_is_replaced(whole: Run, base: Path) -> None:
+    pytest.importorskip("ray")
+    run = Run(base.parent, base, "ray")
+    driver = run.start(*RAY)
     with ended(driver):
         os.kill(_working_actor(run, driver), signal.SIGKILL)
         assert driver.wait(600) == 0, run.said()

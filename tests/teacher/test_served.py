@@ -17,11 +17,11 @@ from shared.config import load_config
 from shared.dataset.reader import Dataset
 from shared.dataset.records import Record
 from shared.errors import ServiceError
-from teacher.engine import ServiceEngine
+from teacher.engine.service import ServiceEngine
 from tests.fixtures.teacher_server import Server
 from tests.teacher.conftest import finish, teacher, write_config
 
-pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.xdist_group("teacher_served")]
+pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.usefixtures("warm_serving")]
 
 ROOT = Path(__file__).parents[2]
 TOLERANCE = 2e-3

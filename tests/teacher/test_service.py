@@ -19,9 +19,9 @@ import pytest
 from shared.config import TeacherConfig
 from shared.dataset.records import Sampling
 from shared.errors import ServiceError
-from teacher.engine import Request, ServiceEngine, version_of
+from teacher.engine import Request, version_of
 from teacher.engine.serve import server_command
-from teacher.engine.service import _by_id, to_columns
+from teacher.engine.service import ServiceEngine, _by_id, to_columns
 
 V = 300
 """Tokens of the tiny checkpoint."""

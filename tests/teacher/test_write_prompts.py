@@ -70,7 +70,7 @@ def test_a_teacher_that_repeats_itself_is_stopped_and_goes_on_behind_its_last_ro
     with pytest.raises(ConfigError, match=r"the last 1024 drafts gave no new prompt, 1 of 3 are there; raise"):
         run(["always this"], count=3)
     partial = tmp_path / "self.jsonl.partial"
-    partial.write_bytes(partial.read_bytes() + b'{"prompt": "of a round that was cut off"}\n{"prom')
+    partial.write_bytes(partial.read_bytes() + b'{"settings": "of a round that was cut off", "prom')
     with pytest.raises(PromptError, match=r"begun with another teacher, seed or settings .* delete it to begin again"):
         run(["always this"], count=3, seed=1)
     drafts, writer = run([f"question {i}" for i in range(9)], count=3)
@@ -83,7 +83,7 @@ def test_a_dataset_of_such_prompts_says_so(run: Run, make_config: Maker, tmp_pat
     section = {"path": str(tmp_path / "self.jsonl"), "count": 12, "temperature": 0.5}
     config = make_config(collect__prompts=section["path"], collect__write_prompts=section)
     plan = prepare(config)
-    assert {prompt.skill for prompt in plan.prompts} == {"self-generated"}
+    assert {prompt.skill for prompt in plan.fitting.prompts} == {"self-generated"}
     vocabulary = Vocabulary.from_tokenizer(Path(config.teacher.model))
     details = provenance_of(config, vocabulary, plan.renderer, "prompts", "collect").details
     assert details["write_prompts"]["temperature"] == 0.5

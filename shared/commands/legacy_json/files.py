@@ -18,7 +18,6 @@ from rich.progress import Progress
 from shared.commands.legacy_json.layout import EntryReader, ImportSettings, to_entry
 from shared.commands.legacy_json.models import ENTRY_EXAMPLE
 from shared.console import progress
-from shared.dataset.checks import check_records
 from shared.dataset.columns import records_to_table
 from shared.dataset.reader import Dataset, Manifest, Provenance
 from shared.dataset.records import Record
@@ -123,10 +122,6 @@ def _check_entries(reader: EntryReader, source: Path, bar: Progress) -> int:
     prompts: dict[str, tuple[int, str]] = {}  # prompt_id → the conversation that it is of, and its place
     for batch in _batches(reader, source):
         for where, record in batch:
-            try:
-                check_records([record], len(reader.vocabulary))
-            except DatasetError as error:
-                raise DatasetError(f"{where}: {error}") from error
             if (place := ids.setdefault(record.sample_id, where)) != where:
                 raise DatasetError(f"{where}: id {record.sample_id!r} is also that of {place}; ids must be unique")
             conversation = hash(record.messages)
@@ -135,8 +130,12 @@ def _check_entries(reader: EntryReader, source: Path, bar: Progress) -> int:
                 raise DatasetError(
                     f"{where}: prompt_id {record.prompt_id!r} is that of another prompt in {place}; one id for each"
                 )
-        table = records_to_table([record for _, record in batch], check=False)
-        for problem in table_problems(table, reader.vocabulary):
+        try:
+            table = records_to_table([record for _, record in batch], len(reader.vocabulary))
+            problem = next(table_problems(table, reader.vocabulary), None)
+        except DatasetError as error:
+            problem = str(error)
+        if problem is not None:
             at = next((where for where, record in batch if problem.startswith(f"record {record.sample_id!r}")), source)
             raise DatasetError(f"{at}: {problem}")
         count += len(batch)

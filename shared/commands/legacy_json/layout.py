@@ -31,7 +31,7 @@ from shared.errors import ConfigError, DatasetError, PromptError
 from shared.tokenizer.chat import ChatEncoder
 from shared.tokenizer.files import read_tokenizer_file
 from shared.tokenizer.template import ChatTemplate
-from shared.tokenizer.vocabulary import Vocabulary
+from shared.tokenizer.vocabulary import Vocabulary, first_difference
 
 log = logging.getLogger(__name__)
 
@@ -276,8 +276,7 @@ def _conversation(entry: Entry, where: str) -> tuple[tuple[Message, ...], str]:
 
 
 def _differ(where: str, one: str, said: str, other: str, said_there: str) -> NoReturn:
-    at = next((i for i, pair in enumerate(zip(said, said_there, strict=False)) if pair[0] != pair[1]), None)
-    at = min(len(said), len(said_there)) if at is None else at
+    at = first_difference(said, said_there)
     start = max(at - 10, 0)
     raise DatasetError(
         f"{where}: {one} and {other} differ at character {at}: {said[start : at + 20]!r} against "

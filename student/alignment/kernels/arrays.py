@@ -7,6 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from student.alignment.tables import Csr
+
 Ints = NDArray[np.int64]
 Ids = NDArray[np.int32]
 Floats = NDArray[np.float64]
@@ -14,20 +16,13 @@ Bytes = NDArray[np.uint8]
 Flags = NDArray[np.bool_]
 
 
-class Csr(NamedTuple):
-    """Rows of ids: row n is `values[offsets[n] : offsets[n + 1]]`."""
-
-    offsets: Ints
-    values: Ids
-
-
 class TeacherTokens(NamedTuple):
-    """Bytes of the teacher's tokens: blob, offsets [V_T + 1], text tokens in order of bytes, length of the longest."""
+    """Bytes of the teacher's tokens: blob, offsets [V_T + 1], length of the longest; the number of text tokens."""
 
     blob: Bytes
     offsets: Ints
-    in_order: Ints
     longest: int
+    texts: int
 
 
 class Rows(NamedTuple):
@@ -89,29 +84,12 @@ class Inside(NamedTuple):
     known: Floats
 
 
-class Heads(NamedTuple):
-    """What a position where a teacher token starts needs of the vocabulary pair.
-
-    Attributes:
-        of_teacher: [V_T, 4], one cache line for each v: the first token of its tokenization (-1 without one), the
-            teacher token in whose list of extensions that is (-1 if in none), first and stop of v's own list, which
-            a special has none of.
-        owners: [V_S], the teacher token in whose list s is, -1 if in none.
-        extensions: the lists, one after the other.
-    """
-
-    of_teacher: Ids
-    owners: Ids
-    extensions: Ids
-
-
 class Scratch(NamedTuple):
-    """Kept between calls. `seen` [V_S], `met` [V_T]: the round in which a student token, or a candidate, was last met,
-    and the place of its candidate, in one number. `round` [1] counts positions."""
+    """Kept between calls. `met_by` [V_S]: at the position in work, the first candidate that a student token was met
+    with, -1 where it was not. `related` [V_S]: the student tokens met there, in that order."""
 
-    seen: Ints
-    met: Ints
-    round: Ints
+    met_by: Ids
+    related: Ids
 
 
 class Events(NamedTuple):

@@ -8,36 +8,31 @@ Per teacher token at k = 64 this costs 8 to 40 µs on one core.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shared.dataset.records import Distributions, offsets_of
 from student.alignment.kernels import events, paths, rows
-from student.alignment.kernels.arrays import Candidates, Csr, Events, Heads, Inside, Rows, Scratch, TeacherTokens
+from student.alignment.kernels.arrays import Candidates, Events, Inside, Rows, Scratch, TeacherTokens
 from student.alignment.spans import Spans, covered_path
-from student.alignment.tables import PairTables
+from student.alignment.tables import Csr, PairTables
 from student.alignment.targets import SparseTargets, Targets
 
 
 class TargetKernels:
-    """Computes targets for one pair of vocabularies; keeps scratch memory of the size of both."""
+    """Computes targets for one pair of vocabularies; keeps scratch memory of the size of the student's."""
 
     def __init__(self, tables: PairTables, min_known_mass: float) -> None:
         self.tables, self.min_known_mass = tables, min_known_mass
-        self._scratch = Scratch(
-            np.zeros(len(tables.student), np.int64), np.zeros(len(tables.teacher), np.int64), np.ones(1, np.int64)
-        )
-        self._heads = _table_heads(tables)
+        self._scratch = Scratch(np.full(len(tables.student), -1, np.int32), np.empty(len(tables.student), np.int32))
         lengths = tables.teacher.byte_lengths
         self._tokens = TeacherTokens(
             np.frombuffer(b"".join(tables.teacher.tokens), dtype=np.uint8),
             offsets_of(lengths),
-            tables.sorted_teacher[1].astype(np.int64),
             int(lengths.max(initial=1)),
+            len(tables.sorted_teacher[0]),
         )
-        self._alone = Csr(tables.tokenization_offsets, tables.tokenization_ids)
 
     def compute(self, spans: Spans, distributions: Distributions) -> Targets:
         """Targets of all S positions of one response."""
@@ -50,13 +45,14 @@ class TargetKernels:
             spans.teacher_ids,
         )
         candidates = self._find_candidates(spans, read)
-        inside = paths.survivors(spans, read, candidates, self._tokens, self.min_known_mass)
+        inside = paths.survivors(spans, read, candidates, self._tokens, self._count_longer(spans), self.min_known_mass)
         chained, anchored = paths.observed_logprobs(spans, read, candidates, self._tokens, inside.kept)
         built = events.build_events(
             spans,
             read,
-            self._heads,
             inside,
+            self.tables.tokenizations,
+            self.tables.extensions,
             self._extend_inside(spans, read, inside),
             self._continue_longer(spans),
             anchored,
@@ -81,32 +77,31 @@ class TargetKernels:
                 spans.starts[spans.base[row_of]].tolist(), spans.teacher_starts[row_of].tolist(), strict=True
             )
         ]
-        in_context = _csr(map(self.tables.tokenization_after, before, read.ids[found].tolist()))
-        return Candidates(matches, reach, context_of, in_context, self._alone)
+        in_context = Csr.of(map(self.tables.tokenization_after, before, read.ids[found].tolist()))
+        return Candidates(matches, reach, context_of, in_context, self.tables.tokenizations)
+
+    def _count_longer(self, spans: Spans) -> NDArray[np.int64]:
+        """[S], the teacher's tokens that have y_j's bytes before x_i and go on; 0 where x_i is not inside y_j."""
+        counts = np.zeros(len(spans.ids), np.int64)
+        rows = spans.teacher_index
+        inside = np.flatnonzero(~spans.is_anchor)
+        fixed = spans.starts[inside] - spans.teacher_starts[rows[inside]]
+        tokens = spans.teacher_ids[rows[inside]]
+        counts[inside] = [*map(self.tables.count_longer, fixed.tolist(), tokens.tolist())]
+        return counts
 
     def _extend_inside(self, spans: Spans, read: Rows, inside: Inside) -> Csr:
         """Extensions of the survivors inside teacher tokens, one row per survivor."""
         fixed = np.repeat(spans.starts - spans.teacher_starts[spans.teacher_index], np.diff(inside.offsets))
-        return _csr(map(self.tables.extensions_after, fixed.tolist(), read.ids[inside.found].tolist()))
+        return Csr.of(map(self.tables.extensions_after, fixed.tolist(), read.ids[inside.found].tolist()))
 
     def _continue_longer(self, spans: Spans) -> Csr:
         """Continuations of the observed tokens that reach past their teacher token, one row per position."""
         counts = np.zeros(len(spans.ids), np.int64)
         longer = np.flatnonzero(~spans.is_special & (spans.ends > spans.teacher_ends[spans.teacher_index]))
-        found = _csr(self.tables.continuations(*covered_path(spans, i)) for i in longer.tolist())
+        found = Csr.of(self.tables.continuations(*covered_path(spans, i)) for i in longer.tolist())
         counts[longer] = np.diff(found.offsets)
         return Csr(offsets_of(counts), found.values)
-
-
-def _table_heads(tables: PairTables) -> Heads:
-    special = tables.teacher.is_special
-    first, stop = tables.tokenization_offsets[:-1], tables.tokenization_offsets[1:]
-    padded = np.append(tables.tokenization_ids, np.int32(-1))
-    token = np.where(stop > first, padded[first], -1)
-    owners = np.where((tables.first_teacher >= 0) & ~special[tables.first_teacher], tables.first_teacher, -1)
-    listed = (np.where(special, 0, tables.extension_offsets[at:][: len(special)]) for at in (0, 1))
-    heads = np.stack([token, np.where(token >= 0, owners[token], -1), *listed], axis=1)
-    return Heads(heads.astype(np.int32), owners.astype(np.int32), tables.extension_ids)
 
 
 def _sparse(built: Events) -> SparseTargets:
@@ -118,9 +113,3 @@ def _sparse(built: Events) -> SparseTargets:
         tail=built.tail.astype(np.float32),
         known=built.known.astype(np.float32),
     )
-
-
-def _csr(rows: Iterable[NDArray[np.int32]]) -> Csr:
-    rows = list(rows)
-    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
-    return Csr(offsets_of(lengths), np.concatenate([*rows, np.empty(0, np.int32)]))

@@ -10,8 +10,13 @@ from student.alignment.spans import Spans
 
 
 @njit(cache=True)
-def survivors(spans: Spans, rows: Rows, candidates: Candidates, tokens: TeacherTokens, min_known_mass: float) -> Inside:
-    """The candidates that are possible at every position inside a teacher token; none below `min_known_mass`."""
+def survivors(
+    spans: Spans, rows: Rows, candidates: Candidates, tokens: TeacherTokens, longer: Ints, min_known_mass: float
+) -> Inside:
+    """The candidates that are possible at every position inside a teacher token; none below `min_known_mass`.
+
+    `longer`: how many of the teacher's tokens have y_j's bytes before x_i and go on [S].
+    """
     count = len(spans.ids)
     bound = 0
     for i in range(count):
@@ -42,12 +47,11 @@ def survivors(spans: Spans, rows: Rows, candidates: Candidates, tokens: TeacherT
             total += 1
             kept[i] += mass[n]
         # The tail inside the token: what can be expected there, and the most that there can be.
-        v = spans.teacher_ids[j]
-        longer = _count_longer(tokens, starts[v], fixed) - alike
-        outside = max(1, len(tokens.in_order) - (rows.offsets[j + 1] - rows.offsets[j]))
-        possible = min(rows.tail[j], longer * rows.least[j])
+        others = longer[i] - alike
+        outside = max(1, tokens.texts - (rows.offsets[j + 1] - rows.offsets[j]))
+        possible = min(rows.tail[j], others * rows.least[j])
         known[i] = kept[i] / (kept[i] + possible)
-        scale[i] = 1 / (kept[i] + min(possible, rows.tail[j] * longer / outside))
+        scale[i] = 1 / (kept[i] + min(possible, rows.tail[j] * others / outside))
         if known[i] < min_known_mass:
             total = first
         offsets[i + 1] = total
@@ -68,34 +72,6 @@ def _tokenized_alike(n: int, v: int, depth: int, spans: Spans, base: int, candid
         if listed.values[first + k] != spans.ids[base + k]:
             return False, -1
     return True, listed.values[first + depth] if stop - first > depth else -1
-
-
-@njit(cache=True)
-def _count_longer(tokens: TeacherTokens, prefix: int, length: int) -> int:
-    """Tokens longer than `length` that start with blob[prefix : prefix + length]."""
-    bounds = (0, 0)
-    for after in range(2):  # the first token that starts with the prefix and is longer; the first that sorts after all
-        low, high = bounds[1], len(tokens.in_order)
-        while low < high:
-            middle = (low + high) // 2
-            if _order(tokens, tokens.in_order[middle], prefix, length) <= after:
-                low = middle + 1
-            else:
-                high = middle
-        bounds = (bounds[1], low)
-    return bounds[1] - bounds[0]
-
-
-@njit(cache=True)
-def _order(tokens: TeacherTokens, token: int, prefix: int, length: int) -> int:
-    """-1, 0, 1, 2: the token sorts before the prefix, is it, starts with it and goes on, sorts after all such."""
-    start, stop = tokens.offsets[token], tokens.offsets[token + 1]
-    for k in range(length):
-        if start + k >= stop or tokens.blob[start + k] < tokens.blob[prefix + k]:
-            return -1
-        if tokens.blob[start + k] > tokens.blob[prefix + k]:
-            return 2
-    return 0 if stop - start == length else 1
 
 
 @njit(cache=True)

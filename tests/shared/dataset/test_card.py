@@ -126,6 +126,17 @@ def test_a_merge_of_what_was_collected_and_of_files_with_both_splits(tmp_path: P
     assert (tmp_path / "m/manifest.json").read_bytes() == before
 
 
+def test_the_half_of_a_shard_that_has_the_name_of_another_shard_replaces_nothing(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "a", {"import-000000": small_units()["unit-001"]})
+    write_dataset(tmp_path / "b", {"train-import-000000": make_records(2, seed=9)})
+    merge([tmp_path / "a", tmp_path / "b"], tmp_path / "m")
+    merged = Dataset.open(tmp_path / "m")
+    assert sorted(unit.unit for unit in merged.manifest.units) == [
+        "01-train-import-000000", "held_out-00-import-000000", "train-00-import-000000",
+    ]  # fmt: skip
+    assert len(list(merged.records())) == 4 + 2
+
+
 def test_files_with_both_splits_are_no_training_data(tmp_path: Path) -> None:
     write_dataset(tmp_path / "d", {"train-but-not-all": small_units()["unit-001"], "u": make_records(2, seed=5)})
     found = loaded(tmp_path / "d")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from shared.dataset.reader import Dataset, open_shard
+from shared.dataset.reader import Dataset
 from shared.dataset.records import Record
 from shared.dataset.schema import STEPS_PER_NAT
 from shared.dataset.validate import validate_dataset
 from shared.errors import DatasetError
-from tests.fixtures.records import byte_vocabulary, make_records, small_units, write_dataset
+from tests.fixtures.records import byte_vocabulary, small_units, write_dataset
 
 
 def assert_same(left: Record, right: Record, exact: bool = True) -> None:
@@ -68,29 +67,6 @@ def test_records_are_chosen_by_split_and_rule(tmp_path: Path) -> None:
     assert [r.sample_id for r in held_out] == [records[3].sample_id for records in units.values()]
     assert all(r.distributions is None for r in held_out)
     assert list(dataset.records(split="held_out", rule="greedy")) == []
-
-
-def test_row_groups_that_are_read_side_by_side_come_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shared.dataset.writer.ROW_GROUP_CANDIDATES", 1)  # a row group a record
-    units = {f"u{i}": make_records(40, seed=i) for i in range(5)}
-    write_dataset(tmp_path / "d", units)
-    dataset = Dataset.open(tmp_path / "d")
-    assert open_shard(dataset.storage, dataset.manifest.units[0]).metadata.num_row_groups == 40
-    written = [record for records in units.values() for record in records]
-    for read, record in zip(dataset.records(), written, strict=True):
-        assert_same(read, record, exact=False)
-    for index in (199, 0, 41, 120):
-        assert_same(dataset[index], written[index], exact=False)
-    assert sum(table.num_rows for table in dataset.tables(["sample_id"])) == len(written)
-
-
-def test_reading_may_stop_anywhere(tmp_path: Path) -> None:
-    write_dataset(tmp_path / "d", {f"u{i}": make_records(3, seed=i) for i in range(20)})
-    before = threading.active_count()
-    records = Dataset.open(tmp_path / "d").records()
-    next(records)
-    records.close()
-    assert threading.active_count() == before
 
 
 def test_an_index_outside_the_dataset_is_an_index_error(tmp_path: Path) -> None:

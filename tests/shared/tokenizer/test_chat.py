@@ -101,7 +101,7 @@ def test_ordinary_prompts_have_the_ids_of_apply_chat_template(named: tuple[str, 
     _, chat = named
     file = chat._file
     tokens = {key: value for key, value in file.settings.items() if key in ("bos_token", "eos_token")}
-    tree = file.tree if file.tree["model"]["merges"] else with_merges(file.tree)
+    tree = with_merges(file.tree)
     theirs = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(tree)), **tokens)
     theirs.chat_template = file.chat_template
     for turns in CONVERSATIONS:

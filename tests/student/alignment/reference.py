@@ -92,7 +92,7 @@ class ReferenceAlignment:
         before = self.text[start : self.spans.teacher_starts[row]]
         if before:
             return self.tables.tokenization_after(before, candidate).tolist()
-        return self.tables.tokenization(candidate).tolist()
+        return self.tables.tokenizations.row(candidate).tolist()
 
     def reaches(self, row: int, candidate: int, position: int) -> bool:
         """`candidate` in place of y_row has the text's bytes up to the start of student token `position`, and perhaps
@@ -158,10 +158,11 @@ class ReferenceAlignment:
     def related(self, j: int, v: int, i: int, fixed: int) -> list[int]:
         """Student tokens at position i that belong to candidate v of row j."""
         if self.tables.teacher.is_special[v]:
-            return self.tables.tokenization(v).tolist()
-        related = set(self.tables.extensions_after(fixed, v).tolist())
+            return self.tables.tokenizations.row(v).tolist()
+        extensions = self.tables.extensions_after(fixed, v) if fixed else self.tables.extensions.row(v)
+        related = set(extensions.tolist())
         skip = i - self.base[j] if fixed else 0
-        tokens = self.tokenization(j, v) if fixed else self.tables.tokenization(v).tolist()
+        tokens = self.tokenization(j, v) if fixed else self.tables.tokenizations.row(v).tolist()
         if not fixed or tokens[:skip] == self.spans.ids[self.base[j] : i].tolist():
             related.add(tokens[skip])
         return sorted(related)

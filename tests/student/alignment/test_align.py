@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,8 +17,8 @@ from shared.tokenizer.vocabulary import Encoder, Vocabulary
 from student.alignment.align import Aligner
 from student.alignment.kernels.compute import TargetKernels
 from student.alignment.sanity import observed_masses
-from student.alignment.spans import lay_spans
-from student.alignment.tables import pair_tables
+from student.alignment.spans import lay_spans, retokenize
+from student.alignment.tables import PairTables
 from student.alignment.targets import AlignedSample
 from tests.fixtures.records import record_from_rows
 from tests.fixtures.texts import TEXTS, RowMaker, llada_like, llama3, qwen, tekken
@@ -28,14 +28,13 @@ from tests.student.alignment.reference import ReferenceAlignment
 Tokenizer = tuple[Vocabulary, Encoder]
 
 
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("tables")
+@lru_cache(maxsize=2)
+def tables(teacher: Tokenizer, student: Tokenizer) -> PairTables:
+    return PairTables(teacher[0], *student, teacher[1])
 
 
-def aligner(teacher: Tokenizer, student: Tokenizer, cache: Path, **options: object) -> Aligner:
-    settings = options.pop("settings", PrepareConfig())
-    return Aligner(teacher[0], student[0], student[1], settings, teacher_encoder=teacher[1], cache=cache, **options)  # type: ignore[arg-type]
+def aligner(teacher: Tokenizer, student: Tokenizer, settings: PrepareConfig | None = None) -> Aligner:
+    return Aligner(tables(teacher, student), settings or PrepareConfig())
 
 
 def events_at(sample: AlignedSample, i: int) -> list[tuple[float, list[int]]]:
@@ -53,7 +52,7 @@ def check_accounting(sample: AlignedSample, record: Record) -> None:
     """What must hold at every position of every aligned record."""
     targets, count = sample.targets, len(sample.input_ids) - sample.prompt_length
     assert len(sample.byte_ends) == len(targets.tail) == count
-    assert sample.byte_ends[-1] == sample.teacher_byte_ends[-1] == len(record.response_bytes)
+    assert sample.byte_ends[-1] == len(record.response_bytes)
     sums = np.add.reduceat(
         np.r_[targets.event_mass, 0], np.minimum(targets.event_offsets[:-1], len(targets.event_mass))
     )
@@ -74,10 +73,10 @@ def check_accounting(sample: AlignedSample, record: Record) -> None:
 # --- equal vocabularies ---------------------------------------------------------------------------------
 
 
-def test_equal_vocabularies_give_the_stored_rows(cache: Path) -> None:
+def test_equal_vocabularies_give_the_stored_rows() -> None:
     teacher = llama3()
     record = RowMaker(*teacher).record(TEXTS["mixed"] + TEXTS["numbers"] + TEXTS["Japanese"], prompt=(128000, 882))
-    sample = aligner(teacher, teacher, cache).align(record)
+    sample, _ = aligner(teacher, teacher).align(record)
     assert sample is not None
     assert record.distributions is not None
     np.testing.assert_array_equal(sample.input_ids, [128000, 882, *record.response_ids])
@@ -98,7 +97,7 @@ def test_equal_vocabularies_give_the_stored_rows(cache: Path) -> None:
 # --- digits ---------------------------------------------------------------------------------------------
 
 
-def test_grouped_numerals_give_exact_digit_marginals(cache: Path) -> None:
+def test_grouped_numerals_give_exact_digit_marginals() -> None:
     """All 1,110 numerals of up to three digits, against a student that has single digits only."""
     teacher, student = llama3(), llada_like(True)
     numerals = [str(n).zfill(width) for width in (1, 2, 3) for n in range(10**width)]
@@ -117,7 +116,7 @@ def test_grouped_numerals_give_exact_digit_marginals(cache: Path) -> None:
         [float(probabilities[observed]), 1.0],
         np.float64,
     )
-    sample = aligner(teacher, student, cache, settings=PrepareConfig(min_known_mass=0.0)).align(record)
+    sample, _ = aligner(teacher, student, PrepareConfig(min_known_mass=0.0)).align(record)
     assert sample is not None
     assert [student[0].tokens[s] for s in sample.input_ids[:3]] == [b"2", b"7", b"4"]
 
@@ -141,14 +140,14 @@ def test_grouped_numerals_give_exact_digit_marginals(cache: Path) -> None:
 # --- specials -------------------------------------------------------------------------------------------
 
 
-def test_specials_go_over_by_role(cache: Path) -> None:
+def test_specials_go_over_by_role() -> None:
     teacher, student = llama3(), llada_like(True)
     roles = teacher[0].roles
     reserved = 128010  # LLaMA 3's <|python_tag|>: the student has no such role
     header = (roles["start_header"], *teacher[1].encode("user"), roles["end_header"])
     prompt = (roles["bos"], *header, reserved, *teacher[1].encode("\n\nHi"), roles["end_of_turn"])
     record = RowMaker(*teacher).record("Yes.", prompt=prompt)
-    sample, counts = aligner(teacher, student, cache).align_counted(record)
+    sample, counts = aligner(teacher, student).align(record)
     assert sample is not None
     own = student[0].roles
     header = (own["start_header"], *student[1].encode("user"), own["end_header"])
@@ -158,10 +157,10 @@ def test_specials_go_over_by_role(cache: Path) -> None:
     assert sample.input_ids[-1] == own["end_of_turn"]
     last = events_at(sample, len(sample.byte_ends) - 1)
     assert [own["end_of_turn"]] in [members for _, members in last], "the end of the turn is an event of its own"
-    np.testing.assert_array_equal(aligner(teacher, student, cache).retokenize(np.array(prompt)), expected)
+    np.testing.assert_array_equal(retokenize(tables(teacher, student), np.array(prompt)), expected)
 
 
-def test_a_special_token_inside_the_text_is_counted(cache: Path) -> None:
+def test_a_special_token_inside_the_text_is_counted() -> None:
     teacher, student = llama3(), llada_like(True)
     maker = RowMaker(*teacher)
     first, second = maker.record("One."), maker.record(" Two <|eot_id|> three.")
@@ -173,7 +172,7 @@ def test_a_special_token_inside_the_text_is_counted(cache: Path) -> None:
     record = record_from_rows(
         teacher[0], ids, [r[0].tolist() for r in rows], [np.exp(r[1]).tolist() for r in rows], observed
     )
-    sample, counts = aligner(teacher, student, cache).align_counted(record)
+    sample, counts = aligner(teacher, student).align(record)
     assert sample is not None
     assert counts["inner_specials"] == 1
     assert (sample.input_ids == student[0].roles["end_of_turn"]).sum() == 2
@@ -199,16 +198,16 @@ PAIRS: dict[str, tuple[Callable[[], Tokenizer], Callable[[], Tokenizer]]] = {
 @pytest.mark.parametrize(
     "pair", [pytest.param(name, marks=[] if n == 0 else pytest.mark.slow) for n, name in enumerate(PAIRS)]
 )
-def test_every_script_is_accounted_for(pair: str, cache: Path) -> None:
+def test_every_script_is_accounted_for(pair: str) -> None:
     """The kernels and the plain version agree on nineteen kinds of text, and nothing is lost in any."""
     teacher, student = PAIRS[pair][0](), PAIRS[pair][1]()
-    made = aligner(teacher, student, cache)
+    made = aligner(teacher, student)
     kernels = TargetKernels(made.tables, made.prepare.min_known_mass)
     maker = RowMaker(*teacher)
     disagreements, positions = 0, 0
     for text in TEXTS.values():
         record = maker.record(text)
-        sample, counts = made.align_counted(record)
+        sample, counts = made.align(record)
         assert sample is not None
         assert record.distributions is not None
         check_accounting(sample, record)
@@ -228,22 +227,22 @@ def good() -> Record:
     return RowMaker(*llama3()).record("A good café, e\u0301 and 12 more.")
 
 
-def test_text_that_the_normalizer_would_change_is_encoded_or_dropped_by_choice(good: Record, cache: Path) -> None:
-    sample, counts = aligner(llama3(), llada_like(True), cache).align_counted(good)
+def test_text_that_the_normalizer_would_change_is_encoded_or_dropped_by_choice(good: Record) -> None:
+    sample, counts = aligner(llama3(), llada_like(True)).align(good)
     assert sample is not None
     assert counts["changed_text"] == 1
     assert llada_like(True)[0].decode(sample.input_ids) == good.response_bytes
     check_accounting(sample, good)
-    drop = aligner(llama3(), llada_like(True), cache, settings=PrepareConfig(changed_text="drop"))
-    assert drop.align_counted(good)[0] is None
-    assert drop.align_counted(good)[1]["dropped_changed_text"] == 1
-    assert drop.align(RowMaker(*llama3()).record("Plain.")) is not None
+    drop = aligner(llama3(), llada_like(True), PrepareConfig(changed_text="drop"))
+    assert drop.align(good)[0] is None
+    assert drop.align(good)[1]["dropped_changed_text"] == 1
+    assert drop.align(RowMaker(*llama3()).record("Plain."))[0] is not None
 
 
-def test_a_response_cut_inside_a_character_is_aligned_to_the_cut(cache: Path) -> None:
+def test_a_response_cut_inside_a_character_is_aligned_to_the_cut() -> None:
     text = "Thumbs up 👍🏽".encode()
     record = RowMaker(*llama3()).record(text[:-2], end=False)
-    sample, counts = aligner(llama3(), llada_like(True), cache).align_counted(record)
+    sample, counts = aligner(llama3(), llada_like(True)).align(record)
     assert sample is not None
     assert counts["cut_character"] == 1
     assert llada_like(True)[0].decode(sample.input_ids) == text[:-2]
@@ -260,24 +259,24 @@ def test_a_response_cut_inside_a_character_is_aligned_to_the_cut(cache: Path) ->
     ],
 )
 def test_a_record_that_cannot_be_right_is_refused_and_counted(
-    change: dict[str, object], reason: str, good: Record, cache: Path
+    change: dict[str, object], reason: str, good: Record
 ) -> None:
-    sample, counts = aligner(llama3(), llada_like(True), cache).align_counted(replace(good, **change))  # type: ignore[arg-type]
+    sample, counts = aligner(llama3(), llada_like(True)).align(replace(good, **change))  # type: ignore[arg-type]
     assert sample is None
     assert counts[reason] == 1
 
 
-def test_rows_with_an_unknown_tail_give_no_target_but_keep_the_known_probability(good: Record, cache: Path) -> None:
+def test_rows_with_an_unknown_tail_give_no_target_but_keep_the_known_probability(good: Record) -> None:
     assert good.distributions is not None
     unknown = replace(good.distributions, tail=np.full(len(good.response_ids), np.nan, np.float32))
-    sample, counts = aligner(llama3(), llada_like(True), cache).align_counted(replace(good, distributions=unknown))
+    sample, counts = aligner(llama3(), llada_like(True)).align(replace(good, distributions=unknown))
     assert sample is not None
     assert counts["soft"] == 0
     assert counts["unusable_rows"] == counts["positions"] == len(sample.byte_ends)
     assert sample.observed_logprob.sum() == pytest.approx(good.distributions.sampled.sum(), rel=1e-4)
 
 
-def test_an_unknown_sampled_logprob_makes_its_own_positions_unknown_only(cache: Path) -> None:
+def test_an_unknown_sampled_logprob_makes_its_own_positions_unknown_only() -> None:
     record = RowMaker(*llama3()).record("The teacher never said how likely this was.")
     assert record.distributions is not None
     sampled = record.distributions.sampled.copy()
@@ -294,45 +293,37 @@ def test_an_unknown_sampled_logprob_makes_its_own_positions_unknown_only(cache: 
     tail[j] += math.exp(logprobs[ids.tolist().index(record.response_ids[j])]) if inside else 0
     kept_ids, kept_logprobs = record.distributions.ids[keep], record.distributions.logprobs[keep]
     changed = Distributions(offsets=offsets, ids=kept_ids, logprobs=kept_logprobs, tail=tail, sampled=sampled)
-    sample, counts = aligner(llama3(), llada_like(True), cache).align_counted(replace(record, distributions=changed))
+    sample, counts = aligner(llama3(), llada_like(True)).align(replace(record, distributions=changed))
     assert sample is not None
     unknown = np.flatnonzero(np.isnan(sample.observed_logprob))
     assert counts["unknown_observed"] == len(unknown) > 0
     spans = [(int(a), int(b)) for a, b in pairwise([0, *sample.byte_ends])]
-    start, stop = (int(sample.teacher_byte_ends[j - 1]), int(sample.teacher_byte_ends[j]))
+    start, stop = llama3()[0].byte_ends(record.response_ids)[j - 1 : j + 1].tolist()
     assert all(spans[i][1] > start and spans[i][0] < stop for i in unknown)
 
 
-def test_a_conversation_without_distributions_is_aligned_without_targets(good: Record, cache: Path) -> None:
-    sample, counts = aligner(llama3(), llada_like(True), cache).align_counted(replace(good, distributions=None))
+def test_a_conversation_without_distributions_is_aligned_without_targets(good: Record) -> None:
+    sample, counts = aligner(llama3(), llada_like(True)).align(replace(good, distributions=None))
     assert sample is not None
     assert counts["soft"] == 0
     assert np.isnan(sample.observed_logprob).all()
     assert llada_like(True)[0].decode(sample.input_ids) == good.response_bytes
 
 
-def test_the_tables_are_cached_and_a_damaged_cache_is_made_again(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    teacher, student = llada_like(True), llada_like(False)
-    first = pair_tables(teacher[0], student[0], student[1], teacher[1], tmp_path)
-    (file,) = tmp_path.glob("*.npz")
-    second = pair_tables(teacher[0], student[0], student[1], teacher[1], tmp_path)
-    np.testing.assert_array_equal(first.extension_ids, second.extension_ids)
-    file.write_bytes(b"damaged")
-    third = pair_tables(teacher[0], student[0], student[1], teacher[1], tmp_path)
-    np.testing.assert_array_equal(first.tokenization_ids, third.tokenization_ids)
-    assert "cannot be read" in caplog.text
+def first_teacher(pair: PairTables) -> np.ndarray:
+    """int64 [V_S], the teacher token that each student token extends; -1 without one."""
+    found = np.full(len(pair.student), -1)
+    found[pair.extensions.values] = np.repeat(np.arange(len(pair.teacher)), np.diff(pair.extensions.offsets))
+    return found
 
 
-def test_without_the_teachers_tokenizer_student_tokens_are_taken_greedily(cache: Path) -> None:
+def test_without_the_teachers_tokenizer_student_tokens_are_taken_greedily() -> None:
     """An imported dataset may know the teacher's bytes only; accounting holds all the same."""
     teacher, student = llama3(), llada_like(True)
-    greedy = Aligner(teacher[0], student[0], student[1], cache=cache)
-    exact = aligner(teacher, student, cache)
-    same = (greedy.tables.first_teacher == exact.tables.first_teacher).mean()
-    assert same > 0.9
+    greedy = PairTables(teacher[0], *student, None)
+    exact = tables(teacher, student)
+    assert (first_teacher(greedy) == first_teacher(exact)).mean() > 0.9
     record = RowMaker(*teacher).record(TEXTS["English"] + TEXTS["numbers"])
-    sample = greedy.align(record)
+    sample, _ = Aligner(greedy, PrepareConfig()).align(record)
     assert sample is not None
     check_accounting(sample, record)

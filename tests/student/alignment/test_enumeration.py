@@ -7,23 +7,24 @@ import random
 from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shared.config import PrepareConfig
 from shared.dataset.records import Distributions
 from shared.tokenizer.vocabulary import Encoder, Vocabulary
+from student.alignment.align import Aligner
 from student.alignment.kernels.compute import TargetKernels
 from student.alignment.spans import lay_spans
+from student.alignment.tables import PairTables
 from tests.fixtures.toy_teacher import ToyTeacher
 from tests.fixtures.toy_tokenizers import (
     assert_same_targets,
     random_merges,
     random_teacher,
-    toy_aligner,
     toy_tokenizer,
 )
 from tests.student.alignment.reference import ReferenceAlignment
@@ -46,9 +47,9 @@ class Outcome:
 class Enumeration:
     """Every text of a toy teacher, and what it says about one observed response."""
 
-    def __init__(self, teacher: ToyTeacher, encoder: Encoder, student: tuple[Vocabulary, Encoder], cache: Path) -> None:
+    def __init__(self, teacher: ToyTeacher, encoder: Encoder, student: tuple[Vocabulary, Encoder]) -> None:
         self.teacher, self.student = teacher, student
-        self.aligner = toy_aligner((teacher.vocabulary, encoder), student, cache)
+        self.aligner = Aligner(PairTables(teacher.vocabulary, *student, encoder), PrepareConfig(min_known_mass=0.0))
 
     def alignment(self, sequence: tuple[int, ...]) -> ReferenceAlignment:
         record = self.teacher.record(sequence)
@@ -161,11 +162,11 @@ def follows_path(alignment: ReferenceAlignment, i: int, sequence: tuple[int, ...
     return False
 
 
-def world_of(seed: int, teacher_merges: int, student_merges: int, cache: Path, longest: int = 3) -> Enumeration:
+def world_of(seed: int, teacher_merges: int, student_merges: int) -> Enumeration:
     generator = random.Random(seed)
     vocabulary, encoder = toy_tokenizer(random_merges(generator, teacher_merges))
     student = toy_tokenizer(random_merges(generator, student_merges))
-    return Enumeration(random_teacher(vocabulary, encoder, seed, longest), encoder, student, cache)
+    return Enumeration(random_teacher(vocabulary, encoder, seed, longest=3), encoder, student)
 
 
 def some_texts(world: Enumeration, seed: int, count: int) -> list[tuple[int, ...]]:
@@ -181,23 +182,21 @@ def check_world(world: Enumeration, seed: int, tally: Counter[str]) -> None:
             check_position(world, alignment, i, tally)
 
 
-def test_the_teacher_of_these_tests_is_a_distribution(tmp_path: Path) -> None:
-    assert sum(world_of(5, 4, 3, tmp_path).teacher.texts.values()) == pytest.approx(1, abs=1e-12)
+def test_the_teacher_of_these_tests_is_a_distribution() -> None:
+    assert sum(world_of(5, 4, 3).teacher.texts.values()) == pytest.approx(1, abs=1e-12)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 2**32 - 1), teacher_merges=st.integers(0, 6), student_merges=st.integers(0, 7))
-def test_masses_are_the_enumerated_probabilities(
-    seed: int, teacher_merges: int, student_merges: int, tmp_path: Path
-) -> None:
-    check_world(world_of(seed, teacher_merges, student_merges, tmp_path), seed, Counter())
+def test_masses_are_the_enumerated_probabilities(seed: int, teacher_merges: int, student_merges: int) -> None:
+    check_world(world_of(seed, teacher_merges, student_merges), seed, Counter())
 
 
 @pytest.mark.slow
-def test_hundreds_of_random_pairs_are_nearly_always_exact(tmp_path: Path) -> None:
+def test_hundreds_of_random_pairs_are_nearly_always_exact() -> None:
     tally = Counter[str]()
     for seed in range(400):
-        check_world(world_of(seed, seed % 6, seed % 7, tmp_path), seed, tally)
+        check_world(world_of(seed, seed % 6, seed % 7), seed, tally)
     # Merges without any order between the vocabularies are the hardest case that there is.
     assert tally["exact"] > 0.9 * tally["positions"] > 3000
     assert tally["inside exact"] > 500
@@ -205,17 +204,17 @@ def test_hundreds_of_random_pairs_are_nearly_always_exact(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("teacher_merges", "student_merges"), [(6, 0), (0, 0)])
-def test_a_student_of_single_bytes_is_always_exact(teacher_merges: int, student_merges: int, tmp_path: Path) -> None:
+def test_a_student_of_single_bytes_is_always_exact(teacher_merges: int, student_merges: int) -> None:
     tally = Counter[str]()
     for seed in range(15):
-        check_world(world_of(seed, teacher_merges, student_merges, tmp_path), seed, tally)
+        check_world(world_of(seed, teacher_merges, student_merges), seed, tally)
     assert tally["exact"] == tally["positions"] > 50
 
 
-def test_masses_of_a_teacher_of_single_bytes_are_exact_where_nothing_is_longer(tmp_path: Path) -> None:
+def test_masses_of_a_teacher_of_single_bytes_are_exact_where_nothing_is_longer() -> None:
     tally = Counter[str]()
     for seed in range(15):
-        world = world_of(seed, 0, 6, tmp_path)
+        world = world_of(seed, 0, 6)
         for sequence in some_texts(world, seed, 3):
             alignment = world.alignment(sequence)
             for i in range(len(alignment.spans.ids)):
@@ -225,24 +224,22 @@ def test_masses_of_a_teacher_of_single_bytes_are_exact_where_nothing_is_longer(t
     assert tally["exact"] > 50
 
 
-@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 2**32 - 1), teacher_merges=st.integers(0, 6), student_merges=st.integers(0, 7))
-def test_observed_probabilities_are_a_chain(
-    seed: int, teacher_merges: int, student_merges: int, tmp_path: Path
-) -> None:
+def test_observed_probabilities_are_a_chain(seed: int, teacher_merges: int, student_merges: int) -> None:
     """Summed over the response they are the teacher's log probability of it, whatever the tokenizations do."""
-    world = world_of(seed, teacher_merges, student_merges, tmp_path)
+    world = world_of(seed, teacher_merges, student_merges)
     for sequence in some_texts(world, seed, 4):
         alignment = world.alignment(sequence)
         chain = sum(alignment.observed_logprobs(i)[0] for i in range(len(alignment.spans.ids)))
         assert chain == pytest.approx(math.log(world.teacher.texts[sequence]), abs=EXACT)
 
 
-def test_observed_probability_of_a_prefix_is_the_enumerated_one(tmp_path: Path) -> None:
+def test_observed_probability_of_a_prefix_is_the_enumerated_one() -> None:
     """With single bytes, exp of the chain up to a boundary is the probability that a text starts with those bytes,
     in teacher tokens that leave the observed ones only with the token that reaches the boundary."""
     for seed in range(10):
-        world = world_of(seed, 5, 0, tmp_path)
+        world = world_of(seed, 5, 0)
         for sequence in some_texts(world, seed, 3):
             alignment = world.alignment(sequence)
             chain = 0.0
@@ -262,7 +259,7 @@ def starts_alike(world: Enumeration, text: tuple[int, ...], observed: tuple[int,
     return text[:reaching] == observed[:reaching]
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 2**32 - 1),
     teacher_merges=st.integers(0, 6),
@@ -271,9 +268,9 @@ def starts_alike(world: Enumeration, text: tuple[int, ...], observed: tuple[int,
     min_known=st.sampled_from([0.0, 0.5, 0.9]),
 )
 def test_the_kernels_give_the_same_numbers(
-    seed: int, teacher_merges: int, student_merges: int, k: int, min_known: float, tmp_path: Path
+    seed: int, teacher_merges: int, student_merges: int, k: int, min_known: float
 ) -> None:
-    world = world_of(seed, teacher_merges, student_merges, tmp_path)
+    world = world_of(seed, teacher_merges, student_merges)
     kernels = TargetKernels(world.aligner.tables, min_known)
     for sequence in some_texts(world, seed, 4):
         distributions = truncated(world.teacher.record(sequence).distributions, k)
@@ -282,13 +279,13 @@ def test_the_kernels_give_the_same_numbers(
         assert_same_targets(kernels.compute(spans, distributions), expected)
 
 
-def test_forgotten_answers_are_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forgotten_answers_are_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the tables remember is bounded, and the bound changes no number."""
-    roomy = world_of(1, 6, 6, tmp_path)
+    roomy = world_of(1, 6, 6)
     monkeypatch.setattr("student.alignment.tables._REMEMBERED", 1)
-    narrow = world_of(1, 6, 6, tmp_path)
+    narrow = world_of(1, 6, 6)
     for sequence in some_texts(roomy, 1, 20):
-        left, right = (world.aligner.align(world.teacher.record(sequence)) for world in (roomy, narrow))
+        left, right = (world.aligner.align(world.teacher.record(sequence))[0] for world in (roomy, narrow))
         assert left is not None
         assert right is not None
         for name in ("event_mass", "members", "tail"):

@@ -54,11 +54,6 @@ def records(tokenizers: tuple[Path, Path]) -> list[Record]:
     ]
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LLADA_DRAFTER_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
 def write_records(path: Path, records: list[Record], tokenizer: Path, check: bool = True) -> Path:
     units = {f"unit-{n}": records[n * PER_UNIT : (n + 1) * PER_UNIT] for n in range(-(-len(records) // PER_UNIT))}
     write_dataset(path, units, check, tokenizer, top_k=24)
@@ -105,7 +100,6 @@ def test_prepared_samples_are_the_aligned_records(config: PipelineConfig, record
     prepared = PreparedDataset.open(config.prepared_dir)
     assert len(prepared) == summary.samples == RECORDS
     assert [prepared[i].sample_id for i in range(RECORDS)] == [record.sample_id for record in records]
-    assert prepared.has_distributions
     assert prepared.indices().tolist() == list(range(RECORDS))
     assert prepared.indices(split="held_out").tolist() == [0, 4]
     assert prepared.indices(split="train", rule="greedy").tolist() == []
@@ -168,7 +162,7 @@ def test_damage_is_found_by_readers_and_mended_by_prepare(config: PipelineConfig
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     with pytest.raises(DatasetError, match=r"unit-1\.arrow is damaged"):
-        PreparedDataset.open(config.prepared_dir)[PER_UNIT]
+        PreparedDataset.of_run(config)
     assert prepare(config).units_done == 1
     assert PreparedDataset.open(config.prepared_dir)[PER_UNIT].sample_id == "sample-3"
     (config.prepared_dir / "index.parquet").write_bytes(b"")
@@ -216,7 +210,7 @@ def test_what_is_missing_is_named(tmp_path: Path, config: PipelineConfig, tokeni
 
 
 def test_a_dataset_with_another_tokenizer_in_it_is_refused(
-    tmp_path: Path, config: PipelineConfig, tokenizers: tuple[Path, Path]
+    tmp_path: Path, records: list[Record], tokenizers: tuple[Path, Path]
 ) -> None:
     """The files beside the shards are another tokenizer's, with a manifest that agrees."""
     other = pipeline(tmp_path / "other")
@@ -224,9 +218,8 @@ def test_a_dataset_with_another_tokenizer_in_it_is_refused(
     provenance = Provenance(
         teacher="toy", tokenizer_fingerprint=vocabulary.fingerprint, engine="test", dtype="float32", top_k=24
     )
-    source = PreparedSource(config)
     writer = DatasetWriter(other.shards_dir, provenance, vocabulary, tokenizers[1])
-    writer.write_unit("unit-0", source.records[:2])
+    writer.write_unit("unit-0", records[:2])
     writer.finish(["unit-0"])
     shutil.copytree(tokenizers[1], other.student_init_dir)
     with pytest.raises(VocabularyError, match="another tokenizer"):
@@ -264,15 +257,6 @@ def test_a_dataset_that_never_had_a_tokenizer_is_aligned_with_a_warning(
     assert prepare(config).samples == RECORDS
     assert f"{config.shards_dir} was made without the teacher's tokenizer files" in caplog.text
     assert "`student evaluate` and `student speculate` will not work" in caplog.text
-
-
-class PreparedSource:
-    """The records that a config's shards hold."""
-
-    def __init__(self, config: PipelineConfig) -> None:
-        from shared.dataset.reader import Dataset
-
-        self.records = list(Dataset.open(config.shards_dir).records())
 
 
 # --- shifted rows ---------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -233,16 +232,16 @@ def test_equal_tokenizers_hand_ids_over(small_teacher: Side) -> None:
     assert bridge.to_teacher(context, [*text, header, *text]) == text
 
 
-def test_contexts_are_what_training_saw(small_teacher: Side, student_side: Side, tmp_path: Path) -> None:
+def test_contexts_are_what_training_saw(small_teacher: Side, student_side: Side) -> None:
     """The same ids as the prepared data's prompts, specials included."""
     from student.alignment.spans import retokenize
-    from student.alignment.tables import pair_tables
+    from student.alignment.tables import PairTables
 
     teacher, student = (
         (small_teacher.vocabulary, small_teacher.encoder),
         (student_side.vocabulary, student_side.encoder),
     )
-    tables = pair_tables(teacher[0], *student, teacher[1], tmp_path)
+    tables = PairTables(teacher[0], *student, teacher[1])
     bridge = ByteBridge(*teacher, *student)
     ids = small_teacher.conversation(CORPUS[3], CORPUS[1])
     assert bridge.translate(ids).student_ids.tolist() == retokenize(tables, np.array(ids)).tolist()

@@ -17,6 +17,7 @@ from tests.fixtures.served_run import pipeline
 
 @pytest.mark.slow
 @pytest.mark.vllm
+@pytest.mark.usefixtures("warm_serving")
 def test_an_untrained_student_is_certified(served_run: Path, served_teacher: Path) -> None:
     config = pipeline(served_run, served_teacher)
     certificate = certify(config, tokens=1000)

@@ -108,7 +108,7 @@ def test_cached_and_uncached_proposals_are_the_same(
     """Requests that advance by one to five tokens, join late, leave, come back, step back and change places."""
     rng = np.random.default_rng(pages)
     cached = Drafter(forward, small_bridge, 4, BLOCK, memory_bytes=pages * forward.page_bytes, in_turns=True)
-    uncached = Drafter(forward, small_bridge, 4, BLOCK, cached=False)
+    uncached = Drafter(forward, small_bridge, 4, BLOCK)
     at = {name: prompt_length(ids, small_teacher) for name, ids in conversations.items()}
     proposed = 0
     for _ in range(16):
@@ -119,6 +119,7 @@ def test_cached_and_uncached_proposals_are_the_same(
             at[name] = int(np.clip(at[name] + step, 1, len(conversations[name])))
         contexts = [conversations[name][: at[name]] for name in names]
         drafts = cached.propose(names, contexts)
+        uncached.release(list(conversations))
         assert drafts == uncached.propose(names, contexts)
         proposed += sum(map(len, drafts))
         if rng.random() < 0.1:
@@ -240,7 +241,7 @@ def test_a_tight_budget_gives_the_same_drafts_or_none(
     """Requests come, advance, pause, step back and end; the pool stays as it was made and no page is lost."""
     rng = np.random.default_rng(pages)
     tight = Drafter(forward, small_bridge, 4, BLOCK, memory_bytes=pages * forward.page_bytes + 1)
-    unbounded = Drafter(forward, small_bridge, 4, BLOCK, cached=False)
+    unbounded = Drafter(forward, small_bridge, 4, BLOCK)
     storage = [layer.data_ptr() for layer in tight.cache.layers]
     at = {name: prompt_length(ids, small_teacher) for name, ids in conversations.items()}
     asked, passed_over = 0, 0
@@ -252,6 +253,7 @@ def test_a_tight_budget_gives_the_same_drafts_or_none(
             at[name] = int(np.clip(at[name] + step, 1, len(conversations[name])))
         contexts = [conversations[name][: at[name]] for name in names]
         drafts = tight.propose(names, contexts)
+        unbounded.release(list(conversations))
         expected = unbounded.propose(names, contexts)
         assert all(draft in ([], full) for draft, full in zip(drafts, expected, strict=True))
         without = {name for name, draft, full in zip(names, drafts, expected, strict=True) if draft != full}

@@ -58,6 +58,7 @@ def ask(url: str, body: Any = None) -> str:
 
 @pytest.mark.slow
 @pytest.mark.vllm
+@pytest.mark.usefixtures("warm_serving")
 def test_an_http_client_gets_the_teachers_own_words(served_run: Path, served_teacher: Path, tmp_path: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM

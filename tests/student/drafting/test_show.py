@@ -24,6 +24,7 @@ def test_options_of_the_sampler_do_not_go_with_a_teacher(tmp_path: Path) -> None
 
 @pytest.mark.slow
 @pytest.mark.vllm
+@pytest.mark.usefixtures("warm_serving")
 def test_the_answer_is_the_teachers_and_its_drafts_are_shown(
     served_run: Path, served_teacher: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,6 +13,7 @@ from shared.config import PipelineConfig
 from shared.errors import CheckpointError, DatasetError, VocabularyError
 from shared.tokenizer.vocabulary import Vocabulary
 from student.drafting.decode import Decoded, Difference, Job, Pass, Result, first_differences, read_result
+from student.drafting.engines import run
 from student.drafting.policy import FIRST_DRAFTS, FIRST_PLAIN
 from student.drafting.speculate import (
     BASELINE,
@@ -22,7 +23,6 @@ from student.drafting.speculate import (
     drafter_arguments,
     headline,
     held_out_prompts,
-    run,
     shared_arguments,
     speculate,
     summarize,
@@ -39,6 +39,7 @@ ENVIRONMENT = {
 
 @pytest.mark.slow
 @pytest.mark.vllm
+@pytest.mark.usefixtures("warm_serving")
 def test_an_untrained_student_changes_nothing(served_run: Path, served_teacher: Path) -> None:
     config = pipeline(served_run, served_teacher, speculate={"policy": False})
     result = speculate(config)
@@ -85,7 +86,8 @@ def test_an_untrained_student_changes_nothing(served_run: Path, served_teacher: 
         "throughput": Pass(options={"policy": False, "lookup": False}),
         "latency": Pass(one_by_one=True, options={"policy": True, "lookup": False}),
     }
-    told = run(Job(engine, prompts, 24, stop, passes), served_run / "oracle", "with an oracle", ENVIRONMENT).passes
+    base = served_run / "oracle"
+    told = run({base: Job(engine, prompts, 24, stop, passes)}, ENVIRONMENT)[base].passes
     assert told["throughput"].outputs == told["latency"].outputs == outputs
     counters = told["throughput"].counters
     assert counters["preemptions"] > 0
@@ -101,18 +103,19 @@ def test_an_untrained_student_changes_nothing(served_run: Path, served_teacher: 
 
 @pytest.mark.slow
 @pytest.mark.vllm
-def test_two_tensor_parallel_ranks_draft_together(served_run: Path, served_teacher: Path) -> None:
+@pytest.mark.usefixtures("warm_serving")
+def test_two_tensor_parallel_ranks_draft_together_and_say_what_one_says(served_run: Path, served_teacher: Path) -> None:
     config = pipeline(served_run, served_teacher)
     dataset = open_dataset(config)
     prompts = list(held_out_prompts_of(config).values())
     stop = [dataset.vocabulary.roles["end_of_turn"]]
-    engine = shared_arguments(config) | {"tensor_parallel_size": 2}
-    drafting = engine | drafter_arguments(config, str(config.student_final_dir), dataset)
+    engine = shared_arguments(config)
+    drafting = engine | drafter_arguments(config, str(config.student_final_dir), dataset) | {"tensor_parallel_size": 2}
     two_cores = ENVIRONMENT | {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
     passes = {"throughput": Pass(options={"policy": False, "lookup": False})}
-    drafted = run(Job(drafting, prompts, 24, stop, passes), served_run / "two_drafted", "two ranks", two_cores)
-    job = Job(engine, prompts, 24, stop, {"throughput": Pass()}, [str(served_run / "two_drafted.json")])
-    plain = run(job, served_run / "two_plain", "two ranks, no draft", two_cores)
+    two, one = served_run / "two_drafted", served_run / "one_plain"
+    drafted = run({two: Job(drafting, prompts, 24, stop, passes)}, two_cores)[two]
+    plain = run({one: Job(engine, prompts, 24, stop, {"throughput": Pass()}, [f"{two}.json"])}, ENVIRONMENT)[one]
     counts = drafted.passes["throughput"].proposer
     assert counts["drafts"]["llada"] > 20
     assert not counts["failures"]
@@ -128,14 +131,6 @@ def open_dataset(config: PipelineConfig) -> Any:
 
 def held_out_prompts_of(config: PipelineConfig) -> dict[str, list[int]]:
     return held_out_prompts(open_dataset(config), None, 256)
-
-
-@pytest.mark.slow
-@pytest.mark.vllm
-def test_a_process_that_fails_says_why(tmp_path: Path) -> None:
-    job = Job({"model": str(tmp_path / "nothing"), "max_num_seqs": 1}, [[1, 2]], 4, [], {"throughput": Pass()})
-    with pytest.raises(RuntimeError, match=r"ended with exit code 1; .*failing\.log ends with"):
-        run(job, tmp_path / "failing", "with a missing model", ENVIRONMENT)
 
 
 def test_each_held_out_prompt_is_decoded_once(served_run: Path, served_teacher: Path) -> None:
@@ -184,7 +179,7 @@ def test_the_figures_are_vllms_own() -> None:
     tie = Difference(0, 1, 7, 8, 0.5 * TIE["float32"], WITH_DRAFT, "latency")
 
     def figures(*differences: Difference, **others: Result) -> dict[str, Any]:
-        baseline = Result({"throughput": plain, "latency": plain}, list(differences), True)
+        baseline = Result({"throughput": plain, "latency": plain, LLADA_ALONE: plain}, list(differences), True)
         return summarize({WITH_DRAFT: drafted, BASELINE: baseline} | others, ["p"], "float32")
 
     same = figures()

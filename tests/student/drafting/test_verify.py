@@ -1,33 +1,57 @@
-"""Losslessness by exact enumeration: every random outcome is followed with its probability, none is sampled."""
+"""Losslessness by exact enumeration: every random outcome is followed with its probability, none is sampled.
+
+Both verifications are one formula (README.md of `student/drafting`): the drafted token x is accepted with
+min(1, p(x) / q(x)), else the residual max(0, p - q) is sampled. Rejection sampling takes for q the row that x was drawn
+from; one-hot verification takes the one-hot row of x, wherever x came from.
+
+Legend: G drafted tokens, V vocabulary.
+"""
 
 from __future__ import annotations
 
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from student.model.sequential_head import SequentialHead
-from tests.student.drafting.verification import Draft, FactorizedDraft, OneHotDraft, Target, verify
 
 V = 3
 LENGTH = 3  # tokens of output that are compared; drafts are shorter, so a second round is enumerated too
+
+
+@dataclass(frozen=True)
+class Draft:
+    """G tokens, and the q [G, V] that they are verified with."""
+
+    tokens: tuple[int, ...]
+    rows_GxV: np.ndarray
+
+
+Target = Callable[[tuple[int, ...]], np.ndarray]
+"""Tokens so far → p(next token), [V]."""
 Distribution = dict[tuple[int, ...], float]
 Drafter = Callable[[tuple[int, ...]], list[tuple[Draft, float]]]
 """Context → every draft that it may make there, with its probability."""
 
 
+def one_hot(tokens: tuple[int, ...]) -> Draft:
+    return Draft(tokens, np.eye(V)[list(tokens)])
+
+
 def random_target(seed: int) -> Target:
+    """With zeros too; every fourth one is greedy."""
+
     def target(context: tuple[int, ...]) -> np.ndarray:
         rng = np.random.default_rng([seed, *[token + 1 for token in context]])
         weights = rng.random(V) ** 3
-        weights[rng.integers(V)] *= rng.integers(2)  # zeros too
-        return weights / weights.sum()
+        weights[rng.integers(V)] *= rng.integers(2)
+        return np.eye(V)[weights.argmax()] if seed % 4 == 0 else weights / weights.sum()
 
     return target
 
@@ -40,15 +64,15 @@ def sequence_distribution(target: Target, length: int) -> Distribution:
 
 
 def outcomes(draft: Draft, target: Target, context: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], float]]:
-    """All results of one round of `verify`, by the very functions that it uses."""
+    """All results of one round: the accepted tokens and one more of the target's own, each with its probability."""
     reached = 1.0
     tokens: tuple[int, ...] = ()
-    for depth, token in enumerate(draft.tokens):
-        target_V = target((*context, *tokens))
-        accept = draft.acceptance(depth, target_V)
+    for token, q_V in zip(draft.tokens, draft.rows_GxV, strict=True):
+        p_V = target((*context, *tokens))
+        accept = min(1.0, p_V[token] / q_V[token])
         if accept < 1:
-            rest = draft.residual(depth, target_V)
-            yield from (((*tokens, t), reached * (1 - accept) * rest[t]) for t in range(V))
+            rest_V = np.maximum(p_V - q_V, 0)
+            yield from (((*tokens, t), reached * (1 - accept) * rest_V[t] / rest_V.sum()) for t in range(V))
         reached, tokens = reached * accept, (*tokens, token)
     yield from (((*tokens, t), reached * target((*context, *tokens))[t]) for t in range(V))
 
@@ -71,24 +95,13 @@ def distance(a: Distribution, b: Distribution) -> float:
     return 0.5 * sum(abs(a.get(s, 0.0) - b.get(s, 0.0)) for s in a.keys() | b.keys())
 
 
-def all_factorized(rows_GxV: np.ndarray) -> list[tuple[Draft, float]]:
-    """Every draft that `draw` can make of these rows: a generator that is told what to draw stands in for chance."""
-
-    class Told:
-        def __init__(self, tokens: tuple[int, ...]) -> None:
-            self.tokens = iter(tokens)
-
-        def choice(self, _size: int, p: np.ndarray) -> int:
-            token = next(self.tokens)
-            assert p[token] > 0
-            return token
-
-    drafts: list[tuple[Draft, float]] = []
-    for tokens in itertools.product(range(V), repeat=len(rows_GxV)):
-        chance = float(np.prod([row[t] for row, t in zip(rows_GxV, tokens, strict=True)]))
-        if chance > 0:
-            drafts.append((FactorizedDraft.draw(rows_GxV, Told(tokens)), chance))  # type: ignore[arg-type]
-    return drafts
+def all_drawn(rows_GxV: np.ndarray) -> list[tuple[Draft, float]]:
+    """Every draft whose tokens are drawn independently from these rows."""
+    chances = {
+        tokens: float(np.prod([row[t] for row, t in zip(rows_GxV, tokens, strict=True)]))
+        for tokens in itertools.product(range(V), repeat=len(rows_GxV))
+    }
+    return [(Draft(tokens, rows_GxV), chance) for tokens, chance in chances.items() if chance > 0]
 
 
 def any_order_joint(seed: int) -> list[tuple[tuple[int, int], np.ndarray, float]]:
@@ -118,7 +131,7 @@ def test_rejection_sampling_is_lossless_for_independent_draws(seed: int) -> None
 
     def drafter(context: tuple[int, ...]) -> list[tuple[Draft, float]]:
         rows = np.random.default_rng([1, seed, len(context)]).random((2, V)) ** 3
-        return all_factorized(rows / rows.sum(1, keepdims=True))
+        return all_drawn(rows / rows.sum(1, keepdims=True))
 
     assert distance(output_distribution(drafter, target, LENGTH), sequence_distribution(target, LENGTH)) < 1e-12
 
@@ -129,7 +142,7 @@ def test_one_hot_verification_is_lossless_for_any_order_unmasking(seed: int) -> 
     target = random_target(seed)
 
     def drafter(_context: tuple[int, ...]) -> list[tuple[Draft, float]]:
-        return [(OneHotDraft(tokens), chance) for tokens, _, chance in any_order_joint(seed)]
+        return [(one_hot(tokens), chance) for tokens, _, chance in any_order_joint(seed)]
 
     assert distance(output_distribution(drafter, target, LENGTH), sequence_distribution(target, LENGTH)) < 1e-12
 
@@ -143,7 +156,7 @@ def test_one_hot_verification_is_lossless_for_the_best_of_several(seed: int, len
     def drafter(context: tuple[int, ...]) -> list[tuple[Draft, float]]:
         candidates = list(itertools.product(range(V), repeat=length))
         best = max(candidates, key=lambda c: np.prod([target((*context, *c[:i]))[t] for i, t in enumerate(c)]))
-        return [(OneHotDraft(best), 1.0)]
+        return [(one_hot(best), 1.0)]
 
     assert distance(output_distribution(drafter, target, LENGTH), sequence_distribution(target, LENGTH)) < 1e-12
 
@@ -167,56 +180,19 @@ def test_one_hot_verification_is_lossless_for_the_sequential_head(seed: int, len
                 if tokens:
                     state_D = head(state_D[None], vocabulary_VxD[tokens[-1:]])[0]
                 tokens.append(int((vocabulary_VxD @ state_D).argmax()))
-        return [(OneHotDraft(tuple(tokens)), 1.0)]
+        return [(one_hot(tuple(tokens)), 1.0)]
 
     assert distance(output_distribution(drafter, target, LENGTH), sequence_distribution(target, LENGTH)) < 1e-12
 
 
 def test_rejection_sampling_on_any_order_unmasking_would_change_the_output() -> None:
-    """The forbidden pair, put together behind the type's back: far from lossless, which is why there is a type."""
-
-    def smuggled(tokens: tuple[int, int], rows: np.ndarray) -> Draft:
-        draft = object.__new__(FactorizedDraft)
-        draft.rows_GxV, draft.tokens = rows, tokens
-        return draft
-
+    """Tokens that were not drawn from rows fixed before: far from lossless."""
     worst = 0.0
     for seed in range(10):
         target = random_target(seed)
 
         def drafter(_context: tuple[int, ...], seed: int = seed) -> list[tuple[Draft, float]]:
-            return [(smuggled(tokens, rows), chance) for tokens, rows, chance in any_order_joint(seed)]
+            return [(Draft(tokens, rows), chance) for tokens, rows, chance in any_order_joint(seed)]
 
         worst = max(worst, distance(output_distribution(drafter, target, 2), sequence_distribution(target, 2)))
     assert worst > 0.02
-
-
-def test_rows_and_tokens_cannot_be_put_together() -> None:
-    with pytest.raises(TypeError, match="OneHotDraft"):
-        FactorizedDraft()
-    draft = FactorizedDraft.draw(np.array([[0.5, 0.25, 0.25]]), np.random.default_rng(0))
-    with pytest.raises(ValueError, match="read-only"):
-        draft.rows_GxV[0, 0] = 0.1
-    with pytest.raises(ValueError, match="sums"):
-        FactorizedDraft.draw(np.array([[0.5, 0.5, 0.5]]), np.random.default_rng(0))
-
-
-def test_verify_samples_what_the_enumeration_says() -> None:
-    target, generator = random_target(5), np.random.default_rng(5)
-    rows = np.array([[0.6, 0.3, 0.1], [0.2, 0.2, 0.6]])
-    rounds = 20_000
-    counts: Distribution = defaultdict(float)
-    for _ in range(rounds):
-        tokens = verify(FactorizedDraft.draw(rows, generator), target, generator).tokens
-        counts[tokens[:1]] += 1 / rounds
-    assert distance(counts, sequence_distribution(target, 1)) < 0.02
-
-
-def test_greedy_target_accepts_exactly_its_own_tokens() -> None:
-    def target(context: tuple[int, ...]) -> np.ndarray:
-        return np.eye(V)[len(context) % V]
-
-    generator = np.random.default_rng(0)
-    assert verify(OneHotDraft((0, 1)), target, generator).tokens == (0, 1, 2)
-    result = verify(OneHotDraft((0, 2)), target, generator)
-    assert (result.accepted, result.tokens) == (1, (0, 1))

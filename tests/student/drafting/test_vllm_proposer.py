@@ -203,6 +203,19 @@ def test_the_first_steps_are_measured_without_a_draft() -> None:
     assert proposer.counters.tree()["undrafted"] == {"measuring": 64 * FIRST_PLAIN + 63}
 
 
+def test_nothing_is_drafted_where_the_sampler_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    proposer = LladaProposer(vllm_config({OPTIONS_KEY: {"student": "never loaded"}}))
+    monkeypatch.setattr("student.drafting.vllm_sampling.refusal", lambda _device: "the sampler is wrong")
+    proposer.load_model()
+    for _ in range(3):
+        assert proposer.propose([[5], [6]], np.array([2, 2]), np.zeros((2, MAX_LENGTH), np.int64)) == [[], []]
+    assert [record.message for record in caplog.records] == [
+        "nothing is drafted: the sampler is wrong, so drafts would change what the target says"
+    ]
+
+
 def test_options_can_be_changed_while_serving() -> None:
     proposer = LladaProposer(vllm_config({OPTIONS_KEY: {"student": "none"}}))
     proposer.drafter = FailingDrafter(bad=77)  # type: ignore[assignment]
@@ -231,7 +244,9 @@ def test_options_must_name_the_student(options: Any) -> None:
 def test_options_are_read() -> None:
     config = vllm_config({OPTIONS_KEY: {"student": "runs/x", "memory_gib": 0.5, "keep_extendable": True}})
     assert DrafterOptions.of(config) == DrafterOptions("runs/x", memory_gib=0.5, keep_extendable=True)
-    with pytest.raises(ConfigError, match="'float16', expected one of"):
+    with pytest.raises(ConfigError, match="'float16': Input should be 'float32'"):
         DrafterOptions.of(vllm_config({OPTIONS_KEY: {"student": "runs/x", "dtype": "float16"}}))
+    with pytest.raises(ConfigError, match=r"\['memory_gib'\] is '2 GiB': Input should be a valid number"):
+        DrafterOptions.of(vllm_config({OPTIONS_KEY: {"student": "runs/x", "memory_gib": "2 GiB"}}))
     with pytest.raises(ConfigError, match=r"speculate\.drafter\['denoising_order'\] is 'right_to_left'"):
         DrafterOptions.parse({"student": "runs/x", "denoising_order": "right_to_left"}, "speculate.drafter")

@@ -29,6 +29,8 @@ def record(name: str, response: list[int]) -> Record:
 class Oracle:
     """Knows the responses; `shift` makes it propose what stands that many tokens later."""
 
+    draft_tokens = 3
+
     def __init__(self, records: Sequence[Record], shift: int = 0, right: int = 99) -> None:
         self.responses = {r.sample_id: r.response_ids for r in records}
         self.shift, self.right, self.contexts = shift, right, []
@@ -51,16 +53,17 @@ class Oracle:
 def test_a_perfect_drafter_is_accepted_to_the_end() -> None:
     records = [record("a1", [1, 2, 3, 4, 5, 6, 7, 8, 9]), record("b1", [1, 2, 3])]
     drafter = Oracle(records)
-    result = draft_along(drafter, records, draft_tokens=3, batch=2)
-    assert result.accepted == {"a1": [3, 3], "b1": [2]}
+    result = draft_along(drafter, records, batch=2)
+    assert result.accepted_N.tolist() == [3, 2, 3]
+    assert result.skills_N.tolist() == ["a", "b", "a"]
     assert drafter.contexts[0] == [100, 101, 1], "the first response token is the teacher's own"
     assert drafter.responses == {}, "requests are released"
 
 
 def test_after_n_accepted_tokens_the_teacher_adds_one() -> None:
     records = [record("a1", [1, 2, 3, 4, 5, 6, 7, 8, 9])]
-    result = draft_along(Oracle(records, right=1), records, draft_tokens=3, batch=1)
-    assert result.accepted["a1"] == [1, 1, 1, 1]
+    result = draft_along(Oracle(records, right=1), records, batch=1)
+    assert result.accepted_N.tolist() == [1, 1, 1, 1]
     assert result.mean_accepted == 1
     assert result.by_depth() == [1, 0, 0]
     assert result.by_skill() == {"a": 2}
@@ -76,17 +79,17 @@ class EverySecond(Oracle):
 
 def test_empty_drafts_count_for_tau_but_not_for_what_vllm_counts() -> None:
     records = [record("a1", list(range(8)))]
-    result = draft_along(EverySecond(records, right=2), records, draft_tokens=3, batch=1)
+    result = draft_along(EverySecond(records, right=2), records, batch=1)
     # Contexts of 3, 6 and 7 tokens (two of them the prompt): 2 accepted, nothing drafted, the last 2 accepted.
-    assert result.proposed["a1"] == [3, 0, 3]
-    assert result.accepted["a1"] == [2, 0, 2]
+    assert result.proposed_N.tolist() == [3, 0, 3]
+    assert result.accepted_N.tolist() == [2, 0, 2]
     assert result.mean_accepted == 4 / 3
     assert result.acceptance_length == 3
 
 
 def test_a_drafter_that_is_off_by_one_is_worth_nothing() -> None:
     records = [record("a1", list(range(1, 30)))]
-    assert draft_along(Oracle(records, shift=1), records, draft_tokens=3, batch=1).mean_accepted == 0
+    assert draft_along(Oracle(records, shift=1), records, batch=1).mean_accepted == 0
 
 
 class Sure(Oracle):
@@ -102,11 +105,11 @@ def test_acceptance_is_counted_by_confidence() -> None:
     """Of each draft the tokens up to the first rejected one, which is among those verified."""
     records = [record("a1", [1, 2, 3, 4, 5, 6, 7, 8, 9])]
     high, middle, low = bins(np.array([0.97, 0.55, 0.02]))
-    counts = draft_along(Sure(records, right=1), records, draft_tokens=3, batch=1).by_confidence
+    counts = draft_along(Sure(records, right=1), records, batch=1).by_confidence
     assert counts.shape == (2, BINS)
     assert counts[:, high].tolist() == [4, 4], "after 1, 3, 5 and 7 tokens"
     assert counts[:, middle].tolist() == [4, 0]
     assert not counts[:, low].any(), "what stands behind a rejected token is not verified"
-    result = draft_along(Sure(records), records, draft_tokens=3, batch=1)
+    result = draft_along(Sure(records), records, batch=1)
     shares = {entry["from"]: entry["accepted"] for entry in result.chances() if entry["tokens"]}
     assert shares == {0.95: 1.0, 0.5: 1.0, 0.0: 1.0}

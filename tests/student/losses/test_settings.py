@@ -52,18 +52,12 @@ def test_tv_on_records_without_distributions_is_refused():
 def test_settings_carry_every_weight():
     config = train(loss="hybrid", alpha=0.2, beta=0.9, temperature=0.8, tv_weight=0.1, path_weight=0.3, block_length=5)
     expected = LossSettings("hybrid", 5, 0.2, 0.9, 0.8, 0.1, 0.3)
-    assert LossSettings.from_config(config, config.block_length) == expected
-
-
-def test_settings_take_the_resolved_loss_and_refuse_auto():
-    assert LossSettings.from_config(train(loss="auto"), 4, loss="kl").loss == "kl"
-    with pytest.raises(ConfigError, match="'auto'"):
-        LossSettings.from_config(train(loss="auto"), 4)
+    assert LossSettings.from_config(config, "hybrid") == expected
 
 
 def test_a_hybrid_of_nothing_is_refused():
     with pytest.raises(ConfigError, match="all 0"):
-        LossSettings.from_config(train(loss="hybrid", alpha=0, beta=0), 4)
+        LossSettings.from_config(train(loss="hybrid", alpha=0, beta=0), "hybrid")
 
 
 def truncated(rows: list[np.ndarray], kept: int) -> SparseTargets:

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from shared.errors import TrainingError
 from student.losses import dense
 from student.losses.objective import loss_scale, sum_over_ranks
 from tests.fixtures.loss_cases import concatenate
@@ -23,13 +22,6 @@ def test_scale_undoes_both_divisions():
 
 def test_a_step_without_targets_has_scale_zero():
     assert loss_scale(0, world_size=2, accumulation_steps=1) == 0
-
-
-@pytest.mark.parametrize("arguments", [(-1, 1, 1), (5, 0, 1), (5, 1, 0)])
-def test_impossible_counts_are_refused(arguments):
-    count, world, steps = arguments
-    with pytest.raises(TrainingError, match=f"{count} target tokens over {world} ranks and {steps}"):
-        loss_scale(count, world_size=world, accumulation_steps=steps)
 
 
 def test_one_process_sums_itself():
@@ -58,6 +50,7 @@ def plain() -> dict:
 
 @pytest.mark.slow
 @pytest.mark.distributed
+@pytest.mark.usefixtures("warm_training")
 @pytest.mark.parametrize("world", [1, 2])
 def test_every_zero_stage_sees_the_same_loss_and_gradients(world, plain, tmp_path):
     results = steps_of_ranks(world, tmp_path / "results.pt")

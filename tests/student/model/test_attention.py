@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import pytest
 import torch
 from torch import Tensor
 
-from student.model.modeling_llada import (
-    AnchoredLayout,
-    BlockCausalLayout,
-    Layout,
-    LladaForMaskedDiffusion,
-    PackedLayout,
-)
+from student.model.modeling_llada import AnchoredLayout, Layout, LladaForMaskedDiffusion, PaddedLayout
 from tests.fixtures.tiny_model import anchored_row, random_ids, reference_logits, tiny_model
 
-Clean = Literal["causal", "bidirectional"]
 DOCUMENTS = torch.tensor([[0] * 9 + [1] * 14 + [2] * 5 + [-1] * 4, [0] * 20 + [1] * 12])
 LENGTH = DOCUMENTS.shape[1]
 
@@ -36,10 +28,11 @@ def position_in_document(b: int, token: int) -> int:
 
 
 def packed() -> tuple[Tensor, Layout, Tensor, Tensor]:
+    """Documents side by side, each one block with no clean copy, as random masking packs them."""
     ids = random_ids(2, LENGTH)
     expected = matrix(lambda b, q, k: bool(DOCUMENTS[b, q] == DOCUMENTS[b, k]), 2, LENGTH)
     positions = torch.tensor([[position_in_document(b, t) for t in range(LENGTH)] for b in range(2)])
-    return ids, PackedLayout(DOCUMENTS), expected, positions
+    return ids, AnchoredLayout(DOCUMENTS, torch.ones_like(DOCUMENTS), positions), expected, positions
 
 
 def padded() -> tuple[Tensor, Layout, Tensor, Tensor]:
@@ -47,20 +40,10 @@ def padded() -> tuple[Tensor, Layout, Tensor, Tensor]:
     keep[0, 20:] = 0
     keep[1, :7] = 0
     expected = matrix(lambda b, q, k: bool(keep[b, q] == keep[b, k]), 2, LENGTH)
-    return random_ids(2, LENGTH), PackedLayout.from_padding(keep), expected, torch.arange(LENGTH).expand(2, -1)
+    return random_ids(2, LENGTH), PaddedLayout(keep), expected, torch.arange(LENGTH).expand(2, -1)
 
 
-def block_causal() -> tuple[Tensor, Layout, Tensor, Tensor]:
-    positions = torch.tensor([[position_in_document(b, t) for t in range(LENGTH)] for b in range(2)])
-    blocks = positions // 4
-
-    def visible(b: int, q: int, k: int) -> bool:
-        return bool(DOCUMENTS[b, q] == DOCUMENTS[b, k]) and bool(blocks[b, k] <= blocks[b, q])
-
-    return random_ids(2, LENGTH), BlockCausalLayout(DOCUMENTS, blocks), matrix(visible, 2, LENGTH), positions
-
-
-def anchored(clean: str = "causal") -> tuple[Tensor, Layout, Tensor, Tensor]:
+def anchored() -> tuple[Tensor, Layout, Tensor, Tensor]:
     """Two documents in a row, each with a clean copy and blocks, in both orders; padding at the end."""
     documents = [0] * 10 + [0] * 3 + [0] * 3 + [1] * 7 + [1] * 4 + [-1] * 2
     blocks = [0] * 10 + [1] * 3 + [2] * 3 + [0] * 7 + [1] * 4 + [0] * 2
@@ -72,24 +55,18 @@ def anchored(clean: str = "causal") -> tuple[Tensor, Layout, Tensor, Tensor]:
         if documents[q] != documents[k]:
             return False
         if blocks[q] == 0:
-            return blocks[k] == 0 and (clean == "bidirectional" or positions[k] <= positions[q])
+            return blocks[k] == 0 and positions[k] <= positions[q]
         if blocks[k] == 0:
             members = [t for t in range(len(blocks)) if (documents[t], blocks[t]) == (documents[q], blocks[q])]
             return positions[k] < min(positions[t] for t in members)
         return blocks[k] == blocks[q]
 
     ids = random_ids(batch, len(documents))
-    layout = AnchoredLayout(*tensors, clean=clean)
+    layout = AnchoredLayout(*tensors)
     return ids, layout, matrix(visible, batch, len(documents)), tensors[2]
 
 
-LAYOUTS = {
-    "packed": packed,
-    "padded": padded,
-    "block-causal": block_causal,
-    "anchored": anchored,
-    "anchored, bidirectional clean": lambda: anchored("bidirectional"),
-}
+LAYOUTS = {"packed": packed, "padded": padded, "anchored": anchored}
 
 
 def with_attention(model: LladaForMaskedDiffusion, implementation: str) -> LladaForMaskedDiffusion:
@@ -141,8 +118,7 @@ def test_flex_attention_computes_the_same(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("clean", ["causal", "bidirectional"])
-def test_document_by_document_is_the_same_and_for_chosen_tokens_alone(dtype: torch.dtype, clean: Clean) -> None:
+def test_document_by_document_is_the_same_and_for_chosen_tokens_alone(dtype: torch.dtype) -> None:
     """Forward and gradients against the dense mask; of two rows that are cut up differently, one with padding."""
     documents = [[(10, 6), (7, 4), (2, 0)], [(0, 9), (20, 0)]]
     rows = [[number for number, (c, m) in enumerate(row) for _ in range(c + m)] for row in documents]
@@ -154,7 +130,7 @@ def test_document_by_document_is_the_same_and_for_chosen_tokens_alone(dtype: tor
     found = []
     for known, few in ((None, False), (documents, False), (documents, True)):
         model = tiny_model(init_std=0.1).to(dtype)
-        layout = AnchoredLayout(*tensors, clean=clean, documents=known)
+        layout = AnchoredLayout(*tensors, documents=known)
         hidden = model.hidden_states(ids, layout=layout, chosen_N=chosen if few else None)
         logits = model.logits(hidden if few else hidden.flatten(0, 1)[chosen])
         torch.nn.functional.cross_entropy(logits, random_ids(1, len(chosen), seed=3)[0]).backward()
@@ -267,5 +243,3 @@ def test_what_does_not_fit_is_refused() -> None:
         model(ids, attention_mask=torch.ones_like(ids), layout=layout)
     with pytest.raises(ValueError, match="three tensors of one shape"):
         AnchoredLayout(ids, ids[:, 1:], ids)
-    with pytest.raises(ValueError, match="clean is 'both'"):
-        AnchoredLayout(ids, ids, ids, clean="both")  # type: ignore[arg-type]

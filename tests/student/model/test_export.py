@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForMaskedLM
 
 from shared.errors import CheckpointError
-from student.model.export import export_student, load_student, register, save_student
+from student.model.export import export_student, load_student, save_student
 from student.model.modeling_llada import LladaForMaskedDiffusion
 from student.model.tokenizer import train_tokenizer
 from tests.fixtures.conversations import conversations
@@ -103,12 +102,6 @@ def test_upstream_s_layout_goes_in_and_comes_out_strictly(saved: Path) -> None:
     assert json.loads((again / "config.json").read_text())["auto_map"]["AutoModel"].startswith("modeling_llada.Llada")
 
 
-def test_it_is_registered_with_the_auto_classes_on_request(saved: Path) -> None:
-    register()
-    for auto in (AutoModel, AutoModelForMaskedLM):
-        assert type(auto.from_pretrained(saved)) is LladaForMaskedDiffusion
-
-
 def test_weights_may_come_from_elsewhere_and_in_many_files(tmp_path: Path, tokenizer: Any) -> None:
     """As after ZeRO-3: the module has none, another dtype was gathered, and the files are small."""
     whole = model_for(tokenizer)
@@ -179,11 +172,9 @@ def test_what_is_not_a_checkpoint_is_refused(saved: Path, tmp_path: Path) -> Non
         load_student(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="holds no trained student"):
         export_student(tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match="--dtype 'int8'"):
-        export_student(saved, dtype="int8")
     good = (saved / "config.json").read_text()
     for text, message in (
-        ("{", "is not valid JSON"),
+        ("{", r"config.json cannot be read \(Expecting"),
         ("[]", "holds list"),
         (good.replace('"llada"', '"bert"'), "is of a 'bert' model"),
         (

@@ -85,7 +85,6 @@ def test_positions_are_honoured(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("smollm2")
 def test_smollm2_with_all_layers_and_the_causal_mask_is_reproduced(smollm2: Path) -> None:
     """All 30 real layers: proves the mapping of names, rope, norms and grouped heads."""
     from transformers import AutoTokenizer

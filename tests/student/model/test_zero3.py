@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from student.model.modeling_llada import AnchoredLayout, LladaForMaskedDiffusion
+from tests.fixtures.ranks import run_ranks
 from tests.fixtures.tiny_model import anchored_row, random_ids, tiny_config, tiny_model
 
 STEPS, BATCH, CLEAN, ANCHORS, BLOCK = 8, 4, 20, [3, 9, 16], 4
@@ -56,7 +55,6 @@ def train_alone(tied: bool) -> list[float]:
 
 def train_a_rank(mode: str, output: Path) -> None:
     """What each rank runs; `mode` is tied or untied, then reentrant, not or none, then how the model is made."""
-    os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
     import deepspeed.ops
 
@@ -111,23 +109,11 @@ def train_a_rank(mode: str, output: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.distributed
+@pytest.mark.usefixtures("warm_training")
 @pytest.mark.parametrize("mode", ["untied,reentrant,from_pretrained", "tied,not,zero.Init"])
 def test_two_ranks_learn_what_one_learns(mode: str, tmp_path: Path) -> None:
     output = tmp_path / "losses.json"
-    command = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        __name__,
-        mode,
-        str(output),
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=False)
-    assert output.exists(), result.stderr[-3000:]
+    run_ranks(__name__, [mode, str(output)], 2, output, timeout_s=600)
     losses, expected = torch.tensor(json.loads(output.read_text())), torch.tensor(train_alone(mode.startswith("tied")))
     difference = ((losses - expected).abs() / expected).max()
     print(f"{mode}: largest relative difference of {STEPS} losses {difference:.1e}")

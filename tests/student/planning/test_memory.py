@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +15,12 @@ from student.model.configuration_llada import LladaConfig
 from student.model.lora import add_lora
 from student.model.modeling_llada import LladaForMaskedDiffusion
 from student.model.sequential_head import add_sequential_head
-from student.planning.memory import Dtype, Parameters, Zero, kept_activations, memory, saved_by_block
+from student.model.source import NO_IDS
+from student.planning.memory import kept_activations, memory, saved_by_block
+from student.planning.setup import Dtype, Parameters, Setup
 from student.training.engine import deepspeed_config
+from tests.fixtures.ranks import run_ranks
 
-NO_IDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "mask_token_id": 0}
 SUPERVISED = 128
 ADAPTERS = LoraConfig(rank=4, targets=["q_proj", "v_proj", "ff_out"])
 
@@ -84,19 +83,21 @@ def test_a_block_saves_what_the_formula_says(dtype: Dtype, lora: LoraConfig | No
     train = TrainConfig(
         steps=1,
         micro_batch=2,
-        max_sequence_tokens=96,
-        anchors=4,
+        max_sequence_tokens=64,
+        anchors=8,
         block_length=8,
         activation_checkpointing=checkpointing,
+        dtype=dtype,
     )
-    e = 2 if dtype == "bfloat16" else 4
     counted, formula = [], []
     for layers in (2, 3):
         shape = LladaConfig(
             d_model=64, n_layers=layers, n_heads=4, n_kv_heads=2, mlp_hidden_size=160, vocab_size=128, **NO_IDS
         )
         counted.append(saved_tensors(shape, getattr(torch, dtype), lora, train))
-        formula.append(kept_activations(shape, train, 256, SUPERVISED, e, lora, "cpu"))
+        setup = Setup(shape, train, {}, lora, 1, "cpu")
+        assert (setup.tokens, setup.supervised) == (256, SUPERVISED)
+        formula.append(kept_activations(setup))
     assert counted[1] - counted[0] == formula[1] - formula[0]
     if not checkpointing:  # which keeps the rotary tables and the mask as arguments, out of autograd's sight
         # Behind a frozen embedding the first norm saves nothing; the formula does not go into that.
@@ -106,15 +107,14 @@ def test_a_block_saves_what_the_formula_says(dtype: Dtype, lora: LoraConfig | No
 def test_llada_8b_by_hand() -> None:
     """A block of LLaDA-8B keeps 48 bytes a token and unit of width in bfloat16, log-sum-exp and 1 / rms apart."""
     shape, train = LladaConfig(), TrainConfig(steps=1, micro_batch=1, anchors=16, block_length=16)
-    assert train.packed_row_tokens == 4352
-    assert sum(saved_by_block(shape, 4352, 2, None, "cuda")) == 48 * 4096 + 8 + 4 * 32
-    zero2 = Zero.of({"zero_optimization": {"stage": 2}, "data_types": {"grad_accum_dtype": "fp32"}}, 8, "bfloat16")
-    step = memory(shape, train, zero2, "bfloat16").step
-    share = 8_015_581_184 // 8
+    settings = {"zero_optimization": {"stage": 2}, "data_types": {"grad_accum_dtype": "fp32"}}
+    zero2 = Setup(shape, train, settings, None, ranks=8)
+    assert zero2.tokens == 4352
+    assert sum(saved_by_block(zero2)) == 48 * 4096 + 8 + 4 * 32
+    step, share = memory(zero2).step, 8_015_581_184 // 8
     assert (step.weights, step.gradients, step.optimizer) == (2 * 8_015_581_184, 4 * share, 12 * share)
     # ZeRO-1 in bfloat16 with float32 sums keeps both kinds of gradients of everything on every rank.
-    zero1 = Zero.of({"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}}, 8, "bfloat16")
-    assert memory(shape, train, zero1, "bfloat16").step.gradients == 6 * 8_015_581_184
+    assert memory(zero2.changed(stage=1)).step.gradients == 6 * 8_015_581_184
 
 
 def test_offloading_moves_the_state_off_the_device() -> None:
@@ -122,7 +122,7 @@ def test_offloading_moves_the_state_off_the_device() -> None:
     by_place = {}
     for place in ("none", "cpu", "nvme"):
         settings = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": place}}}
-        by_place[place] = memory(shape, train, Zero.of(settings, 8, "bfloat16"), "bfloat16")
+        by_place[place] = memory(Setup(shape, train, settings, None, ranks=8))
     assert by_place["cpu"].step.optimizer == by_place["nvme"].step.optimizer == 0
     state = by_place["none"].step.optimizer
     assert (by_place["none"].host, by_place["cpu"].nvme, by_place["nvme"].nvme) == (0, 0, state)
@@ -146,6 +146,7 @@ CASES = [
 
 @pytest.mark.slow
 @pytest.mark.distributed
+@pytest.mark.usefixtures("warm_training")
 def test_two_ranks_allocate_what_the_model_says(tmp_path: Path) -> None:
     """Real DeepSpeed, two accumulating steps of a scaled-down LLaDA: within 15 % (seen: 13 %)."""
     size = 400_000  # buckets scaled down with the model
@@ -156,27 +157,16 @@ def test_two_ranks_allocate_what_the_model_says(tmp_path: Path) -> None:
     for number, (name, zero, overrides, lora) in enumerate(CASES):
         path = tmp_path / f"zero-{number}.json"
         path.write_text(json.dumps({"zero_optimization": zero | sizes}))
-        train = {"steps": 1, "micro_batch": 1, "dtype": "bfloat16", "activation_checkpointing": True}
+        train = {"steps": 1, "micro_batch": 1, "global_batch": 4, "dtype": "bfloat16", "activation_checkpointing": True}
         train |= {"deepspeed": str(path)} | overrides
         cases.append({"name": name, "shape": shape, "train": train, "lora": lora, "accumulation": 2})
         settings = TrainConfig(**train)
-        modelled[name] = memory(
-            LladaConfig(**shape),
-            settings,
-            Zero.of(deepspeed_config(settings, 2), 2, settings.dtype),
-            settings.dtype,
-            LoraConfig(**lora) if lora else None,
-            accumulation=2,
-            device="cpu",
-        ).peak
+        adapters = LoraConfig(**lora) if lora else None
+        setup = Setup(LladaConfig(**shape), settings, deepspeed_config(settings, 2), adapters, ranks=2, device="cpu")
+        modelled[name] = memory(setup).peak
     (tmp_path / "cases.json").write_text(json.dumps(cases))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*launcher, "-m", "tests.fixtures.memory_rank", str(tmp_path / "cases.json")],
-        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    lines = [line.rsplit(": ", 1) for line in done.stdout.splitlines()]
+    run_ranks("tests.fixtures.memory_rank", [str(tmp_path / "cases.json")], 2, tmp_path / "rank", timeout_s=600)
+    lines = [line.rsplit(": ", 1) for line in (tmp_path / "rank.0.log").read_text().splitlines()]
     measured = {line[0]: int(line[1]) for line in lines if line[0] in modelled}
     assert measured.keys() == modelled.keys()
     for name, bytes_ in measured.items():

@@ -32,8 +32,13 @@ from student.model.initialize import initialize_student
 from student.training.train import forget
 from tests.fixtures.conversations import conversations, teacher_tokenizer
 from tests.fixtures.toy_run import toy_config, write_toy_shards
+from tests.fixtures.warm import COLD
 
-pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.usefixtures("warm_training")]
+
+KILLS = int(os.environ.get("TRAINING_KILLS", "1"))
+"""SIGKILLs per launcher; TRAINING_KILLS=20 is the run of the record."""
+WHOLE = ("train.world_size=2", f"train.steps={max(40, 8 * KILLS)}")
 
 
 @pytest.fixture(scope="module")
@@ -47,17 +52,29 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+def copied(prepared: Path, directory: Path) -> Path:
+    """A copy of that run to train in; the config's path."""
+    shutil.copytree(prepared / "runs", directory / "runs")
+    shutil.copytree(prepared / "teacher", directory / "teacher")
+    return toy_config(directory)
+
+
 @pytest.fixture
 def run(prepared: Path, tmp_path: Path) -> Path:
-    """A copy of that run to train in; the config's path."""
-    shutil.copytree(prepared / "runs", tmp_path / "runs")
-    shutil.copytree(prepared / "teacher", tmp_path / "teacher")
-    return toy_config(tmp_path)
+    return copied(prepared, tmp_path)
 
 
-def command(path: Path, overrides: Sequence[str]) -> list[str]:
+@pytest.fixture(scope="module")
+def whole(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Metrics and weights of the run WHOLE that nothing interrupts; for one group, so that one worker trains it."""
+    path = copied(prepared, tmp_path_factory.mktemp("whole"))
+    train(path, *WHOLE)
+    return metrics(path), weights(load_config(path))
+
+
+def command(path: Path, overrides: Sequence[str], python: str | None = None) -> list[str]:
     options = [word for override in overrides for word in (["--set"] if "=" in override else []) + [override]]
-    return [sys.executable, "-m", "student.cli", "train", str(path), *options]
+    return [python or sys.executable, "-m", "student.cli", "train", str(path), *options]
 
 
 def train(path: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
@@ -118,7 +135,8 @@ def interrupt(path: Path, overrides: Sequence[str], step: int) -> None:
     complete = load_config(path).checkpoints_dir / f"step-{step}/complete.json"
     with subprocess.Popen(
         command(path, overrides),
-        stderr=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         start_new_session=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     ) as process:
@@ -130,31 +148,35 @@ def interrupt(path: Path, overrides: Sequence[str], step: int) -> None:
         # A launcher's ranks are not in its process group: each is killed by name, as a node's failure would.
         for started in (*psutil.Process(process.pid).children(recursive=True), process):
             started.kill()
+        process.communicate()  # until the last of them is gone
 
 
-def test_killed_damaged_and_resumed_equals_never_killed(run: Path) -> None:
+def assert_as_never_stopped(path: Path, whole: tuple[list[dict[str, Any]], dict[str, Any]]) -> None:
+    """The same metrics, and the same weights to the bit."""
+    assert metrics(path) == whole[0]
+    resumed = weights(load_config(path))
+    assert resumed.keys() == whole[1].keys()
+    for name, value in whole[1].items():
+        assert torch.equal(resumed[name], value), name
+
+
+@pytest.mark.xdist_group("training_whole")
+def test_killed_damaged_and_resumed_equals_never_killed(
+    run: Path, whole: tuple[list[dict[str, Any]], dict[str, Any]]
+) -> None:
     """The newest checkpoints are cut off, so the one before them is what is resumed."""
-    overrides = ("train.world_size=2", "train.steps=60", "train.checkpoint_steps=10", "train.keep_checkpoints=9")
-    train(run, *overrides)
+    overrides = (*WHOLE, "train.checkpoint_steps=10", "train.keep_checkpoints=9")
     config = load_config(run)
-    whole, whole_weights = metrics(run), weights(config)
-    forget(config)
-    (config.run_dir / "metrics.jsonl").unlink()
-
     interrupt(run, overrides, step=20)
     assert not config.student_final_dir.exists()
-    for folder in config.checkpoints_dir.glob("step-[23456]0"):
+    for folder in config.checkpoints_dir.glob("step-[234]0"):
         part = next(folder.glob("zero_pp_rank_1_*optim_states.pt"))
         part.write_bytes(part.read_bytes()[:-1000])
 
     log = "".join(train(run, *overrides).stderr.split())  # a long path is broken anywhere
     assert "step-20isdamaged(zero_pp_rank_1_mp_rank_00_optim_states.pthas" in log
-    assert "resumingafterstep10of60" in log
-    assert metrics(run) == whole
-    resumed = weights(config)
-    assert resumed.keys() == whole_weights.keys()
-    for name, value in whole_weights.items():
-        assert torch.equal(resumed[name], value), name
+    assert "resumingafterstep10of" in log
+    assert_as_never_stopped(run, whole)
 
 
 def test_a_run_goes_on_with_other_ranks_and_another_stage(run: Path, tmp_path: Path) -> None:
@@ -226,8 +248,8 @@ def test_every_launcher_starts_the_same_run(run: Path) -> None:
         port = str(free.getsockname()[1])
     agent = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=1"]
     nodes = ["--nnodes=2", "--master-addr=127.0.0.1", f"--master-port={port}"]
-    bin_dir = Path(sys.executable).parent
-    deepspeed = [str(bin_dir / "deepspeed"), "--num_accelerators=2", f"--master_port={port}"]
+    bin_dir = Path(COLD).parent
+    deepspeed = ["--num_accelerators=2", f"--master_port={port}"]
     path = {"PATH": f"{bin_dir}{os.pathsep}{os.environ['PATH']}"}
     slurm = {
         "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_JOB_ID": "1", "MASTER_PORT": port,
@@ -237,9 +259,20 @@ def test_every_launcher_starts_the_same_run(run: Path) -> None:
         "two torchrun agents": lambda: [
             launched(run, *agent, *nodes, f"--node-rank={node}", "-m", options=options) for node in range(2)
         ],
-        "deepspeed": lambda: [launched(run, *deepspeed, "--module", options=options, **path)],
+        "deepspeed": lambda: [
+            launched(run, str(bin_dir / "deepspeed"), *deepspeed, "--module", options=options, **path)
+        ],
         "deepspeed, no local rank": lambda: [
-            launched(run, *deepspeed, "--no_local_rank", "--module", options=options, **path)
+            launched(
+                run,
+                *by_hand,
+                "deepspeed.launcher.runner",
+                *deepspeed,
+                "--no_local_rank",
+                "--module",
+                options=options,
+                **path,
+            )
         ],
         "srun": lambda: [
             launched(run, *by_hand, options=options, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank), **slurm)
@@ -386,13 +419,12 @@ def test_checkpoints_are_measured_the_best_is_kept_and_exported(run: Path, tmp_p
     )
 
 
-def test_a_signal_saves_and_ends_with_the_code_for_requeue(run: Path) -> None:
-    overrides = ("train.world_size=2", "train.steps=60", "train.checkpoint_steps=50")
-    train(run, *overrides)
-    whole = metrics(run)
+@pytest.mark.xdist_group("training_whole")
+def test_a_signal_saves_and_ends_with_the_code_for_requeue(
+    run: Path, whole: tuple[list[dict[str, Any]], dict[str, Any]]
+) -> None:
+    overrides = (*WHOLE, "train.checkpoint_steps=1000")
     config = load_config(run)
-    forget(config)
-    (config.run_dir / "metrics.jsonl").unlink()
     with subprocess.Popen(
         command(run, overrides), stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
     ) as process:
@@ -407,7 +439,7 @@ def test_a_signal_saves_and_ends_with_the_code_for_requeue(run: Path) -> None:
     assert "SIGUSR1: saved after step" in said
     assert not config.student_final_dir.exists()
     train(run, *overrides)
-    assert metrics(run) == whole
+    assert_as_never_stopped(run, whole)
 
 
 def test_a_signal_to_one_of_two_nodes_saves_and_ends_both_with_that_code(run: Path) -> None:
@@ -431,7 +463,7 @@ def test_a_signal_to_one_of_two_nodes_saves_and_ends_both_with_that_code(run: Pa
 def test_a_rank_that_hangs_ends_the_job_with_a_stack(run: Path) -> None:
     overrides = ("train.world_size=2", "train.steps=5000", "train.hang_minutes=0.1", "train.grace_seconds=1")
     with subprocess.Popen(
-        command(run, overrides), stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        command(run, overrides, COLD), stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
     ) as process:
         journal, deadline = load_config(run).run_dir / "metrics.jsonl", time.monotonic() + 300
         while not journal.exists() or journal.read_text().count("\n") < 3:
@@ -459,37 +491,29 @@ def test_what_cannot_be_measured_or_tracked_is_refused(run: Path) -> None:
         assert message in " ".join(refused.stderr.split())
 
 
-KILLS = int(os.environ.get("TRAINING_KILLS", "1"))
-"""SIGKILLs per launcher; TRAINING_KILLS=20 is the run of the record."""
-
-
 @pytest.mark.timeout(900 + 120 * KILLS)
+@pytest.mark.xdist_group("training_whole")
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
-def test_killed_at_any_moment_and_started_again_ends_as_if_nothing_had_happened(run: Path, launcher: str) -> None:
+def test_killed_at_any_moment_and_started_again_ends_as_if_nothing_had_happened(
+    run: Path, whole: tuple[list[dict[str, Any]], dict[str, Any]], launcher: str
+) -> None:
     """Every rank and launcher is killed at random moments, saves included; several epochs go by."""
-    steps = (
-        "train.world_size=2",
-        f"train.steps={max(40, 8 * KILLS)}",
-        "train.checkpoint_steps=2",
-        "train.deepspeed={zero_optimization: {stage: 2}}",
-    )
-    train(run, *steps)
+    steps = (*WHOLE, "train.checkpoint_steps=2")
     config = load_config(run, list(steps))
-    whole, whole_weights = metrics(run), weights(config)
-    assert whole[-1]["epoch"] > 2
-    forget(config)
-    (config.run_dir / "metrics.jsonl").unlink()
+    assert whole[0][-1]["epoch"] > 2
 
-    bin_dir = Path(sys.executable).parent
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     by = {
         "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"],
-        "deepspeed": [str(bin_dir / "deepspeed"), "--num_accelerators=2", f"--master_port={port}", "--module"],
+        "deepspeed": [
+            *(sys.executable, "-m", "deepspeed.launcher.runner"),
+            *("--num_accelerators=2", f"--master_port={port}", "--module"),
+        ],
     }[launcher]
     options = [word for step in steps for word in ("--set", step)]
-    path = {"PATH": f"{bin_dir}{os.pathsep}{os.environ['PATH']}"}
+    path = {"PATH": f"{Path(COLD).parent}{os.pathsep}{os.environ['PATH']}"}
     journal, moments = config.run_dir / "metrics.jsonl", random.Random(launcher)
     killed = 0
 
@@ -518,6 +542,4 @@ def test_killed_at_any_moment_and_started_again_ends_as_if_nothing_had_happened(
             output = process.communicate(timeout=600)[0]
             assert process.returncode == 0, output
     assert killed == KILLS
-    assert metrics(run) == whole
-    resumed = weights(config)
-    assert all(torch.equal(resumed[name], value) for name, value in whole_weights.items())
+    assert_as_never_stopped(run, whole)
