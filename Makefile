@@ -52,7 +52,7 @@ ifeq ($(GPUS),0)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check torch==$(TORCH_VERSION)+cpu 2>/dev/null \
 	  || $(BIN)/uv pip install --python $(BIN)/python --torch-backend cpu torch==$(TORCH_VERSION)
 endif
-	@$(BIN)/uv pip install --quiet --python $(BIN)/python $(INSTALL) --editable '.[$(EXTRAS)]'
+	@$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python $(INSTALL) --editable '.[$(EXTRAS)]'
 	@rm -f $(VENV)/.ready-* && touch $@
 
 define say
