@@ -257,11 +257,11 @@ def certify(
     raise typer.Exit(0 if certificate["passed"] else 1)
 
 
-@app.command()
+@app.command(context_settings={"ignore_unknown_options": True})
 def serve(
     config: ConfigArgument,
     further: Annotated[
-        list[str] | None, typer.Argument(metavar="[-- ARGS]", help="For vLLM, e.g. --port 8001.")
+        list[str] | None, typer.Argument(metavar="[ARGS]", help="For vLLM's server, e.g. --port 8001.")
     ] = None,
     overrides: SetOption = None,
     start: Annotated[bool, typer.Option("--run", help="Start the server; else its command is printed.")] = False,

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from shared.config import dump_config
 from shared.dataset.reader import Dataset
 from shared.errors import CheckpointError
+from student.cli import app
 from student.drafting.serve import serve, server_command
 from student.drafting.speculate import held_out_prompts
 from tests.fixtures.served_run import pipeline
@@ -40,6 +42,19 @@ def test_the_command_is_printed(served_run: Path, served_teacher: Path, capsys: 
     assert "--enable-prefix-caching" in server_command(config, student)
     without = config.model_copy(update={"teacher": config.teacher.model_copy(update={"prefix_caching": False})})
     assert "--no-enable-prefix-caching" in server_command(without, student)
+
+
+@pytest.mark.parametrize("separator", [[], ["--"]])
+def test_further_options_are_for_vllm(
+    served_run: Path, served_teacher: Path, tmp_path: Path, separator: list[str]
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(pipeline(served_run, served_teacher)))
+    done = CliRunner().invoke(
+        app, ["serve", str(path), "--set", "speculate.policy=false", *separator, "--port", "8001"]
+    )
+    assert shlex.split(done.stdout)[-2:] == ["--port", "8001"]
+    assert '"policy": false' in done.stdout
 
 
 def test_a_missing_student_is_said(served_run: Path, served_teacher: Path, tmp_path: Path) -> None:
