@@ -124,6 +124,7 @@ def save(
     if rank == 0:
         shutil.rmtree(folder, ignore_errors=True)  # of a save that was interrupted, perhaps by other ranks
     torch.distributed.barrier()
+    _pickle_by_value()
     try:
         engine.save_checkpoint(str(directory), tag=folder.name, save_latest=False)
     except (OSError, RuntimeError) as error:  # PyTorch's writer has only RuntimeError
@@ -229,6 +230,13 @@ def damage(checkpoint: Checkpoint, part: int, parts: int) -> Iterator[str]:
                 yield f"{name} does not read back: {entry}"
             elif (problem := _code_in(path)) is not None:
                 yield problem
+
+
+def _pickle_by_value() -> None:
+    """Python 3.11.0 to 3.11.3 pickle an enum's member as a call of `getattr`, which `_code_in` refuses to let run."""
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    ZeroStageEnum.__reduce_ex__ = lambda self, _protocol: (ZeroStageEnum, (self.value,))
 
 
 def _code_in(path: Path) -> str | None:

@@ -26,7 +26,7 @@ from tests.teacher.conftest import write_config
 pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.usefixtures("warm_serving")]
 
 ROOT = Path(__file__).parents[2]
-TOLERANCE = 2e-3
+TOLERANCE = 1 / 16 + 2e-3  # other batches round other last bits, which may turn a stored gap into the next one
 LENGTH = 48
 
 

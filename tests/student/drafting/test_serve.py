@@ -25,6 +25,8 @@ from student.cli import app
 from student.drafting.serve import serve, server_command
 from student.drafting.speculate import held_out_prompts
 from tests.fixtures.served_run import pipeline
+from tests.test_house import ROOT
+from tests.test_readme import blocks
 
 
 def test_the_command_is_printed(served_run: Path, served_teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,8 +75,9 @@ def ask(url: str, body: Any = None) -> str:
 
 @pytest.mark.slow
 @pytest.mark.vllm
-@pytest.mark.usefixtures("warm_serving")
-def test_an_http_client_gets_the_teachers_own_words(served_run: Path, served_teacher: Path, tmp_path: Path) -> None:
+def test_an_http_client_gets_the_teachers_own_words(
+    served_run: Path, served_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -84,7 +87,7 @@ def test_an_http_client_gets_the_teachers_own_words(served_run: Path, served_tea
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "student.cli", "serve", str(tmp_path / "config.yaml"), "--run"]
-    command += ["--", "--port", str(port), "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--host", "127.0.0.1"]
     with (tmp_path / "log").open("w") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"})
     url = f"http://127.0.0.1:{port}"
@@ -102,6 +105,9 @@ def test_an_http_client_gets_the_teachers_own_words(served_run: Path, served_tea
             answer = json.loads(ask(f"{url}/v1/completions", body | {"return_token_ids": True}))["choices"][0]
             expected = model.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False)[0, len(prompt) :]
             assert answer["token_ids"] == expected.tolist()
+        (client,) = [body for _, body in blocks(ROOT / "README.md") if "OpenAI" in body]
+        exec(client.replace("http://localhost:8123", url), {})
+        assert capsys.readouterr().out.strip()
         metrics = ask(f"{url}/metrics")
         drafted = [line for line in metrics.splitlines() if line.startswith("llada_drafter_drafts_total{")]
         assert sum(float(line.split()[-1]) for line in drafted) > 0
