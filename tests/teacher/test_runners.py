@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from shared.dataset.reader import Dataset
 from shared.dataset.records import Record
 from shared.stopping import REQUEUE_EXIT_CODE
 from tests.fixtures.random_teacher import save_random_teacher, write_run
+from tests.fixtures.warm import COLD
 from tests.teacher.conftest import write_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.usefixtures("warm_serving")]
@@ -44,9 +45,9 @@ class Run:
         self.logs = [folder / f"{name}-{i}.log" for i in range(12)]
         self.started = 0
 
-    def start(self, *arguments: str, cli: str = "teacher.cli") -> subprocess.Popen[bytes]:
+    def start(self, *arguments: str, cli: str = "teacher.cli", python: str | None = None) -> subprocess.Popen[bytes]:
         """`teacher collect` in a process group of its own."""
-        command = [sys.executable, "-m", cli, "collect", str(self.config), "--log-level", "debug", *arguments]
+        command = [python or sys.executable, "-m", cli, "collect", str(self.config), "--log-level", "debug", *arguments]
         with self.logs[self.started].open("wb") as log:
             self.started += 1
             # Ray would print one of two actors' similar lines.
@@ -185,7 +186,7 @@ def test_a_ray_driver_that_is_stopped_or_killed_is_gone_on_with(whole: Run, base
 def test_a_ray_actor_that_dies_is_replaced(whole: Run, base: Path) -> None:
     pytest.importorskip("ray")
     run = Run(base.parent, base, "ray")
-    driver = run.start(*RAY)
+    driver = run.start(*RAY, python=COLD)  # whose children are its own
     with ended(driver):
         os.kill(_working_actor(run, driver), signal.SIGKILL)
         assert driver.wait(600) == 0, run.said()
@@ -201,11 +202,10 @@ def _working_actor(run: Run, driver: subprocess.Popen[bytes]) -> int:
         assert driver.poll() is None, run.said()
         ours = {process.pid for process in psutil.Process(driver.pid).children(recursive=True)}
         for claim in (claims / "units").glob("*"):
-            unit, worker = claim.name.rpartition(".")[0], claim.read_text()
-            if (run.shards / f"commits/{unit}.json").exists():
-                continue
-            pid = int(json.loads((claims / f"workers/{worker}.json").read_text())["pid"])
-            if pid in ours:
-                return pid
+            with suppress(FileNotFoundError):  # of a worker that is done meanwhile
+                unit, worker = claim.name.rpartition(".")[0], claim.read_text()
+                pid = int(json.loads((claims / f"workers/{worker}.json").read_text())["pid"])
+                if pid in ours and not (run.shards / f"commits/{unit}.json").exists():
+                    return pid
         time.sleep(0.01)
     raise AssertionError(run.said())
