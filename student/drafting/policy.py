@@ -43,6 +43,9 @@ FIRST_PLAIN = 3
 """Steps without a draft at the start: what a draft has to beat."""
 FIRST_DRAFTS = 4
 """Drafts after these, each for one request: what a draft costs and how it does."""
+WORTHWHILE = 1.05
+"""A plan is followed if it is expected to be so many times as fast as a plain step. It is the best of many estimates,
+so an optimistic one: on a machine whose speed drifts, plans that seemed to gain a little lost more."""
 CLEAR = 1.5
 """A plan this many times as fast as a plain step needs no plain step to be measured again."""
 PLAIN_EVERY = 64
@@ -273,6 +276,8 @@ class Policy:
             return self._with_whole_draft(Plan(longer_R, np.zeros(rows, np.int64), "measuring"), open_R)
         plan, rate = self._best(survival_RxMxK, expected_RxM)
         plain = going / self._step_seconds(0)
+        if rate < WORTHWHILE * plain:
+            plan = Plan(longer_R, np.zeros(rows, np.int64))
         if plan.tokens_R.any():
             marginal = rate < CLEAR * plain and self._since_plain >= PLAIN_EVERY
             if marginal and self._budget >= (rate / plain - 1) * going / plain:
