@@ -1,11 +1,11 @@
 """`student speculate --break-even`: what an acceptance length is worth on this machine, before anyone trains for it.
 
 What the teacher will say is known from a run without a draft; another one is the measure, in turns with the drafting
-one (`engines.py`). The student drafts in every step at its real cost, and
-its tokens are exchanged for so many right ones and wrong ones after them; vLLM verifies them as ever, so the output
-stays the teacher's. Since a step's cost does not depend on what is accepted, the speed-up is c · τ; c is fitted over
-the lengths measured, and 1 / c is the acceptance length at which drafting pays. Last, the policy may decide: with a
-student that is never right it should cost next to nothing, with one that always is it should draft in every step.
+one (`engines.py`). The student drafts in every step at its real cost, and its tokens are exchanged for so many right
+ones and wrong ones after them; vLLM verifies them as ever, so the output stays the teacher's. Since a step's cost does
+not depend on what is accepted, the speed-up is c · τ; c is fitted over the lengths measured, and 1 / c is the
+acceptance length at which drafting pays. Last, the policy may decide: with a student that is never right it should cost
+next to nothing, with one that always is it should draft in every step.
 """
 
 from __future__ import annotations
