@@ -72,7 +72,7 @@ def measure(dtype: str, fp32_head: bool, requests: int, tokens: int, rounds: int
     writing: dict[str, list[float]] = {}
 
     def asked() -> Iterator[Request]:
-        return (Request(str(i), ids, sampling, ignore_end=True) for i, ids in enumerate(rendered))
+        return (Request(str(i), ids, sampling) for i, ids in enumerate(rendered))
 
     def tokens_of(answers: Iterable[Answer]) -> int:
         return sum(len(answer.response_ids) for answer in answers)
@@ -82,15 +82,15 @@ def measure(dtype: str, fp32_head: bool, requests: int, tokens: int, rounds: int
 
     def lists() -> int:
         parameters = SamplingParams(
-            temperature=0, max_tokens=tokens, logprobs=K, detokenize=False, ignore_eos=True,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )  # fmt: skip
+            temperature=0, max_tokens=tokens, logprobs=K, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
+        )
         core = engine._engine
         for request in asked():
             core.add_request(request.key, {"prompt_token_ids": request.prompt_ids.tolist()}, parameters)
+        count = 0
         while core.has_unfinished_requests():
-            core.step()
-        return len(rendered) * tokens
+            count += sum(len(output.outputs[0].token_ids) for output in core.step() if output.finished)
+        return count
 
     def written(k: int) -> int:
         seconds: list[float] = []
