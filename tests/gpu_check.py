@@ -38,7 +38,7 @@ from student.data.batch import MicroBatch, collate
 from student.data.blocks import choose_anchors, lay_out
 from student.data.packing import pack
 from student.drafting.forward import DraftForward
-from student.losses import chunked, dense
+from student.losses import chunked
 from student.losses.settings import LossSettings
 from student.model.attention import AnchoredLayout, AttentionPlan, attend
 from student.model.configuration_llada import LladaConfig
@@ -47,6 +47,7 @@ from student.model.modeling_llada import LladaForMaskedDiffusion, PrefixCache
 from student.model.prefix_cache import pages_for
 from student.training.monitor import peak_flops
 from tests.benchmarks.bench_losses import make_targets
+from tests.fixtures import dense_loss
 from tests.fixtures.aligned_samples import make_sample
 from tests.fixtures.toy_run import toy_config, write_toy_shards
 
@@ -185,7 +186,7 @@ def loss_equals_dense(shapes: Shapes) -> Figures:
         got = (total.detach().clone(), h.grad.clone(), w.grad.clone())
         hd, wd = (x.detach().double().requires_grad_() for x in (h, w))
         del h, w
-        expected = dense.distillation_loss(hd @ wd.T, targets, settings).total
+        expected = dense_loss.distillation_loss(hd @ wd.T, targets, settings).total
         expected.backward()
         errors = [relative(a, b) for a, b in zip(got, (expected.detach(), hd.grad, wd.grad), strict=True)]
         figures[f"relative error, {str(dtype).removeprefix('torch.')}"] = max(errors)

@@ -51,7 +51,7 @@ def distillation_loss(
     *,
     chunk_bytes: int | None = None,
 ) -> LossTerms:
-    """`dense.distillation_loss(hidden_NxD @ head_weight_VxD.T, …)`, chunked; equal in values and gradients.
+    """The loss of the logits `hidden_NxD @ head_weight_VxD.T`, chunked; equal to the dense one in values and gradients.
 
     Must run inside the DeepSpeed engine's forward, where ZeRO-3 has gathered the head. A frozen head, or hidden states
     that need no gradient, cost nothing. With N = 0 the total is 0 and both gradients are zeros, so ranks stay in step.

@@ -1,8 +1,8 @@
 """The objective: the loss of a micro-batch, and its sums for the log, from three small vectors of the student.
 
-`dense` and `chunked` both reduce the student's logits to `StudentLogProbs` and call `objective`; no tensor here has a
-vocabulary axis. Formulas, their sources and their proofs: README.md of this folder. All is summed, never averaged, so
-that chunks, micro-batches and ranks add up exactly; the caller divides (`loss_scale`, `summarize`).
+`chunked` reduces the student's logits to `StudentLogProbs` and calls `objective`; no tensor here has a vocabulary axis.
+Formulas, their sources and their proofs: README.md of this folder. All is summed, never averaged, so that chunks,
+micro-batches and ranks add up exactly; the caller divides (`loss_scale`, `summarize`).
 
 Legend: N positions, E events, M members, K = N + E outcomes (the tail of every position, then every event), B blocks,
 G block length, S segments.

@@ -12,7 +12,7 @@ the CPU (reset through /proc/self/clear_refs), the allocator's on a GPU. Each wa
 and head, so the table also gives the peak beyond these.
 
 Ways: `plain` materializes logits and log-softmax and takes the tail as log(1 - sum); it does nothing else, no sums for
-the log. `dense` is `student.losses.dense`. `torch-ce` is torch's own chunked linear cross-entropy. `liger-*`
+the log. `dense` is `tests.fixtures.dense_loss`. `torch-ce` is torch's own chunked linear cross-entropy. `liger-*`
 are Liger's fused linear losses (Triton, GPU only); its KL needs dense target probabilities.
 """
 
@@ -36,9 +36,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from student.losses import chunked, dense
+from student.losses import chunked
 from student.losses.settings import LossSettings
 from student.losses.targets import TargetBatch
+from tests.fixtures import dense_loss
 
 BLOCK_LENGTH = 8
 CPU_WAYS = ("plain-ce", "torch-ce", "chunked-ce", "plain-kl", "dense-kl", "chunked-kl")
@@ -87,7 +88,7 @@ def computation(way: str, hidden: Tensor, head: Tensor, targets: TargetBatch) ->
         settings = LossSettings("ce" if loss == "ce" else "kl", BLOCK_LENGTH)
         if name == "chunked":
             return lambda: chunked.distillation_loss(hidden, head, targets, settings).total
-        return lambda: dense.distillation_loss(hidden @ head.T, targets, settings).total
+        return lambda: dense_loss.distillation_loss(hidden @ head.T, targets, settings).total
     if name == "plain":
         if loss == "kl":
             return lambda: plain_kl(hidden, head, targets)

@@ -9,10 +9,11 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from student.losses import chunked, dense
+from student.losses import chunked
 from student.losses.objective import LossTerms
 from student.losses.settings import LossSettings
 from student.losses.targets import TargetBatch
+from tests.fixtures import dense_loss
 from tests.fixtures.loss_cases import random_targets, targets_from_events
 
 EVERYTHING = LossSettings("hybrid", 4, alpha=0.4, beta=0.6, tv_weight=0.5, path_weight=0.3)
@@ -46,7 +47,7 @@ def plain_outcome(hidden, head, targets, loss) -> tuple[Outcome, Outcome]:
     """The plain loss's, and one whose gradients add up the addends' sizes, the scale of rounding where they cancel."""
     h, w = hidden.clone().requires_grad_(), head.clone().requires_grad_()
     logits = h @ w.T
-    terms = dense.distillation_loss(logits, targets, loss)
+    terms = dense_loss.distillation_loss(logits, targets, loss)
     hidden_grad, head_grad, slope = torch.autograd.grad(terms.total, (h, w, logits))
     sizes = Outcome(terms, slope.abs() @ head.abs(), slope.abs().T @ hidden.abs())
     return Outcome(terms, hidden_grad, head_grad), sizes
@@ -127,7 +128,7 @@ def test_bfloat16_of_all_terms_and_an_odd_scale(loss):
     # A scale that bfloat16 cannot hold must not be rounded to it.
     gradients = torch.autograd.grad(terms.total * 1.0039, (h, w))
     exact_h, exact_w = hidden.double().requires_grad_(), head.double().requires_grad_()
-    exact = dense.distillation_loss(exact_h @ exact_w.T, targets, loss_settings)
+    exact = dense_loss.distillation_loss(exact_h @ exact_w.T, targets, loss_settings)
     exact_gradients = torch.autograd.grad(exact.total * 1.0039, (exact_h, exact_w))
     assert terms.total.item() == pytest.approx(exact.total.item(), rel=1e-5)
     for ours, theirs in zip(gradients, exact_gradients, strict=True):
@@ -188,7 +189,7 @@ def test_no_supervised_position_gives_zero_loss_and_zero_gradients():
     assert not hidden.grad.any()
     assert not head.grad.any()
     logits = torch.zeros(0, 6, requires_grad=True)
-    dense.distillation_loss(logits, targets_from_events([], []), EVERYTHING).total.backward()
+    dense_loss.distillation_loss(logits, targets_from_events([], []), EVERYTHING).total.backward()
     assert logits.grad is not None
 
 
@@ -235,7 +236,7 @@ def test_tied_head_sums_both_gradients(case):
         if is_chunked:
             total = chunked.distillation_loss(hidden, embedding, targets, EVERYTHING, chunk_bytes=300).total
         else:
-            total = dense.distillation_loss(hidden @ embedding.T, targets, EVERYTHING).total
+            total = dense_loss.distillation_loss(hidden @ embedding.T, targets, EVERYTHING).total
         gradients.append(torch.autograd.grad(total, embedding)[0])
     torch.testing.assert_close(*gradients)
 
@@ -250,7 +251,7 @@ def test_lora_on_the_head_trains_its_factors(case):
         if is_chunked:
             total = chunked.distillation_loss(hidden, adapted, targets, EVERYTHING, chunk_bytes=300).total
         else:
-            total = dense.distillation_loss(hidden @ adapted.T, targets, EVERYTHING).total
+            total = dense_loss.distillation_loss(hidden @ adapted.T, targets, EVERYTHING).total
         gradients.append(torch.autograd.grad(total, factors))
     torch.testing.assert_close(*gradients)
 
@@ -275,7 +276,7 @@ def test_differentiating_twice_is_refused(case):
 def test_autocast_takes_the_products_in_bfloat16_and_returns_float32_gradients():
     targets = random_targets(11, 32, 100, block_length=4, most_events=4)
     hidden, head = torch.randn(32, 16, requires_grad=True), torch.randn(100, 16, requires_grad=True)
-    exact = dense.distillation_loss(hidden @ head.T, targets, EVERYTHING)
+    exact = dense_loss.distillation_loss(hidden @ head.T, targets, EVERYTHING)
     expected = torch.autograd.grad(exact.total, head)[0]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         terms = chunked.distillation_loss(hidden, head, targets, EVERYTHING)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from student.losses import dense
 from student.losses.objective import loss_scale, sum_over_ranks
+from tests.fixtures import dense_loss
 from tests.fixtures.loss_cases import concatenate
 from tests.fixtures.ranks import run_ranks
 from tests.student.losses import zero_worker
@@ -42,7 +42,7 @@ def plain() -> dict:
     for tied in (False, True):
         model = zero_worker.make_model(tied)
         logits = model.states(ids) @ model.head.weight.T
-        loss = dense.distillation_loss(logits, targets, zero_worker.SETTINGS).total / len(targets)
+        loss = dense_loss.distillation_loss(logits, targets, zero_worker.SETTINGS).total / len(targets)
         loss.backward()
         results[tied] = (loss.item(), {name: p.grad for name, p in model.named_parameters()})
     return results
