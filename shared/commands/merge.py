@@ -37,10 +37,7 @@ def merge(sources: Sequence[str | Path], destination: str | Path) -> Manifest:
     provenance = _merged_provenance(sources, datasets)
     units = _merged_units(datasets, provenance)
     _check_disjoint(units, datasets)
-    first = next((dataset for dataset in datasets if dataset.has_tokenizer), None)
-    writer = DatasetWriter(
-        destination, provenance, datasets[0].vocabulary, None if first is None else first.tokenizer_dir
-    )
+    writer = DatasetWriter(destination, provenance, datasets[0].vocabulary, datasets[0].tokenizer_dir)
     with progress() as bar:
         task = bar.add_task("merging", total=len(units), note="")
         for name, (index, entry, original) in units.items():

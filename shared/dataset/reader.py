@@ -85,17 +85,12 @@ class Dataset:
             )
         return vocabulary
 
-    @property
-    def has_tokenizer(self) -> bool:
-        """Whether the manifest names the teacher's tokenizer files; whether they are whole, `tokenizer_dir` checks."""
-        return any(entry.name.startswith(f"{TOKENIZER}/") for entry in self.manifest.files)
-
     @cached_property
     def tokenizer_dir(self) -> Path:
         """A local directory with the teacher's tokenizer files, checked.
 
         Raises:
-            DatasetError: if the dataset has none (an import), or one is damaged.
+            DatasetError: if the dataset has none, or one is damaged.
         """
         names = {e.name: e.sha256 for e in self.manifest.files if e.name.startswith(f"{TOKENIZER}/")}
         if not names:

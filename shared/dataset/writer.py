@@ -52,7 +52,7 @@ class DatasetWriter:
     Args:
         provenance: what is collected, by what; a directory begun under another one is refused.
         vocabulary: the teacher's; stored beside the shards, and every id is checked against it.
-        tokenizer_dir: the teacher's tokenizer files, copied beside the shards; None where there are none.
+        tokenizer_dir: the teacher's tokenizer files, copied beside the shards; None where another writer has done so.
         advice: what to do where `path` was begun with another provenance.
 
     Raises:

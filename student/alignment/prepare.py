@@ -98,27 +98,19 @@ class PrepareSummary:
 def open_source(dataset_path: str | Path, tokenizer: Path, settings: PrepareConfig) -> Source:
     """The dataset at `dataset_path` with an aligner for the student's `tokenizer`.
 
-    A dataset that never had the teacher's tokenizer files is aligned all the same, with a warning.
-
     Raises:
         DatasetError, VocabularyError: if one of them is missing, damaged, or not what the other expects.
     """
     dataset = Dataset.open(dataset_path)
     teacher = dataset.vocabulary
-    teacher_encoder = Encoder.from_tokenizer(dataset.tokenizer_dir, teacher) if dataset.has_tokenizer else None
-    if teacher_encoder is None:
-        _logger.warning(
-            "%s was made without the teacher's tokenizer files: how the teacher tokenizes student tokens is taken as "
-            "greedy, and `student evaluate` and `student speculate` will not work; import it again with --tokenizer",
-            dataset_path,
-        )
+    teacher_encoder = Encoder.from_tokenizer(dataset.tokenizer_dir, teacher)
     student, encoder = load_tokenizer(tokenizer)
     tables = PairTables(teacher, student, encoder, teacher_encoder)
     key = _sha256(
         str(VERSION),
         teacher.fingerprint,
         json.dumps(teacher.roles),
-        tables.teacher_encoder.fingerprint,
+        teacher_encoder.fingerprint,
         student.fingerprint,
         json.dumps(student.roles),
         encoder.fingerprint,

@@ -15,7 +15,7 @@ the last answers are remembered.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
@@ -46,48 +46,24 @@ class Csr(NamedTuple):
         return self.values[self.offsets[number] : self.offsets[number + 1]]
 
 
-class GreedyEncoder:
-    """In place of a teacher's tokenizer that is not known: always the longest token that the text starts with."""
-
-    fingerprint = "greedy"
-
-    def __init__(self, vocabulary: Vocabulary) -> None:
-        self._known, self._longest = vocabulary.ids, int(vocabulary.byte_lengths.max(initial=1))
-
-    def encode_fragments(self, texts: Sequence[bytes], *, partial: bool = True) -> list[list[int]]:  # noqa: ARG002
-        """The ids of every text, up to the first byte that no token starts with."""
-        return [list(self._encode(text)) for text in texts]
-
-    def _encode(self, text: bytes) -> Iterable[int]:
-        while text:
-            stops = range(min(len(text), self._longest), 0, -1)
-            stop = next((stop for stop in stops if text[:stop] in self._known), None)
-            if stop is None:
-                return
-            yield self._known[text[:stop]]
-            text = text[stop:]
-
-
 class PairTables:
     """Tables of one (teacher, student) pair, each made when it is first needed.
 
     Args:
         teacher, student: the two vocabularies.
-        student_encoder: the student's.
-        teacher_encoder: the teacher's. Without it T is taken as greedy, which merges of BPE mostly are; give it
-            wherever it is known.
+        student_encoder, teacher_encoder: their tokenizers.
 
     Attributes:
         same_tokenizer: both tokenizers are the same.
     """
 
     def __init__(
-        self, teacher: Vocabulary, student: Vocabulary, student_encoder: Encoder, teacher_encoder: Encoder | None
+        self, teacher: Vocabulary, student: Vocabulary, student_encoder: Encoder, teacher_encoder: Encoder
     ) -> None:
-        self.teacher, self.student, self.student_encoder = teacher, student, student_encoder
-        self.teacher_encoder = teacher_encoder or GreedyEncoder(teacher)
-        self.same_tokenizer = teacher.fingerprint == student.fingerprint and (
-            teacher_encoder is None or teacher_encoder.fingerprint == student_encoder.fingerprint
+        self.teacher, self.student = teacher, student
+        self.student_encoder, self.teacher_encoder = student_encoder, teacher_encoder
+        self.same_tokenizer = (
+            teacher.fingerprint == student.fingerprint and teacher_encoder.fingerprint == student_encoder.fingerprint
         )
         self.tokenization_after = lru_cache(_REMEMBERED)(self._tokenization_after)
         self.extensions_after = lru_cache(_REMEMBERED)(self._extensions_after)

@@ -12,7 +12,7 @@ import pytest
 from shared.commands.cli import main
 from shared.commands.stats import measure
 from shared.dataset.reader import Dataset
-from tests.fixtures.records import make_records, small_units, write_dataset
+from tests.fixtures.records import make_records, save_byte_tokenizer, small_units, write_dataset
 from tests.shared.dataset.test_writer import contents
 
 
@@ -92,15 +92,16 @@ def test_show_spells_tokens_and_candidates(
 def test_merge_joins_parts_of_one_teacher(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    a, b = tmp_path / "a", tmp_path / "b"
-    write_dataset(a, {"u": make_records(3)})
-    write_dataset(b, {"u": make_records(2, seed=1), "v": make_records(2, seed=2)}, seed=5)
+    a, b, tokenizer = tmp_path / "a", tmp_path / "b", save_byte_tokenizer(tmp_path / "tokenizer")
+    write_dataset(a, {"u": make_records(3)}, tokenizer=tokenizer)
+    write_dataset(b, {"u": make_records(2, seed=1), "v": make_records(2, seed=2)}, tokenizer=tokenizer, seed=5)
     assert shards(monkeypatch, "merge", a, b, tmp_path / "m") == 0
     assert "merged 2 datasets: 7 responses" in capsys.readouterr().out
     merged = Dataset.open(tmp_path / "m")
     expected = [r.sample_id for path in (a, b) for r in Dataset.open(path).records()]
     assert sorted(r.sample_id for r in merged.records()) == sorted(expected)
     assert [unit.unit for unit in merged.manifest.units] == ["00-u", "01-u", "01-v"]
+    assert contents(merged.tokenizer_dir) == contents(tokenizer)
     assert shards(monkeypatch, "validate", tmp_path / "m") == 0
     before = contents(tmp_path / "m")
     assert shards(monkeypatch, "merge", a, b, tmp_path / "m") == 0
@@ -112,3 +113,12 @@ def test_merge_joins_parts_of_one_teacher(
     assert shards(monkeypatch, "merge", a, tmp_path / "c", tmp_path / "n") == 2
     assert "top_k: 8 there, 9 here" in capsys.readouterr().err
     assert not (tmp_path / "n").exists()
+
+
+def test_merge_refuses_a_dataset_without_its_tokenizer(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_dataset(tmp_path / "other", {"u": make_records(2, seed=1)})
+    assert shards(monkeypatch, "merge", dataset, tmp_path / "other", tmp_path / "m") == 2
+    assert f"{dataset} holds no tokenizer files: it was made without" in capsys.readouterr().err
+    assert not (tmp_path / "m").exists()

@@ -19,7 +19,7 @@ from shared.dataset.card import CARD
 from shared.dataset.reader import Dataset
 from shared.dataset.records import Record
 from shared.dataset.validate import validate_dataset
-from tests.fixtures.records import make_records, small_units, write_dataset
+from tests.fixtures.records import make_records, save_byte_tokenizer, small_units, write_dataset
 from tests.fixtures.toy_run import make_tokenizer
 from tests.shared.dataset.test_versions import VERSION_1
 
@@ -107,8 +107,10 @@ def test_an_import_has_units_of_one_split(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_merge_of_what_was_collected_and_of_files_with_both_splits(tmp_path: Path) -> None:
-    write_dataset(tmp_path / "a", collected())
-    write_dataset(tmp_path / "b", {"train-greedy-00000": make_records(5, seed=9), **small_units()})
+    tokenizer = save_byte_tokenizer(tmp_path / "tokenizer")
+    write_dataset(tmp_path / "a", collected(), tokenizer=tokenizer)
+    units = {"train-greedy-00000": make_records(5, seed=9), **small_units()}
+    write_dataset(tmp_path / "b", units, tokenizer=tokenizer)
     merge([tmp_path / "a", tmp_path / "b"], tmp_path / "m")
     assert assert_splits(tmp_path / "m") == {"train": 9 + 5 + 9, "held_out": 3 + 3}
     files = {entry["split"]: entry["path"] for entry in front_matter(tmp_path / "m")["configs"][0]["data_files"]}
@@ -127,8 +129,9 @@ def test_a_merge_of_what_was_collected_and_of_files_with_both_splits(tmp_path: P
 
 
 def test_the_half_of_a_shard_that_has_the_name_of_another_shard_replaces_nothing(tmp_path: Path) -> None:
-    write_dataset(tmp_path / "a", {"import-000000": small_units()["unit-001"]})
-    write_dataset(tmp_path / "b", {"train-import-000000": make_records(2, seed=9)})
+    tokenizer = save_byte_tokenizer(tmp_path / "tokenizer")
+    write_dataset(tmp_path / "a", {"import-000000": small_units()["unit-001"]}, tokenizer=tokenizer)
+    write_dataset(tmp_path / "b", {"train-import-000000": make_records(2, seed=9)}, tokenizer=tokenizer)
     merge([tmp_path / "a", tmp_path / "b"], tmp_path / "m")
     merged = Dataset.open(tmp_path / "m")
     assert sorted(unit.unit for unit in merged.manifest.units) == [

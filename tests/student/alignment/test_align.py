@@ -308,22 +308,3 @@ def test_a_conversation_without_distributions_is_aligned_without_targets(good: R
     assert counts["soft"] == 0
     assert np.isnan(sample.observed_logprob).all()
     assert llada_like(True)[0].decode(sample.input_ids) == good.response_bytes
-
-
-def first_teacher(pair: PairTables) -> np.ndarray:
-    """int64 [V_S], the teacher token that each student token extends; -1 without one."""
-    found = np.full(len(pair.student), -1)
-    found[pair.extensions.values] = np.repeat(np.arange(len(pair.teacher)), np.diff(pair.extensions.offsets))
-    return found
-
-
-def test_without_the_teachers_tokenizer_student_tokens_are_taken_greedily() -> None:
-    """An imported dataset may know the teacher's bytes only; accounting holds all the same."""
-    teacher, student = llama3(), llada_like(True)
-    greedy = PairTables(teacher[0], *student, None)
-    exact = tables(teacher, student)
-    assert (first_teacher(greedy) == first_teacher(exact)).mean() > 0.8  # the texts are of this Python
-    record = RowMaker(*teacher).record(TEXTS["English"] + TEXTS["numbers"])
-    sample, _ = Aligner(greedy, PrepareConfig()).align(record)
-    assert sample is not None
-    check_accounting(sample, record)

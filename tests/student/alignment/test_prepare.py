@@ -243,8 +243,8 @@ def test_a_damaged_tokenizer_of_the_dataset_is_an_error(
         audit(config.shards_dir, tokenizers[1], Console(quiet=True))
 
 
-def test_a_dataset_that_never_had_a_tokenizer_is_aligned_with_a_warning(
-    config: PipelineConfig, records: list[Record], tokenizers: tuple[Path, Path], caplog: pytest.LogCaptureFixture
+def test_a_dataset_without_the_teachers_tokenizer_is_refused(
+    config: PipelineConfig, records: list[Record], tokenizers: tuple[Path, Path]
 ) -> None:
     vocabulary, _ = load_tokenizer(tokenizers[0])
     provenance = Provenance(
@@ -254,9 +254,10 @@ def test_a_dataset_that_never_had_a_tokenizer_is_aligned_with_a_warning(
     writer = DatasetWriter(config.shards_dir, provenance, vocabulary, None)
     writer.write_unit("unit-0", records)
     writer.finish(["unit-0"])
-    assert prepare(config).samples == RECORDS
-    assert f"{config.shards_dir} was made without the teacher's tokenizer files" in caplog.text
-    assert "`student evaluate` and `student speculate` will not work" in caplog.text
+    message = rf"{config.shards_dir} holds no tokenizer files: it was made without; import it again with --tokenizer"
+    with pytest.raises(DatasetError, match=message):
+        prepare(config)
+    assert not config.prepared_dir.exists()
 
 
 # --- shifted rows ---------------------------------------------------------------------------------------
