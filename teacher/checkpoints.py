@@ -30,7 +30,7 @@ from shared.hub import is_hub_name
 
 log = logging.getLogger(__name__)
 
-_SNAPSHOT_FILES = ["*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt"]
+_SNAPSHOT_FILES = ["*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
 """What of a hub repository is fetched here: all but the weights, which vLLM fetches wherever its ranks are."""
 
 

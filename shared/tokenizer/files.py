@@ -2,16 +2,15 @@
 
 One reader per format, one result: a `tokenizer.json` tree (the format of the `tokenizers` library) with the
 bytes, the string and the special flag of every id. Formats: a directory or file with `tokenizer.json`
-(byte-level BPE, SentencePiece-like with byte fallback), `tekken.json`, and tiktoken rank files.
+(byte-level BPE, SentencePiece-like with byte fallback) or `tekken.json`.
 
 Bytes come from the vocabulary alone, never from decoding a single id: decoding is lossy for a token that
-holds part of a character. A 128k vocabulary takes about half a second; merges of rank files another three.
+holds part of a character. A 128k vocabulary takes about half a second; the merges of a `tekken.json` another three.
 """
 
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -22,6 +21,10 @@ from typing import Any
 from shared.errors import VocabularyError
 
 SPACE_SYMBOL = "▁"  # how SentencePiece writes a space
+_SAVE = (
+    "AutoTokenizer.from_pretrained(...).save_pretrained(...) writes tokenizer.json, from a SentencePiece .model or a "
+    "tiktoken file too"
+)
 
 
 @dataclass(slots=True)
@@ -33,7 +36,7 @@ class TokenizerFile:
         tokens: bytes of every id, b"" for specials and for ids that no token has.
         texts: the string of every id in its own file, "" for ids that no token has.
         is_special: True for special tokens and for ids that no token has.
-        tree: the `tokenizer.json` tree; its `pre_tokenizer` is None for a rank file without its pattern.
+        tree: the `tokenizer.json` tree.
         settings: `tokenizer_config.json`, empty where there is none.
         chat_template: Jinja source, or None.
     """
@@ -45,17 +48,10 @@ class TokenizerFile:
     tree: dict[str, Any]
     settings: dict[str, Any] = field(default_factory=dict)
     chat_template: str | None = None
-    needs_pattern: bool = False
 
 
-def read_tokenizer_file(
-    path: Path, *, specials: dict[str, int] | None = None, pattern: str | None = None
-) -> TokenizerFile:
+def read_tokenizer_file(path: Path) -> TokenizerFile:
     """Read the tokenizer at `path`, a file or a directory that holds one.
-
-    Args:
-        specials: string → id of the special tokens, for tiktoken rank files, which do not hold them.
-        pattern: the regular expression that splits text before merging, for the same files.
 
     Raises:
         VocabularyError: if there is no tokenizer, the format is unknown, or a token's bytes cannot be recovered.
@@ -65,37 +61,31 @@ def read_tokenizer_file(
         content = file.read_bytes()
     except OSError as error:
         raise VocabularyError(f"cannot read the tokenizer {file}: {error.strerror}") from error
-    if file.suffix == ".json":
-        try:
-            tree = json.loads(content)
-        except ValueError as error:
-            raise VocabularyError(
-                f"{file} is not valid JSON ({error}); pass a tokenizer.json or tekken.json"
-            ) from error
-        if "model" in tree and "added_tokens" in tree:
-            settings = _read_settings(file.parent)
-            return of_tree(file, tree, settings, _read_chat_template(file.parent, settings))
-        if "vocab" in tree and "config" in tree:
-            return _read_tekken(file, tree)
-        raise VocabularyError(
-            f"{file} has the keys {sorted(tree)[:8]}, which is neither a tokenizer.json nor a tekken.json"
-        )
-    return _read_tiktoken(file, content, specials or {}, pattern)
+    try:
+        tree = json.loads(content)
+    except ValueError as error:
+        raise VocabularyError(f"{file} is not valid JSON ({error}); pass a tokenizer.json or tekken.json") from error
+    if "model" in tree and "added_tokens" in tree:
+        settings = _read_settings(file.parent)
+        return of_tree(file, tree, settings, _read_chat_template(file.parent, settings))
+    if "vocab" in tree and "config" in tree:
+        return _read_tekken(file, tree)
+    raise VocabularyError(
+        f"{file} has the keys {sorted(tree)[:8]}, which is neither a tokenizer.json nor a tekken.json"
+    )
 
 
 def _find(path: Path) -> Path:
-    if not path.is_dir():
-        if not path.exists():
-            raise VocabularyError(
-                f"{path} does not exist; pass a tokenizer directory, a tokenizer.json or a tiktoken file"
-            )
-        return path
-    for name in ("tokenizer.json", "tekken.json", "tokenizer.model"):
-        if (path / name).is_file():
-            return path / name
-    raise VocabularyError(
-        f"{path} holds no tokenizer.json, tekken.json or tokenizer.model; save the tokenizer there first"
-    )
+    if path.is_dir():
+        for name in ("tokenizer.json", "tekken.json"):
+            if (path / name).is_file():
+                return path / name
+        raise VocabularyError(f"{path} holds no tokenizer.json or tekken.json; save the tokenizer there first: {_SAVE}")
+    if not path.exists():
+        raise VocabularyError(f"{path} does not exist; pass a tokenizer directory, a tokenizer.json or a tekken.json")
+    if path.suffix != ".json":
+        raise VocabularyError(f"{path} is no tokenizer.json or tekken.json; convert it first: {_SAVE}")
+    return path
 
 
 # --- tokenizer.json -------------------------------------------------------------------------------------
@@ -216,7 +206,7 @@ def _read_chat_template(directory: Path, settings: dict[str, Any]) -> str | None
     return template
 
 
-# --- rank files -----------------------------------------------------------------------------------------
+# --- tekken.json ----------------------------------------------------------------------------------------
 
 
 def _read_tekken(file: Path, tree: dict[str, Any]) -> TokenizerFile:
@@ -229,38 +219,19 @@ def _read_tekken(file: Path, tree: dict[str, Any]) -> TokenizerFile:
     named = {entry["rank"]: entry["token_str"] for entry in tree.get("special_tokens") or []}
     specials = {named.get(index, f"<SPECIAL_{index}>"): index for index in range(special_count)}
     # Ids of the ranks come after the specials.
-    return _from_ranks(
-        file,
-        dict(zip(ranks, range(special_count, special_count + len(ranks)), strict=True)),
-        specials,
-        settings["pattern"],
-    )
+    ids = dict(zip(ranks, range(special_count, special_count + len(ranks)), strict=True))
+    return of_ranks(file, ids, specials, settings["pattern"])
 
 
-def _read_tiktoken(file: Path, content: bytes, specials: dict[str, int], pattern: str | None) -> TokenizerFile:
-    ranks: dict[bytes, int] = {}
-    for number, line in enumerate(content.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
-        except (ValueError, binascii.Error):
-            raise VocabularyError(
-                f"{file}: line {number} is not 'BASE64 RANK', so this is not a tiktoken file; a SentencePiece .model "
-                "must be converted first: AutoTokenizer.from_pretrained(...).save_pretrained(...) writes tokenizer.json"
-            ) from None
-    if not ranks:
-        raise VocabularyError(f"{file} is empty; expected one 'BASE64 RANK' per line")
-    return _from_ranks(file, ranks, specials, pattern)
+def of_ranks(file: Path, ids: dict[bytes, int], specials: dict[str, int], pattern: str) -> TokenizerFile:
+    """A byte-level BPE whose merges follow from the order of its ids.
 
-
-def _from_ranks(file: Path, ids: dict[bytes, int], specials: dict[str, int], pattern: str | None) -> TokenizerFile:
-    clash = next((text for text, index in specials.items() if index in set(ids.values())), None)
-    if clash is not None:
-        raise VocabularyError(
-            f"{file}: special token {clash!r} has the id {specials[clash]}, which is an ordinary token's"
-        )
+    Args:
+        file: for messages.
+        ids: of the tokens, by their bytes.
+        specials: ids of the special tokens, by their strings.
+        pattern: the regular expression that splits text before merging.
+    """
     size = max([*ids.values(), *specials.values()]) + 1
     alphabet = byte_alphabet()
     tokens, texts, is_special = [b""] * size, [""] * size, [True] * size
@@ -287,7 +258,7 @@ def _from_ranks(file: Path, ids: dict[bytes, int], specials: dict[str, int], pat
             for text, index in sorted(specials.items(), key=lambda item: item[1])
         ],
         "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]} if pattern else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
         "post_processor": None,
         "decoder": byte_level,
         "model": {
@@ -303,7 +274,7 @@ def _from_ranks(file: Path, ids: dict[bytes, int], specials: dict[str, int], pat
             "merges": [],  # made by `with_merges` when somebody encodes
         },
     }
-    return TokenizerFile(file, tokens, texts, is_special, tree, needs_pattern=pattern is None)
+    return TokenizerFile(file, tokens, texts, is_special, tree)
 
 
 def with_merges(tree: dict[str, Any]) -> dict[str, Any]:

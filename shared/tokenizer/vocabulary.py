@@ -53,19 +53,16 @@ class Vocabulary:
         return len(self.tokens)
 
     @classmethod
-    def from_tokenizer(
-        cls, path: str | Path, roles: Mapping[str, int | str] | None = None, **reading: Any
-    ) -> Vocabulary:
-        """Read the tokenizer at `path`: a directory or file of Hugging Face, tekken or tiktoken.
+    def from_tokenizer(cls, path: str | Path, roles: Mapping[str, int | str] | None = None) -> Vocabulary:
+        """Read the tokenizer at `path`: a directory or file of Hugging Face or tekken.
 
         Args:
             roles: role → id or string; wins over what the settings and the chat template say.
-            reading: `specials` and `pattern` of a tiktoken file (`read_tokenizer_file`).
 
         Raises:
             VocabularyError: if it cannot be read, or a token's bytes cannot be recovered.
         """
-        return cls.of_file(read_tokenizer_file(Path(path), **reading), roles)
+        return cls.of_file(read_tokenizer_file(Path(path)), roles)
 
     @classmethod
     def of_file(cls, file: TokenizerFile, roles: Mapping[str, int | str] | None = None) -> Vocabulary:
@@ -160,11 +157,6 @@ class Encoder:
     def __init__(self, file: TokenizerFile, vocabulary: Vocabulary) -> None:
         from tokenizers import Tokenizer
 
-        if file.needs_pattern:
-            raise VocabularyError(
-                f"{file.source} is a rank file, which does not say how text is split before merging; "
-                "pass its pattern, or use the tokenizer.json of the same tokenizer"
-            )
         tree = with_merges(file.tree)
         self.vocabulary = vocabulary
         normalizer = list(components(tree.get("normalizer")))
@@ -192,9 +184,9 @@ class Encoder:
         self._byte_ids = self._single_bytes()
 
     @classmethod
-    def from_tokenizer(cls, path: str | Path, vocabulary: Vocabulary | None = None, **reading: Any) -> Encoder:
-        """The encoder of the tokenizer at `path`; arguments and errors as for `Vocabulary.from_tokenizer`."""
-        file = read_tokenizer_file(Path(path), **reading)
+    def from_tokenizer(cls, path: str | Path, vocabulary: Vocabulary | None = None) -> Encoder:
+        """The encoder of the tokenizer at `path`, which must have that `vocabulary`; errors as `load_tokenizer`."""
+        file = read_tokenizer_file(Path(path))
         own = Vocabulary.of_file(file)
         if vocabulary is not None and vocabulary.fingerprint != own.fingerprint:
             raise VocabularyError(
@@ -290,11 +282,9 @@ class Encoder:
         return single
 
 
-def load_tokenizer(
-    path: str | Path, roles: Mapping[str, int | str] | None = None, **reading: Any
-) -> tuple[Vocabulary, Encoder]:
+def load_tokenizer(path: str | Path, roles: Mapping[str, int | str] | None = None) -> tuple[Vocabulary, Encoder]:
     """The vocabulary and the encoder of the tokenizer at `path`, read once; errors as `Vocabulary.from_tokenizer`."""
-    file = read_tokenizer_file(Path(path), **reading)
+    file = read_tokenizer_file(Path(path))
     vocabulary = Vocabulary.of_file(file, roles)
     return vocabulary, Encoder(file, vocabulary)
 

