@@ -178,7 +178,7 @@ def loss_equals_dense(shapes: Shapes) -> Figures:
     small = min(256, shapes.positions)
     hidden = torch.randn(small, shapes.width, generator=generator)
     head = 0.02 * torch.randn(shapes.vocabulary, shapes.width, generator=generator)
-    targets = make_targets(small, shapes.vocabulary, 64, generator).to(shapes.device)
+    targets = make_targets(small, shapes.vocabulary, 64, generator, shapes.device)
     for dtype, most in ((torch.float32, 1e-3), (torch.bfloat16, 1e-2)):
         h, w = (x.to(shapes.device, dtype, copy=True).requires_grad_() for x in (hidden, head))
         total = chunked.distillation_loss(h, w, targets, settings).total
@@ -196,7 +196,7 @@ def loss_equals_dense(shapes: Shapes) -> Figures:
     hidden = torch.randn(shapes.positions, shapes.width, device=shapes.device, dtype=torch.bfloat16, requires_grad=True)
     head = torch.randn(shapes.vocabulary, shapes.width, device=shapes.device, dtype=torch.bfloat16) * 0.02
     head.requires_grad_()
-    targets = make_targets(shapes.positions, shapes.vocabulary, 64, generator).to(shapes.device)
+    targets = make_targets(shapes.positions, shapes.vocabulary, 64, generator, shapes.device)
     seconds: list[float] = []
     with peak_memory() as peak:
         for _ in range(shapes.repeats):

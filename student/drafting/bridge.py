@@ -102,12 +102,8 @@ class ByteBridge:
 
     # --- context: teacher → student ------------------------------------------------------------------------
 
-    def translate(self, teacher_ids: ArrayLike) -> BridgedContext:
-        """The whole context at once; `extend` in any number of steps comes to the same."""
-        return self.extend(BridgedContext(), teacher_ids)
-
     def extend(self, context: BridgedContext, new_teacher_ids: ArrayLike) -> BridgedContext:
-        """Append tokens to `context`, in place; returns it.
+        """Append tokens to `context`, in place; returns it. Any number of steps comes to the same.
 
         Raises:
             VocabularyError: if an id is outside the teacher's vocabulary.

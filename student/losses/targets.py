@@ -45,10 +45,6 @@ class TargetBatch:
     def __len__(self) -> int:
         return self.observed_ids.shape[0]
 
-    def to(self, device: torch.device | str) -> TargetBatch:
-        """The same targets on `device`."""
-        return self.changed(lambda tensor: tensor.to(device))
-
     def changed(self, change: Callable[[Tensor], Tensor]) -> TargetBatch:
         """Every tensor put through `change`: another device, or another kind of memory."""
         return TargetBatch(**{f.name: change(getattr(self, f.name)) for f in fields(self)})

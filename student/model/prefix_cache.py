@@ -155,7 +155,6 @@ class DraftStep:
         positions_N: of every token. last_seen_N: position of the last key that it sees.
         places_N: where its keys and values go in the pool.
         pages_BM: of every request; the shorter ones are filled up with pages that their mask leaves out.
-        row_starts: [B + 1], on the host: where each request's tokens begin in N.
         padded_BL: which of the N tokens a padded row holds; the padding repeats the row's last.
         unpadded_N: where the N tokens are in the padded rows, as B x L flattened.
         block_BG: which of the N tokens are blocks.
@@ -170,23 +169,23 @@ class DraftStep:
         block_length: int,
         pages: list[list[int]],
     ) -> None:
-        self.cache, self.slots, self.prior, self.clean, self.block_length = cache, slots, prior, clean, block_length
+        self.cache, self.slots, self.prior, self.clean = cache, slots, prior, clean
         batch = len(slots)
         rows = clean + block_length
-        self.row_starts = np.concatenate(([0], np.cumsum(rows)))
-        self.longest_row, most_pages = int(rows.max()), max(map(len, pages))
-        self.is_ragged = bool((rows != self.longest_row).any())
+        starts_B = np.cumsum(rows) - rows
+        longest, most_pages = int(rows.max()), max(map(len, pages))
+        self.is_ragged = bool((rows != longest).any())
         row_N = np.repeat(np.arange(batch), rows)
-        column_N = np.arange(len(row_N)) - self.row_starts[row_N]
+        column_N = np.arange(len(row_N)) - starts_B[row_N]
         positions_N = prior[row_N] + column_N
         last_seen_N = np.where(column_N < clean[row_N], positions_N, (prior + rows - 1)[row_N])
         table_BM = np.zeros((batch, most_pages), np.int64)
         for row, held in enumerate(pages):
             table_BM[row, : len(held)] = held
         places_N = table_BM[row_N, positions_N // PAGE] * PAGE + positions_N % PAGE
-        padded_BL = self.row_starts[:-1, None] + np.minimum(np.arange(self.longest_row), rows[:, None] - 1)
-        unpadded_N = row_N * self.longest_row + column_N
-        block_BG = (self.row_starts[:-1] + clean)[:, None] + np.arange(block_length)
+        padded_BL = starts_B[:, None] + np.minimum(np.arange(longest), rows[:, None] - 1)
+        unpadded_N = row_N * longest + column_N
+        block_BG = (starts_B + clean)[:, None] + np.arange(block_length)
         parts = [positions_N, last_seen_N, places_N, table_BM, padded_BL, unpadded_N, block_BG]
         device = cache.layers[0].device
         packed = torch.from_numpy(np.concatenate([part.ravel() for part in parts])).to(device, non_blocking=True)

@@ -84,11 +84,6 @@ class Memory:
         return max(moments.items(), key=lambda item: item[1].total)
 
     @property
-    def peak(self) -> int:
-        """Bytes of tensors."""
-        return self.fullest[1].total
-
-    @property
     def needed(self) -> int:
         """Bytes of a device."""
         return self.fullest[1].needed

@@ -31,6 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from shared.tokenizer.vocabulary import Encoder, Vocabulary
+from student.drafting.bridge import BridgedContext
 from student.drafting.products import available_ways
 from student.drafting.propose import Drafter
 from student.model.export import load_student
@@ -167,7 +168,7 @@ def measure(drafters: dict[str, Drafter], contexts: list[np.ndarray], length: in
     bridge = fastest.bridge
     started = time.perf_counter()
     for ids in contexts:
-        bridge.translate(ids[:length])
+        bridge.extend(BridgedContext(), ids[:length])
     parts["whole"] = [1e3 * (time.perf_counter() - started)]
     for drafter in drafters.values():
         drafter.release(names)

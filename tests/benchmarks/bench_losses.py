@@ -49,13 +49,15 @@ MEASURED = ("seconds", "cpu_seconds", "peak_extra_bytes", "beyond_gradients_byte
 BASELINE = {"chunked-ce": "plain-ce", "torch-ce": "plain-ce", "chunked-kl": "plain-kl", "dense-kl": "plain-kl"}
 
 
-def make_targets(positions: int, vocabulary: int, events: int, generator: torch.Generator) -> TargetBatch:
+def make_targets(
+    positions: int, vocabulary: int, events: int, generator: torch.Generator, device: torch.device | str
+) -> TargetBatch:
     """Top-k rows of one token an event, the tail holding what is left, as an equal vocabulary gives."""
     mass = torch.rand(positions, events + 1, generator=generator).pow(8) + 1e-6
     mass /= mass.sum(1, keepdim=True)
     members = torch.stack([torch.randperm(vocabulary, generator=generator)[:events] for _ in range(positions)])
     offsets = torch.arange(0, positions * events + 1, events)
-    return TargetBatch(
+    targets = TargetBatch(
         observed_ids=members[:, 0].clone(),
         observed_logprob=mass[:, 0].log(),
         depth=torch.arange(positions) % BLOCK_LENGTH + 1,
@@ -69,6 +71,7 @@ def make_targets(positions: int, vocabulary: int, events: int, generator: torch.
         tail=mass[:, -1].clone(),
         known=torch.ones(positions),
     )
+    return targets.changed(lambda tensor: tensor.to(device))
 
 
 def plain_kl(hidden: Tensor, head: Tensor, targets: TargetBatch) -> Tensor:
@@ -140,11 +143,11 @@ def measure(way: str, positions: int, arguments: argparse.Namespace) -> dict[str
     shape = (arguments.vocabulary, arguments.width)
     head = torch.empty(shape).normal_(generator=generator).mul_(arguments.width**-0.5)
     hidden = torch.randn(positions, arguments.width, generator=generator)
-    targets = make_targets(positions, arguments.vocabulary, arguments.events, generator).to(device)
+    targets = make_targets(positions, arguments.vocabulary, arguments.events, generator, device)
     hidden = hidden.to(device, dtype).requires_grad_()
     head = head.to(device, dtype).requires_grad_(not arguments.frozen_head)
     # Kernels are loaded and thread pools started on a small case first.
-    small = make_targets(BLOCK_LENGTH, 128, 4, generator).to(device)
+    small = make_targets(BLOCK_LENGTH, 128, 4, generator, device)
     computation(
         way, hidden[:BLOCK_LENGTH].detach().requires_grad_(), head[:128].detach().requires_grad_(), small
     )().backward()

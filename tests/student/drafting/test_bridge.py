@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shared.errors import VocabularyError
-from student.drafting.bridge import ByteBridge
+from student.drafting.bridge import BridgedContext, ByteBridge
 from tests.student.drafting.conftest import CORPUS, Side
 
 fuzzed = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -37,8 +37,8 @@ def test_steps_equal_the_whole(
     bridge: ByteBridge, teacher_side: Side, question: str, answer: str, cuts: list[int]
 ) -> None:
     ids = teacher_side.conversation(question, answer)
-    whole = bridge.translate(ids)
-    stepped = bridge.translate([])
+    whole = bridge.extend(BridgedContext(), ids)
+    stepped = BridgedContext()
     for part in split_at(ids, cuts):
         before, stable = stepped.student_ids.tolist(), stepped.stable
         bridge.extend(stepped, part)
@@ -58,7 +58,7 @@ def test_context_keeps_bytes_and_roles(
 ) -> None:
     raw = b"".join(part.encode() if isinstance(part, str) else part for part in answer)
     ids = teacher_side.conversation(question, raw)
-    student_ids = bridge.translate(ids).student_ids.tolist()
+    student_ids = bridge.extend(BridgedContext(), ids).student_ids.tolist()
     assert student_side.vocabulary.decode(student_ids) == teacher_side.vocabulary.decode(ids)
     # Each text between two special tokens is the student's own encoding of it, and the specials' roles are the same.
     expected: list[int] = []
@@ -82,7 +82,7 @@ def test_a_draft_of_the_truth_becomes_the_teachers_own_tokens(
     start = min(cut, len(whole))
     head = teacher_side.vocabulary.decode(whole[:start])
     rest = teacher_side.vocabulary.decode(whole[start:])
-    context = bridge.translate([*teacher_side.conversation("Hello", b""), *whole[:start]])
+    context = bridge.extend(BridgedContext(), [*teacher_side.conversation("Hello", b""), *whole[:start]])
     assert head.endswith(context.open_bytes) or context.open_bytes.endswith(head)
     end = student_side.vocabulary.roles["end_of_turn"]
     draft = [*student_side.encoder.encode(rest).tolist(), end]
@@ -96,7 +96,7 @@ def test_proposed_bytes_start_the_drafted_bytes(
     bridge: ByteBridge, teacher_side: Side, student_side: Side, answer: str, depth: int, cut: int
 ) -> None:
     draft = student_side.encoder.encode(answer).tolist()[:depth]
-    context = bridge.translate(teacher_side.conversation("Hello", answer.encode()[:cut]))
+    context = bridge.extend(BridgedContext(), teacher_side.conversation("Hello", answer.encode()[:cut]))
     proposed = bridge.to_teacher(context, draft)
     drafted = student_side.vocabulary.decode(draft)
     assert drafted.startswith(teacher_side.vocabulary.decode(proposed))
@@ -112,7 +112,9 @@ def test_a_proposed_token_rests_on_the_drafted_tokens_that_hold_its_bytes(
 ) -> None:
     draft = student_side.encoder.encode(answer).tolist()[:depth]
     draft += [student_side.vocabulary.roles["end_of_turn"]] * ended
-    proposed = bridge.to_teacher(bridge.translate(teacher_side.conversation("Hello", "Well")), draft, True)
+    proposed = bridge.to_teacher(
+        bridge.extend(BridgedContext(), teacher_side.conversation("Hello", "Well")), draft, True
+    )
     needed = bridge.rests_on(draft, proposed)
     specials = teacher_side.vocabulary.is_special
     for number, count in enumerate(needed.tolist()):
@@ -126,7 +128,7 @@ def test_a_proposed_token_rests_on_the_drafted_tokens_that_hold_its_bytes(
 
 def test_a_last_token_that_could_grow_is_withheld(llama3: Side, student_side: Side) -> None:
     bridge = ByteBridge(llama3.vocabulary, llama3.encoder, student_side.vocabulary, student_side.encoder)
-    context = bridge.translate(llama3.conversation("Count.", "One, two"))
+    context = bridge.extend(BridgedContext(), llama3.conversation("Count.", "One, two"))
     draft = student_side.encoder.encode(", three fo").tolist()
     texts = [llama3.vocabulary.tokens[index] for index in bridge.to_teacher(context, draft)]
     assert texts == [b",", b" three"]  # " fo" may become " four"
@@ -138,19 +140,19 @@ def test_digits_group_in_context(llama3: Side, student_side: Side) -> None:
     """The teacher groups digits by three; the context's own grouping decides where the draft's tokens fall."""
     bridge = ByteBridge(llama3.vocabulary, llama3.encoder, student_side.vocabulary, student_side.encoder)
     end = student_side.vocabulary.roles["end_of_turn"]
-    context = bridge.translate(llama3.conversation("Count.", "It is 123"))
+    context = bridge.extend(BridgedContext(), llama3.conversation("Count.", "It is 123"))
     draft = [*student_side.encoder.encode("45678").tolist(), end]
     proposed = bridge.to_teacher(context, draft)[:-1]
     assert [llama3.vocabulary.tokens[index] for index in proposed] == [b"456", b"78"]
     # The teacher stopped after one digit, against its own habit: what follows starts a token there all the same.
     odd = [*llama3.conversation("Count.", "It is "), *llama3.encoder.encode("1").tolist()]
-    proposed = bridge.to_teacher(bridge.translate(odd), draft)[:-1]
+    proposed = bridge.to_teacher(bridge.extend(BridgedContext(), odd), draft)[:-1]
     assert b"".join(llama3.vocabulary.tokens[index] for index in proposed) == b"45678"
 
 
 def test_part_of_a_character_is_not_proposed(bridge: ByteBridge, teacher_side: Side, student_side: Side) -> None:
     face = "😀".encode()
-    context = bridge.translate(teacher_side.conversation("Smile.", "Hi"))
+    context = bridge.extend(BridgedContext(), teacher_side.conversation("Smile.", "Hi"))
     single = {token[0]: i for i, token in enumerate(student_side.vocabulary.tokens) if len(token) == 1}
     draft = [single[byte] for byte in b"! " + face[:3]]
     proposed = bridge.to_teacher(context, draft, keep_extendable=True)
@@ -159,7 +161,7 @@ def test_part_of_a_character_is_not_proposed(bridge: ByteBridge, teacher_side: S
     with_end = [*draft, student_side.vocabulary.roles["end_of_turn"]]
     assert bridge.to_teacher(context, with_end) == proposed
     # After a context that ends inside a character, the draft's first bytes finish it.
-    inside = bridge.translate(teacher_side.conversation("Smile.", b"Hi! " + face[:2]))
+    inside = bridge.extend(BridgedContext(), teacher_side.conversation("Smile.", b"Hi! " + face[:2]))
     finished = bridge.to_teacher(
         inside, [*[single[byte] for byte in face[2:]], student_side.vocabulary.roles["end_of_turn"]]
     )
@@ -170,7 +172,7 @@ def test_ends_go_over_by_role_and_other_specials_stop_the_draft(
     bridge: ByteBridge, teacher_side: Side, student_side: Side
 ) -> None:
     roles = student_side.vocabulary.roles
-    context = bridge.translate(teacher_side.conversation("Say yes.", "Yes"))
+    context = bridge.extend(BridgedContext(), teacher_side.conversation("Say yes.", "Yes"))
     dot = student_side.encoder.encode(".").tolist()
     for role in ("end_of_turn", "end_of_text"):
         assert bridge.to_teacher(context, [*dot, roles[role], *dot])[-1] == teacher_side.vocabulary.roles[role]
@@ -183,7 +185,7 @@ def test_ends_go_over_by_role_and_other_specials_stop_the_draft(
 def test_work_per_step_does_not_grow_with_the_context(bridge: ByteBridge, teacher_side: Side) -> None:
     """In ordinary prose the open text stays a few words, however long the context is."""
     ids = teacher_side.conversation("Tell me.", " ".join(CORPUS[0] for _ in range(50)))
-    context = bridge.translate([])
+    context = bridge.extend(BridgedContext(), [])
     longest = 0
     for index in ids:
         bridge.extend(context, [index])
@@ -196,15 +198,15 @@ def test_boundaries_are_found_in_the_vocabulary(small_teacher: Side, student_sid
     """A vocabulary with a token across a letter and a comma makes the comma no boundary; the space stays one."""
     crossing = replace(small_teacher.vocabulary, tokens=[*small_teacher.vocabulary.tokens[:-1], b"d, "])
     bridge = ByteBridge(crossing, small_teacher.encoder, student_side.vocabulary, student_side.encoder)
-    context = bridge.translate(small_teacher.encoder.encode("and,then, he went"))
+    context = bridge.extend(BridgedContext(), small_teacher.encoder.encode("and,then, he went"))
     assert re.fullmatch(rb" went", context.open_bytes)
-    context = bridge.translate(small_teacher.encoder.encode("and,then"))
+    context = bridge.extend(BridgedContext(), small_teacher.encoder.encode("and,then"))
     assert context.open_bytes == b"and,then"
 
 
 def test_foreign_ids_are_refused(bridge: ByteBridge, teacher_side: Side) -> None:
     with pytest.raises(VocabularyError, match=str(len(teacher_side.vocabulary))):
-        bridge.translate([len(teacher_side.vocabulary)])
+        bridge.extend(BridgedContext(), [len(teacher_side.vocabulary)])
 
 
 def test_vocabularies_must_share_an_end(small_teacher: Side, student_side: Side) -> None:
@@ -222,7 +224,7 @@ def test_equal_tokenizers_hand_ids_over(small_teacher: Side) -> None:
         *small_teacher.conversation("Count.", ""),
         *[small_teacher.vocabulary.ids[bytes([byte])] for byte in b"hello"],
     ]
-    context = bridge.extend(bridge.translate(odd[:9]), odd[9:])
+    context = bridge.extend(bridge.extend(BridgedContext(), odd[:9]), odd[9:])
     assert context.student_ids.tolist() == odd
     assert context.stable == len(odd)
     end, header = (small_teacher.vocabulary.roles[role] for role in ("end_of_turn", "start_header"))
@@ -244,4 +246,4 @@ def test_contexts_are_what_training_saw(small_teacher: Side, student_side: Side)
     tables = PairTables(teacher[0], *student, teacher[1])
     bridge = ByteBridge(*teacher, *student)
     ids = small_teacher.conversation(CORPUS[3], CORPUS[1])
-    assert bridge.translate(ids).student_ids.tolist() == retokenize(tables, np.array(ids)).tolist()
+    assert bridge.extend(BridgedContext(), ids).student_ids.tolist() == retokenize(tables, np.array(ids)).tolist()

@@ -13,6 +13,7 @@ from shared.errors import CheckpointError
 from shared.tokenizer.vocabulary import Vocabulary
 from student.alignment.prepare import prepare
 from student.alignment.prepared import PreparedDataset
+from student.drafting.bridge import BridgedContext
 from student.drafting.frequencies import FILE, count_tokens, frequent_tokens, write_counts
 from student.drafting.propose import Drafter
 from student.model.export import load_student
@@ -57,7 +58,7 @@ def test_a_drafter_of_frequent_tokens(tmp_path: Path) -> None:
     # What is drafted is the best of those that are left.
     contexts = [np.asarray(record.prompt_ids) for record in _records(config)][:6]
     for context in contexts:
-        student_ids = few.bridge.translate(context).student_ids
+        student_ids = few.bridge.extend(BridgedContext(), context).student_ids
         for drafter in (few, all_):
             cache = drafter.forward.cache(30)
             ((drafted,), _) = drafter.forward(cache, [0], [student_ids], 4)

@@ -11,7 +11,7 @@ import torch
 from shared.errors import CheckpointError, ConfigError, VocabularyError
 from shared.tokenizer.vocabulary import load_tokenizer
 from student.drafting import propose
-from student.drafting.bridge import ByteBridge
+from student.drafting.bridge import BridgedContext, ByteBridge
 from student.drafting.forward import DraftForward
 from student.drafting.propose import Drafter
 from student.model.configuration_llada import LladaConfig
@@ -84,7 +84,7 @@ def test_proposes_the_argmax_of_the_masked_block(
 
     drafter = Drafter(forward, small_bridge, 4, BLOCK, keep_extendable=True)
     for name, ids in conversations.items():
-        context = small_bridge.translate(ids)
+        context = small_bridge.extend(BridgedContext(), ids)
         clean = len(context.student_ids)
         row = torch.tensor([context.student_ids.tolist() + [model.config.mask_token_id] * BLOCK])
         positions = torch.arange(clean + BLOCK)[None]
@@ -218,7 +218,7 @@ def test_a_context_longer_than_the_model_gets_no_draft(
 
     drafts = drafter_of(512).propose(list(conversations), list(conversations.values()))
     ids, draft = next((i, d) for i, d in zip(conversations.values(), drafts, strict=True) if d)
-    room = len(small_bridge.translate(ids).student_ids) + BLOCK
+    room = len(small_bridge.extend(BridgedContext(), ids).student_ids) + BLOCK
     assert drafter_of(room - 1).propose([0], [ids]) == [[]]
     assert drafter_of(room).propose([0], [ids]) == [draft]
     # One such request does not keep the others from being drafted for, and it may shrink and go on.
@@ -274,7 +274,7 @@ def test_the_oldest_requests_keep_their_room(
 ) -> None:
     """Three at a time in a pool for two: the newcomer is passed over, call after call, and nobody starts anew."""
     ids = conversations["request-1"]
-    pages = pages_for(len(small_bridge.translate(ids).student_ids) + BLOCK)
+    pages = pages_for(len(small_bridge.extend(BridgedContext(), ids).student_ids) + BLOCK)
     drafter = Drafter(forward, small_bridge, 4, BLOCK, memory_bytes=2 * pages * forward.page_bytes)
     expected = Drafter(forward, small_bridge, 4, BLOCK).propose([0], [ids])[0]
     for length in range(len(ids) - 8, len(ids)):
@@ -310,7 +310,7 @@ def test_the_request_not_seen_for_longest_is_forgotten(
     forward: DraftForward, small_bridge: ByteBridge, conversations: dict[str, np.ndarray], fed: list[list[int]]
 ) -> None:
     a, b, c = (ids[:40] for ids in list(conversations.values())[:3])
-    pages = max(pages_for(len(small_bridge.translate(ids).student_ids) + BLOCK) for ids in (a, b, c))
+    pages = max(pages_for(len(small_bridge.extend(BridgedContext(), ids).student_ids) + BLOCK) for ids in (a, b, c))
     drafter = Drafter(forward, small_bridge, 4, BLOCK, memory_bytes=2 * pages * forward.page_bytes)
     drafter.propose([0, 1], [a, b])
     drafter.propose([1, 0], [b, c])
