@@ -7,6 +7,7 @@ micro-batches, with or without work in them.
 
 from __future__ import annotations
 
+import faulthandler
 import itertools
 import logging
 import sys
@@ -34,7 +35,6 @@ from student.model.export import save_student
 from student.training import averaging, checkpoint, skipping
 from student.training.metrics_logger import MetricsLogger
 from student.training.monitor import GradientStatistics, StepMonitor
-from student.training.stopping import stack_if_it_hangs
 
 logger = logging.getLogger(__name__)
 
@@ -86,8 +86,12 @@ class TrainingRun:
         with progress() as bar, self.monitor.watching_collectives():
             task = bar.add_task("training", total=steps, completed=self.done, note="", visible=self.rank == 0)
             for step in range(self.done, steps):
-                with stack_if_it_hangs(train.hang_minutes):
+                # A rank that waits for one that never comes prints its stacks and ends; the launcher ends the others.
+                faulthandler.dump_traceback_later(60 * train.hang_minutes, exit=True)
+                try:
                     entry = self.step(step)
+                finally:
+                    faulthandler.cancel_dump_traceback_later()
                 at, asked = step + 1, entry.pop("asked_to_stop")
                 due = bool(train.checkpoint_steps) and at % (train.checkpoint_steps or 1) == 0
                 if self.held_out is not None and (due or at == steps):
