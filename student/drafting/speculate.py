@@ -22,6 +22,7 @@ from shared.config import PipelineConfig
 from shared.dataset.reader import Dataset
 from shared.errors import CheckpointError, DatasetError, VocabularyError
 from shared.files import write_json
+from shared.hub import is_hub_name
 from shared.tokenizer.vocabulary import Vocabulary
 from shared.vllm_settings import engine_arguments, engine_version, environment
 from student.drafting.decode import LATENCY, THROUGHPUT, Decoded, Difference, Job, Pass, Result
@@ -294,7 +295,7 @@ def check_teacher(config: PipelineConfig, dataset: Dataset | None) -> None:
     """
     directory = Path(config.teacher.model)
     if not directory.exists():
-        if config.teacher.gguf is not None or directory.is_absolute() or config.teacher.model.count("/") != 1:
+        if config.teacher.gguf is not None or not is_hub_name(config.teacher.model):
             raise CheckpointError(
                 f"teacher.model {config.teacher.model} is not there; run `make collect-logits`, which makes it, or "
                 "point teacher.model at the checkpoint"
