@@ -49,15 +49,16 @@ def dataset_fingerprint(manifest: Manifest) -> str:
     """sha256 over the manifest's checksums of the shards, in order, and of the teacher's vocabulary and tokenizer."""
     parts = [f"{entry.name}={entry.sha256}" for entry in manifest.files if entry.name != PROVENANCE]
     parts += [f"{unit.unit}={unit.sha256}" for unit in manifest.units]
-    return _sha256(manifest.vocabulary_fingerprint, *parts)
+    return sha256_of(manifest.vocabulary_fingerprint, *parts)
 
 
 def tokenizer_fingerprint(vocabulary: Vocabulary, encoder: Encoder) -> str:
     """sha256 over the tokens, their roles, and how text is encoded."""
-    return _sha256(vocabulary.fingerprint, json.dumps(vocabulary.roles, sort_keys=True), encoder.fingerprint)
+    return sha256_of(vocabulary.fingerprint, json.dumps(vocabulary.roles, sort_keys=True), encoder.fingerprint)
 
 
-def _sha256(*parts: str) -> str:
+def sha256_of(*parts: str) -> str:
+    """In hex, over all of them in order."""
     return hashlib.sha256("|".join(parts).encode()).hexdigest()
 
 

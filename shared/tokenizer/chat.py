@@ -75,8 +75,7 @@ class ChatEncoder:
         self.roles = self.vocabulary.roles
         self._file, self._rendered, self._specials = file, rendered, Specials(file)
         stops = file.settings.get("generation_eos_token_id")
-        ends = {self.roles[role] for role in ("end_of_turn", "end_of_text") if role in self.roles}
-        self.ends = frozenset(ends.union(stops if isinstance(stops, list) else ()))
+        self.ends = self.vocabulary.end_ids.union(stops if isinstance(stops, list) else ())
 
     @cached_property
     def encoder(self) -> Encoder:

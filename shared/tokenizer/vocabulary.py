@@ -93,6 +93,11 @@ class Vocabulary:
         """Id → what it means inside a conversation."""
         return {self.roles[role]: role for role in reversed(PRECEDENCE) if role in self.roles}
 
+    @cached_property
+    def end_ids(self) -> frozenset[int]:
+        """Of the special tokens that end a turn or a text."""
+        return frozenset(self.roles[role] for role in ("end_of_turn", "end_of_text") if role in self.roles)
+
     def decode(self, ids: ArrayLike) -> bytes:
         """The bytes of `ids`; specials have none.
 

@@ -52,6 +52,7 @@ from student.lineage import (
     dataset_fingerprint,
     prepared_identity,
     require_current_start,
+    sha256_of,
     tokenizer_fingerprint,
 )
 
@@ -106,7 +107,7 @@ def open_source(dataset_path: str | Path, tokenizer: Path, settings: PrepareConf
     teacher_encoder = Encoder.from_tokenizer(dataset.tokenizer_dir, teacher)
     student, encoder = load_tokenizer(tokenizer)
     tables = PairTables(teacher, student, encoder, teacher_encoder)
-    key = _sha256(
+    key = sha256_of(
         str(VERSION),
         teacher.fingerprint,
         json.dumps(teacher.roles),
@@ -143,7 +144,7 @@ def prepare(config: PipelineConfig) -> PrepareSummary:
     source = open_source(config.shards_dir, config.student_init_dir, config.prepare)
     target = config.prepared_dir
     units = source.dataset.manifest.units
-    keys = {unit.unit: _sha256(source.key, unit.sha256) for unit in units}
+    keys = {unit.unit: sha256_of(source.key, unit.sha256) for unit in units}
     store = unit_store(target)
     store.storage.clear_partial()
     done = _done_units(target, store, keys)
@@ -183,11 +184,7 @@ def _finished(config: PipelineConfig, source: Source, keys: dict[str, str]) -> P
 
 
 def _fingerprint(keys: dict[str, str]) -> str:
-    return _sha256(*(f"{unit}={key}" for unit, key in keys.items()))
-
-
-def _sha256(*parts: str) -> str:
-    return hashlib.sha256("|".join(parts).encode()).hexdigest()
+    return sha256_of(*(f"{unit}={key}" for unit, key in keys.items()))
 
 
 def _done_units(directory: Path, store: UnitStore[PreparedUnit], keys: dict[str, str]) -> dict[str, PreparedUnit]:

@@ -24,7 +24,7 @@ from shared.dataset.records import Message
 from shared.files import write_json
 from shared.tokenizer.chat import ChatEncoder
 from shared.tokenizer.files import read_tokenizer_file
-from student.drafting.speculate import check_teacher, decoding_environment, drafter_arguments, ends, shared_arguments
+from student.drafting.speculate import check_teacher, decoding_environment, drafter_arguments, shared_arguments
 from student.drafting.steps import COLORS, Step, shown, spans
 from student.drafting.vllm_proposer import LladaProposer
 
@@ -54,7 +54,7 @@ def generate_with_teacher(
         "engine": shared_arguments(config) | {"max_num_seqs": 1} | drafting,
         "prompt": chat.prompt(turns).ids.tolist(),
         "max_tokens": length,
-        "stop_token_ids": ends(dataset),
+        "stop_token_ids": sorted(dataset.vocabulary.end_ids),
     }
     steps: list[Step] = []
     printed = 0

@@ -77,15 +77,9 @@ def inputs(config: PipelineConfig) -> tuple[Job, list[str], dict[str, Any]]:
     require_current_model(config)
     check_teacher(config, dataset)
     engine_version()
-    most, stop = config.speculate.max_response_tokens, ends(dataset)
+    most, stop = config.speculate.max_response_tokens, sorted(dataset.vocabulary.end_ids)
     job = Job(shared_arguments(config), list(prompts.values()), most, stop, passes={})
     return job, list(prompts), drafter_arguments(config, str(student), dataset)
-
-
-def ends(dataset: Dataset) -> list[int]:
-    """Tokens that end a response."""
-    roles = dataset.vocabulary.roles
-    return sorted({roles[role] for role in ("end_of_turn", "end_of_text") if role in roles})
 
 
 def variants(

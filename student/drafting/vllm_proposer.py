@@ -224,7 +224,7 @@ class LladaProposer:
             denoising=Denoising(self.options.denoising_steps, self.options.denoising_order),
             group=None if self.ranks is None else self.ranks.device_group,
         )
-        self.ends = frozenset(teacher.roles[role] for role in ("end_of_turn", "end_of_text") if role in teacher.roles)
+        self.ends = teacher.end_ids
         self.vocabulary = len(teacher)
 
     def propose(

@@ -19,7 +19,6 @@ logger = logging.getLogger(__name__)
 
 # Dense bfloat16 peaks in TFLOP/s, as the vendor's data sheets give them.
 PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "B200": 2250.0}
-GIB = 1 << 30
 PARTS = ("data", "forward", "backward", "optimizer", "communication")
 COLLECTIVES = (
     "all_reduce", "all_gather", "all_gather_coalesced", "all_gather_into_tensor", "all_to_all", "all_to_all_single",
@@ -98,7 +97,7 @@ class StepMonitor:
             torch.cuda.reset_peak_memory_stats()
             memory = memory.cuda()
         torch.distributed.all_reduce(memory, torch.distributed.ReduceOp.MAX)
-        device, host = (value / GIB for value in memory.tolist())
+        device, host = (value / 2**30 for value in memory.tolist())
         known = self._flops is not None and self._peak is not None
         return {
             "seconds": seconds | {"step": step_s},

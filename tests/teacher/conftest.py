@@ -66,7 +66,7 @@ def tiny_model(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
     model = LlamaForCausalLM(config)
     # The first dimension is a bias: what this teacher says is mostly printable, and ends.
     vocabulary = Vocabulary.from_tokenizer(directory)
-    ends = {vocabulary.roles[role] for role in ("end_of_turn", "end_of_text") if role in vocabulary.roles}
+    ends = vocabulary.end_ids
     printable = [bool(token) and all(32 <= byte < 127 for byte in token) for token in vocabulary.tokens]
     bias = [1.1 if index in ends else 0.0 if printable[index] else -8.0 for index in range(len(printable))]
     with torch.no_grad():

@@ -185,8 +185,7 @@ class EntryReader:
             plain = self.vocabulary.decode(response_ids).decode("utf-8", "replace")
             if not _is_same(plain, entry.response) and not _is_same(self._text_of(response_ids), entry.response):
                 _differ(where, "response_ids", plain, "response", entry.response)
-        ends = [self.vocabulary.roles.get(role) for role in ("end_of_turn", "end_of_text")]
-        if entry.finish_reason == "length" and len(response_ids) and response_ids[-1] in ends:
+        if entry.finish_reason == "length" and len(response_ids) and response_ids[-1] in self.vocabulary.end_ids:
             raise DatasetError(
                 f"{where}: finish_reason is length, but the response's last token is its end, "
                 f"{self.vocabulary.texts[response_ids[-1]]!r}; say stop, or take the token and its row out"
