@@ -20,6 +20,7 @@ from tests.shared.tokenizer.test_vocabulary import (
     CHATML_TEMPLATE,
     INST_TEMPLATE,
     LLAMA3,
+    TEKKEN,
     byte_level_tokenizer,
     sentencepiece_tokenizer,
 )
@@ -197,6 +198,13 @@ def test_a_template_that_looks_for_special_tokens_in_words_is_refused(tmp_path: 
     assert ChatEncoder(file).prompt(messages(("user", "a b"))).text.endswith("a b")
     with pytest.raises(PromptError, match="the chat template itself looks for special tokens"):
         ChatEncoder(file).prompt(messages(("user", "a<|im_end|>b")))
+
+
+def test_special_tokens_before_the_ranks_keep_their_ids() -> None:
+    """Those of tekken.json have the first ids; the tokenizer library would give them the next free ones."""
+    file = read_tokenizer_file(TEKKEN)
+    ids = ChatEncoder(file, rendered=True).prompt(messages(("user", "<SPECIAL_1><SPECIAL_3>hello<SPECIAL_4>"))).ids
+    assert ids.tolist() == [1, 3, file.tokens.index(b"hello"), 4]
 
 
 def test_without_a_template_special_tokens_have_to_be_explained(tmp_path: Path) -> None:
