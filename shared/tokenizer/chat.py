@@ -289,7 +289,9 @@ class ChatEncoder:
         names = {entry["content"]: _marked(entry["id"]) for entry in tree["added_tokens"] if entry["special"]}
         vocab = model["vocab"]
         # A special token that is not in the vocabulary would get the next free id, whatever its own is (tekken.json).
-        own_ids = {names[entry["content"]]: entry["id"] for entry in tree["added_tokens"] if entry["special"]}
+        own_ids: dict[Any, int] = {
+            names[entry["content"]]: entry["id"] for entry in tree["added_tokens"] if entry["special"]
+        }
         renamed = (
             {names.get(text, text): index for text, index in vocab.items()} | own_ids
             if isinstance(vocab, dict)
