@@ -41,7 +41,9 @@ VARIANTS = {
 }
 
 
-def measure(dtype: str, fp32_head: bool, requests: int, tokens: int, rounds: int, unit: int) -> dict[str, Any]:
+def measure(
+    dtype: str, fp32_head: bool, requests: int, tokens: int, rounds: int, unit: int, written_only: bool
+) -> dict[str, Any]:
     """Tokens per second of one engine in every way, and the writer's microseconds a token."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
@@ -132,19 +134,22 @@ def measure(dtype: str, fp32_head: bool, requests: int, tokens: int, rounds: int
 
     stream(capture=True)
     kept = {f"written, k = {k}": lambda k=k: written(k) for k in WRITTEN}
+    others = {} if written_only else {"captured": lambda: stream(capture=True), "vLLM's lists": lists}
     for _ in range(rounds):
-        compare({"captured": lambda: stream(capture=True)} | kept | {"vLLM's lists": lists})
-    engine.use_flat_logprobs()
-    for _ in range(rounds):
-        compare({"FlatLogprobs": lambda: stream(capture=True)})
-    engine.close()
-    with served(config) as teacher:
-        service = ServiceEngine(teacher, K, False)
-        list(service.stream(asked(), capture=True))
+        compare(others | kept)
+    if not written_only:
+        engine.use_flat_logprobs()
         for _ in range(rounds):
-            for capture, way in ((True, "service"), (False, "service, without logprobs")):
-                rate(way, lambda capture=capture: tokens_of(service.stream(asked(), capture=capture)))
-        service.close()
+            compare({"FlatLogprobs": lambda: stream(capture=True)})
+    engine.close()
+    if not written_only:
+        with served(config) as teacher:
+            service = ServiceEngine(teacher, K, False)
+            list(service.stream(asked(), capture=True))
+            for _ in range(rounds):
+                for capture, way in ((True, "service"), (False, "service, without logprobs")):
+                    rate(way, lambda capture=capture: tokens_of(service.stream(asked(), capture=capture)))
+            service.close()
     found["tokens_per_s"] = {way: median(values) for way, values in rates.items()}
     plain = found["tokens_per_s"]["plain"]
     found["ratio"] = {
@@ -175,12 +180,20 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--unit", type=int, default=32, help="prompts of a unit that is written")
+    parser.add_argument("--written-only", action="store_true", help="plain generation and what is written, only")
     parser.add_argument("--variants", nargs="*", default=["float32"], choices=list(VARIANTS))
     options = parser.parse_args()
     results = {}
     for name in options.variants:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            arguments = (*VARIANTS[name], options.requests, options.tokens, options.rounds, options.unit)
+            arguments = (
+                *VARIANTS[name],
+                options.requests,
+                options.tokens,
+                options.rounds,
+                options.unit,
+                options.written_only,
+            )
             found = results[name] = pool.submit(measure, *arguments).result()
         title = f"{name}: {options.requests} requests of {options.tokens} tokens, k = {K} unless another is named"
         table = Table("way", "tokens/s", "ratio", title=title)
