@@ -72,31 +72,37 @@ def stack_rows(records: Sequence[Record]) -> Rows:
     )
 
 
-def check_records(records: Sequence[Record], vocabulary_size: int | None) -> None:
-    """Raise for the first record that must not be stored.
+def check_records(records: Sequence[Record], vocabulary_size: int | None) -> Rows:
+    """The rows of all records, or the first record that must not be stored.
 
-    The rows of all are checked at once, which takes a third of the time; only where there is a problem, record by
-    record.
+    All are checked at once, which takes a third of the time; only where there is a problem, record by record.
 
     Raises:
         DatasetError: if arrays disagree in length, hold NaN, infinities, duplicates or ids outside the vocabulary, do
             not fall in probability, or do not belong to the response's tokens.
     """
+    texts = [np.asarray(ids) for record in records for ids in (record.prompt_ids, record.response_ids)]
+    if texts and _outside(np.concatenate(texts), vocabulary_size).any():
+        for record in records:
+            _check_ids(record, vocabulary_size)
     for record in records:
-        _check_arrays(record, vocabulary_size)
-    if next(row_problems(stack_rows(records), vocabulary_size), None) is None:
-        return
-    for record in records:
-        for token, problem in row_problems(stack_rows([record]), vocabulary_size):
-            raise DatasetError(f"record {record.sample_id!r}, token {token}: {problem}")
+        _check_lengths(record)
+    rows = stack_rows(records)
+    if next(row_problems(rows, vocabulary_size), None) is not None:
+        for record in records:
+            for token, problem in row_problems(stack_rows([record]), vocabulary_size):
+                raise DatasetError(f"record {record.sample_id!r}, token {token}: {problem}")
+    return rows
 
 
-def _check_arrays(record: Record, vocabulary_size: int | None) -> None:
-    """Raises for ids outside the vocabulary and for lengths that disagree."""
-    who, d = f"record {record.sample_id!r}", record.distributions
+def _check_ids(record: Record, vocabulary_size: int | None) -> None:
     for what, ids in (("prompt", record.prompt_ids), ("response", record.response_ids)):
         for _, problem in id_problems(np.asarray(ids), what, vocabulary_size):
-            raise DatasetError(f"{who}: {problem}")
+            raise DatasetError(f"record {record.sample_id!r}: {problem}")
+
+
+def _check_lengths(record: Record) -> None:
+    who, d = f"record {record.sample_id!r}", record.distributions
     if d is None:
         return
     widths, sizes = np.diff(d.offsets), {"width": len(d.offsets) - 1, "tail_mass": len(d.tail)}

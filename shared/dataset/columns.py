@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from shared.dataset.checks import Rows, check_records, stack_rows
+from shared.dataset.checks import Rows, check_records
 from shared.dataset.encoding import decode_logprobs, encode_gaps, round_sampled, round_tail, row_matches
 from shared.dataset.records import Distributions, Message, Record, Sampling, offsets_of
 from shared.dataset.schema import DISTRIBUTION_COLUMNS, SCHEMA, check_metadata
@@ -40,11 +40,11 @@ def records_to_table(records: Sequence[Record], vocabulary_size: int | None = No
     Raises:
         DatasetError: as `shared.dataset.checks.check_records`.
     """
-    check_records(records, vocabulary_size)
+    rows = check_records(records, vocabulary_size)
     has_rows = [r.distributions is not None for r in records]
     tokens = [len(r.response_ids) if there else 0 for r, there in zip(records, has_rows, strict=True)]
     candidates = [0 if r.distributions is None else len(r.distributions.ids) for r in records]
-    stored = _stored_rows(stack_rows(records))
+    stored = _stored_rows(rows)
 
     def column(name: str) -> pa.Array:
         if name in stored:
