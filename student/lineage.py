@@ -18,16 +18,13 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from shared.config import PipelineConfig, PrepareConfig, Section
-from shared.dataset.manifest import MANIFEST, PROVENANCE
+from shared.dataset.manifest import MANIFEST, PROVENANCE, Manifest
 from shared.dataset.reader import Dataset
 from shared.errors import CheckpointError, StaleError
-
-if TYPE_CHECKING:
-    from shared.dataset.manifest import Manifest
-    from shared.tokenizer.vocabulary import Encoder, Vocabulary
+from shared.tokenizer.vocabulary import Encoder, Vocabulary, load_tokenizer
 
 IDENTITY = "identity"
 """The key under which a product's JSON file has its identity."""
@@ -88,8 +85,6 @@ def _teacher_vocabulary(config: PipelineConfig) -> str | None:
 
 
 def _tokenizer(config: PipelineConfig) -> str | None:
-    from shared.tokenizer.vocabulary import load_tokenizer
-
     directory = config.student_init_dir
     return tokenizer_fingerprint(*load_tokenizer(directory)) if (directory / "tokenizer.json").exists() else None
 

@@ -21,26 +21,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from shared.errors import CheckpointError
 from student.drafting.denoising import Denoising
 from student.drafting.products import Linear, Way, activation_dtype, fused, local, of_weight, separate
-from student.model.modeling_llada import rotary_tables
+from student.model.modeling_llada import LladaForMaskedDiffusion, rotary_tables
 from student.model.prefix_cache import DraftStep, PrefixCache, page_bytes
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
-    from student.model.modeling_llada import LladaForMaskedDiffusion
-    from student.model.sequential_head import SequentialHead
-
+from student.model.sequential_head import SequentialHead
 
 _TABLE_ROWS = 8192  # of the embedding at a time, whose norms are a copy of it
 

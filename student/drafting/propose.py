@@ -30,18 +30,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
+from torch.distributed import ProcessGroup
 
 from shared.errors import CheckpointError, ConfigError
 from shared.tokenizer.vocabulary import Encoder, Vocabulary, load_tokenizer
 from student.drafting.bridge import BridgedContext, ByteBridge
+from student.drafting.denoising import Denoising
+from student.drafting.frequencies import frequent_tokens
+from student.drafting.products import Way, fastest_way
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
-    from student.drafting.denoising import Denoising
     from student.drafting.forward import DraftForward
-    from student.drafting.products import Way
     from student.model.modeling_llada import LladaForMaskedDiffusion
 
 _FORWARD_TOKENS = 8192  # of one forward, padding included: bounds the memory that long prompts take
@@ -144,12 +145,8 @@ class Drafter:
             VocabularyError: if a tokenizer cannot be read, or the teacher's is not `teacher`.
             ConfigError: if `memory_bytes` is less than a page of the cache.
         """
-        import torch
-
         from student.drafting.forward import DraftForward
-        from student.drafting.frequencies import frequent_tokens
         from student.drafting.parallel import shard
-        from student.drafting.products import fastest_way
 
         length = block_length or model.config.draft_block_length
         if length is None:
@@ -310,8 +307,6 @@ class Drafter:
 
 def _pages(forward: DraftForward, memory_bytes: int | None) -> int:
     """Pages of the cache within the budget, as many on every rank of the group."""
-    import torch
-
     from student.model.prefix_cache import pages_for
 
     if memory_bytes is None:

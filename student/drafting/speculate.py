@@ -30,6 +30,7 @@ from student.drafting.engines import run
 from student.drafting.lookup import LONGEST, SHORTEST
 from student.drafting.vllm_proposer import OPTIONS_KEY, DrafterOptions
 from student.lineage import IDENTITY, read_json, require_current_model, speculation_identity
+from student.model.export import read_config
 
 logger = logging.getLogger(__name__)
 
@@ -269,8 +270,6 @@ def check_student(config: PipelineConfig) -> Path:
     Raises:
         CheckpointError: if there is none.
     """
-    from student.model.export import read_config
-
     directory = config.student_final_dir
     if not (directory / "config.json").exists():
         raise CheckpointError(f"{directory} holds no trained student; run `make train` with this config first")

@@ -32,11 +32,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from pydantic import PositiveFloat, PositiveInt, TypeAdapter, ValidationError
 
 from shared.errors import CheckpointError, ConfigError
 from shared.tokenizer.vocabulary import Vocabulary
+from student.drafting import vllm_sampling
 from student.drafting.acceptance import LLADA, MAKERS
 from student.drafting.counters import Counters
 from student.drafting.denoising import Denoising, Order
@@ -45,9 +47,9 @@ from student.drafting.policy import Policy
 from student.drafting.products import Way
 from student.drafting.propose import Drafter
 from student.lineage import warn_of_another_teacher
+from student.model.export import load_student
 
 if TYPE_CHECKING:
-    import torch
     from vllm.config import VllmConfig
     from vllm.distributed.parallel_state import GroupCoordinator
 
@@ -183,10 +185,7 @@ class LladaProposer:
             CheckpointError: if the student or the teacher's tokenizer is missing or incomplete.
             VocabularyError: if a tokenizer cannot be read.
         """
-        import torch
         from vllm.distributed import get_tp_group
-
-        from student.drafting import vllm_sampling
 
         device = next((p.device for p in target.parameters()), None) if target is not None else None
         device = device or torch.device("cpu")
@@ -202,8 +201,6 @@ class LladaProposer:
 
     def load_drafter(self, device: torch.device) -> None:
         """Load the student. Raises as `load_model` does."""
-        from student.model.export import load_student
-
         model, _ = load_student(self.options.student)
         model = model.to(device).eval()  # type: ignore[arg-type]
         tokenizer = _local_tokenizer(self.teacher_tokenizer)

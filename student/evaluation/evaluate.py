@@ -11,20 +11,23 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from shared.config import PipelineConfig
 from shared.dataset.records import Record
 from shared.errors import CheckpointError
 from shared.files import write_json
+from student.drafting.propose import Drafter
 from student.drafting.steps import spans
 from student.evaluation.measure import HeldOut, drafter_of, gathered, measure
 from student.evaluation.offline_acceptance import steps_along
 from student.lineage import IDENTITY, differences, evaluation_identity, read_json, require_current_model
+from student.model.export import load_student
+from student.model.generate import answer, default_settings
 from student.training import launch
-
-if TYPE_CHECKING:
-    from student.drafting.propose import Drafter
+from student.training.engine import agreed, initialize_process_group, training_device, training_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -90,12 +93,6 @@ def outstanding(config: PipelineConfig) -> Work:
 
 def evaluate_rank(config: PipelineConfig) -> dict[str, Any]:
     """This process's part. Raises as `evaluate` does, on rank 0; the others leave the message to it."""
-    import torch
-
-    from student.model.export import load_student
-    from student.training.engine import initialize_process_group, training_device, training_dtype
-    from student.training.train import agreed
-
     rank, ranks = initialize_process_group() if launch.is_rank() else (0, 1)
     work = agreed(lambda: outstanding(config)) if launch.is_rank() else outstanding(config)
     result: dict[str, Any] = work.earlier
@@ -141,8 +138,6 @@ def answers(
 ) -> list[dict[str, Any]]:
     """The prompts of `records`, each with the teacher's answer and the student's own, which is at most as long; with a
     drafter also, in pieces, what it would have drafted of the teacher's (`steps.spans`)."""
-    from student.model.generate import answer, default_settings
-
     found = []
     for record in records:
         settings = default_settings(model.config)

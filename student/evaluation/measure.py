@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from shared.config import PipelineConfig, TrainConfig
@@ -26,13 +27,13 @@ from student.data.batch import LaidOut, collate
 from student.data.blocks import fitting_anchors, lay_out
 from student.data.packing import pack
 from student.data.random_masking import randomly_masked
+from student.drafting.products import Way
+from student.drafting.propose import Drafter
+from student.evaluation.bounds import acceptance_bounds
 from student.evaluation.offline_acceptance import OfflineAcceptance, draft_along
-
-if TYPE_CHECKING:
-    import torch
-
-    from student.drafting.products import Way
-    from student.drafting.propose import Drafter
+from student.losses.chunked import distillation_loss
+from student.losses.objective import named_sums, summarize
+from student.losses.settings import LossSettings
 
 T = TypeVar("T")
 
@@ -154,8 +155,6 @@ class Measurement:
 
 
 def _of_blocks(sums: torch.Tensor) -> dict[str, Any]:
-    from student.losses.objective import named_sums, summarize
-
     summary, named = summarize(sums), named_sums(sums)
     return {
         "tau": 1 + float(named["accepted"] / named["blocks"]),
@@ -182,8 +181,6 @@ def gathered(mine: T, ranks: int) -> list[T]:
     """What every rank has, on all of them. A collective."""
     parts = [mine] * ranks
     if ranks > 1:
-        import torch
-
         torch.distributed.all_gather_object(parts, mine)
     return parts
 
@@ -222,8 +219,6 @@ def drafter_of(held_out: HeldOut, model: Any, directory: Path, way: Way | None =
         directory: has the student's tokenizer.
         way: how drafts are computed; null leaves the weights of a model that is in training where they are.
     """
-    from student.drafting.propose import Drafter
-
     if not any(held_out.records.values()):
         return None
     return Drafter.from_student(
@@ -242,11 +237,6 @@ def _rejection_sampling(
     held_out: HeldOut, model: Any, tokenizer: Any, advance: Callable[[int], None]
 ) -> tuple[torch.Tensor | None, tuple[float, float, int]]:
     """The loss's sums and the bounds on α, at every anchor of the sampled text."""
-    import torch
-
-    from student.evaluation.bounds import acceptance_bounds
-    from student.losses.chunked import distillation_loss
-    from student.losses.settings import LossSettings
     from student.training.module import DistillationModule
 
     train = held_out.config.train
@@ -273,9 +263,6 @@ def _rejection_sampling(
 
 def _random_masking(held_out: HeldOut, model: Any, tokenizer: Any, advance: Callable[[int], None]) -> tuple[float, int]:
     """Randomly masked cross-entropy, with the masks of epoch 0: the same whenever and wherever it is measured."""
-    import torch
-
-    from student.losses.settings import LossSettings
     from student.training.module import DistillationModule
 
     config, train = held_out.config, held_out.config.train

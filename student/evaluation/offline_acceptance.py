@@ -10,18 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shared.dataset.records import Record
 from student.drafting import confidence
+from student.drafting.propose import Drafter
 from student.drafting.steps import Step
 from student.drafting.tokens import leading_matches
-
-if TYPE_CHECKING:
-    from student.drafting.propose import Drafter
 
 
 @dataclass(frozen=True, slots=True)

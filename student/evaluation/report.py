@@ -32,6 +32,7 @@ from student.lineage import (
     read_json,
     speculation_identity,
 )
+from student.training.metrics_logger import read_metrics
 
 _logger = logging.getLogger(__name__)
 
@@ -138,8 +139,6 @@ def write_report(config: PipelineConfig) -> dict[str, Any]:
     Raises:
         UserError: if no stage has left anything to report.
     """
-    from student.training.metrics_logger import read_metrics
-
     report = gather(config)
     for stage, reason in report["stale"].items():
         _logger.warning("the figures of %s are out of date and left out: %s", stage, reason)

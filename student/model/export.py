@@ -15,10 +15,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from shared.config import LoraConfig
 from shared.errors import CheckpointError
 from shared.files import new_directory
 from student.lineage import RECORD, read_json, require_model_of_run
-from student.model.lora import merge_lora
+from student.model.lora import add_lora, merge_lora
+from student.model.tokenizer import pretrained_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -155,8 +157,6 @@ def export_student(
 def _export_checkpoint(run: Path, step: int, to: Path | None, dtype: ExportDtype | None, max_shard_size: str) -> Path:
     import torch
 
-    from shared.config import LoraConfig
-    from student.model.lora import add_lora
     from student.training.checkpoint import Checkpoint, whole_weights
 
     folder = run / "student" / "checkpoints" / f"step-{step}"
@@ -343,9 +343,7 @@ def read_tokenizer(directory: Path, config: LladaConfig) -> Any:
     Raises:
         CheckpointError: if it is missing or does not fit the config.
     """
-    from student.model.tokenizer import load_tokenizer
-
-    tokenizer = load_tokenizer(directory, config)
+    tokenizer = pretrained_tokenizer(directory, config)
     check_tokenizer(tokenizer, config, directory)
     if tokenizer.mask_token_id is None:
         # Upstream's tokenizer has the mask but does not register it.

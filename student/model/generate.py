@@ -6,12 +6,15 @@ import datetime
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+
+from shared.dataset.records import Message
+from shared.tokenizer.chat import ChatEncoder
+from shared.tokenizer.files import read_tokenizer_file
+from student.model.export import load_student
 from student.model.sampler import SamplerSettings, sample
-
-if TYPE_CHECKING:
-    from shared.dataset.records import Message
 
 
 def generate(
@@ -33,11 +36,6 @@ def generate(
         CheckpointError: if the directory holds no model.
         ConfigError: if the settings contradict one another, or the text does not fit.
     """
-    import torch
-
-    from shared.dataset.records import Message
-    from student.model.export import load_student
-
     model, tokenizer = load_student(directory)
     model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     given = {name: value for name, value in changes.items() if value is not None}
@@ -61,11 +59,6 @@ def answer(
     Args:
         directory: has its tokenizer.
     """
-    import torch
-
-    from shared.tokenizer.chat import ChatEncoder
-    from shared.tokenizer.files import read_tokenizer_file
-
     chat = ChatEncoder(read_tokenizer_file(directory), rendered=raw, now=datetime.datetime.now())
     ids = chat.prompt(turns).ids.tolist()
     generator = torch.Generator().manual_seed(seed)

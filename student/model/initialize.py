@@ -16,14 +16,17 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from shared.config import PipelineConfig, dump_config
+from shared.dataset.reader import Dataset
 from shared.errors import ConfigError
 from shared.files import new_directory, write_json
+from shared.tokenizer.vocabulary import Vocabulary, load_tokenizer
 from student.lineage import IDENTITY, present, read_json, start_identity
+from student.model.export import save_student
 from student.model.source import EMBEDDING, HEAD, NO_IDS, Source, changed
+from student.model.tokenizer import MASK, pretrained_tokenizer, train_tokenizer
 from student.model.transplant import TransplantReport, plan_transplant
 
 if TYPE_CHECKING:
-    from shared.tokenizer.vocabulary import Vocabulary
     from student.model.configuration_llada import LladaConfig
 
 _logger = logging.getLogger(__name__)
@@ -41,8 +44,6 @@ def initialize_student(config: PipelineConfig) -> Path:
     """
     import torch
 
-    from shared.tokenizer.vocabulary import Vocabulary, load_tokenizer
-    from student.model.export import save_student
     from student.model.modeling_llada import LladaForMaskedDiffusion
 
     settings = config.student
@@ -104,8 +105,6 @@ def training_texts(config: PipelineConfig) -> Iterator[str]:
     Raises:
         DatasetError: if there is no dataset.
     """
-    from shared.dataset.reader import Dataset
-
     seen: set[str] = set()
     for record in Dataset.open(config.shards_dir).records(split="train", distributions=False):
         if record.prompt_id not in seen:
@@ -116,8 +115,6 @@ def training_texts(config: PipelineConfig) -> Iterator[str]:
 
 def _tokenizer(config: PipelineConfig, source: Source | None) -> Any:
     """The student's tokenizer, with a mask token."""
-    from student.model.tokenizer import MASK, load_tokenizer, train_tokenizer
-
     settings = config.student.tokenizer
     if settings.kind == "trained":
         return train_tokenizer(
@@ -127,8 +124,6 @@ def _tokenizer(config: PipelineConfig, source: Source | None) -> Any:
             max_sequence_tokens=config.student.max_sequence_tokens,
         )
     if settings.kind == "teacher":
-        from shared.dataset.reader import Dataset
-
         dataset = Dataset.open(config.shards_dir)  # held until the tokenizer is read: a remote one is a temporary copy
         directory = dataset.tokenizer_dir
     elif source is None:
@@ -137,7 +132,7 @@ def _tokenizer(config: PipelineConfig, source: Source | None) -> Any:
         )
     else:
         directory = source.directory
-    tokenizer = load_tokenizer(directory)
+    tokenizer = pretrained_tokenizer(directory)
     tokenizer.model_max_length = config.student.max_sequence_tokens
     mask = settings.mask_token
     if mask is not None and mask not in tokenizer.get_vocab():

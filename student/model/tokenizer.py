@@ -107,7 +107,7 @@ def train_tokenizer(
     )
 
 
-def load_tokenizer(directory: Path, config: Any = None) -> Any:
+def pretrained_tokenizer(directory: Path, config: Any = None) -> Any:
     """The tokenizer of a checkpoint or of a dataset, by transformers' own classes alone.
 
     Args:

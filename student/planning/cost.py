@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from shared.config import PipelineConfig, TrainConfig
+from shared.dataset.reader import Dataset
 from shared.errors import DatasetError
 from student.alignment.prepared import PreparedDataset
 from student.model.configuration_llada import LladaConfig
@@ -36,8 +37,6 @@ def data_of(config: PipelineConfig) -> Data | None:
     except DatasetError:
         pass
     try:
-        from shared.dataset.reader import Dataset
-
         manifest = Dataset.open(config.shards_dir).manifest
     except DatasetError:
         return None

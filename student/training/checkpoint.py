@@ -22,7 +22,10 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from shared.config import PipelineConfig
 from shared.errors import USER_ERROR_EXIT_CODE, CheckpointError, TrainingError
@@ -30,9 +33,6 @@ from shared.files import write_json
 from student.lineage import IDENTITY, differences, read_json
 from student.training import averaging
 from student.training.engine import training_dtype
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -118,8 +118,6 @@ def save(
     Raises:
         TrainingError: if a file cannot be written; the checkpoints before stay as they are.
     """
-    import torch.distributed
-
     folder = directory / f"step-{step}"
     if rank == 0:
         shutil.rmtree(folder, ignore_errors=True)  # of a save that was interrupted, perhaps by other ranks
@@ -188,8 +186,6 @@ def undamaged(candidates: list[Checkpoint]) -> Checkpoint | None:
     Raises:
         CheckpointError: on rank 0, if all are damaged. SystemExit: on the others then.
     """
-    import torch.distributed
-
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     damaged: list[str] = []
     for candidate in candidates:
@@ -245,7 +241,6 @@ def _code_in(path: Path) -> str | None:
     Such a file is a pickle, and DeepSpeed's readers run whatever it calls. PyTorch's restricted reader, which loads no
     tensor here, comes before them.
     """
-    import torch
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
@@ -310,7 +305,6 @@ def _bridge_stages(folder: Path, to_zero3: bool) -> None:
     is stored under a name.
     """
     import deepspeed
-    import torch
 
     files = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
     found, wanted = files if to_zero3 else reversed(files)
@@ -339,8 +333,6 @@ def load(engine: Any, checkpoint: Checkpoint, universal: Path | None, rank: int)
     Raises:
         CheckpointError: if DeepSpeed finds nothing to load.
     """
-    import torch.distributed
-
     folder = universal or checkpoint.directory
     path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
     if path is None:
@@ -370,7 +362,6 @@ def whole_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
     Raises:
         CheckpointError: if DeepSpeed cannot put them together, or a file would run code.
     """
-    import torch
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     folder = checkpoint.directory

@@ -11,17 +11,21 @@ import json
 import logging
 import math
 import os
+import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
 
 from shared.config import TrainConfig
-from shared.errors import ConfigError
+from shared.errors import USER_ERROR_EXIT_CODE, ConfigError
 from student.training import averaging, skipping
 from student.training.optimizer import build_optimizer, build_schedule
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +51,19 @@ def initialize_process_group() -> tuple[int, int]:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo")
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def agreed(decide: Callable[[], T]) -> T:
+    """What `decide` says on rank 0, on every rank; where it fails there, all end. A collective."""
+    said: list[Any] = [False, None]  # whether it did not fail, and the verdict
+    try:
+        if torch.distributed.get_rank() == 0:
+            said = [True, decide()]
+    finally:
+        torch.distributed.broadcast_object_list(said)
+    if not said[0]:
+        sys.exit(USER_ERROR_EXIT_CODE)  # rank 0 says why
+    return said[1]
 
 
 def training_device() -> torch.device:

@@ -16,25 +16,33 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
+
+import torch
 
 from shared.config import PipelineConfig
-from shared.errors import USER_ERROR_EXIT_CODE, CheckpointError, ConfigError
+from shared.errors import CheckpointError, ConfigError
 from student.alignment.sanity import check_alignment
 from student.data.data_loader import TrainingDataLoader
 from student.evaluation.measure import HeldOut
 from student.lineage import IDENTITY, RECORD, differences, present, read_json
 from student.losses.settings import LossChoice, LossSettings, ResolvedLossName, check_temperature, resolve_loss
-from student.model.export import read_config
+from student.model.export import load_student, read_config, read_tokenizer
+from student.model.lora import add_lora
 from student.training import checkpoint, launch
 from student.training.checkpoint import Checkpoint, require_same_run, run_identity
-from student.training.engine import deepspeed_config, require_nvme, training_dtype, zero_stage
+from student.training.engine import (
+    agreed,
+    build_engine,
+    deepspeed_config,
+    initialize_process_group,
+    partitioned_loading,
+    require_nvme,
+    training_dtype,
+    zero_stage,
+)
+from student.training.loop import TrainingRun
 from student.training.metrics_logger import check_trackers
-
-if TYPE_CHECKING:
-    from student.training.loop import TrainingRun
-
-T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -225,10 +233,7 @@ def train_rank(config: PipelineConfig, *, fresh: bool = False) -> None:
         SystemExit: with the exit code of a user's mistake, on the ranks that leave the message to rank 0.
         DatasetError, …: on rank 0, as `train`.
     """
-    import torch
-
     from student.planning.fit import require_memory
-    from student.training.engine import initialize_process_group
 
     rank, world_size = initialize_process_group()
     loader = None
@@ -249,21 +254,6 @@ def train_rank(config: PipelineConfig, *, fresh: bool = False) -> None:
     torch.distributed.destroy_process_group()
 
 
-def agreed(decide: Callable[[], T]) -> T:
-    """What `decide` says on rank 0, on every rank; where it fails there, all end. A collective."""
-    import torch
-
-    said: list[Any] = [False, None]  # whether it did not fail, and the verdict
-    try:
-        if torch.distributed.get_rank() == 0:
-            said = [True, decide()]
-    finally:
-        torch.distributed.broadcast_object_list(said)
-    if not said[0]:
-        sys.exit(USER_ERROR_EXIT_CODE)  # rank 0 says why
-    return said[1]
-
-
 def build(
     config: PipelineConfig,
     decision: Decision,
@@ -277,14 +267,8 @@ def build(
     Args:
         loader: if this rank has opened it.
     """
-    import torch
-
-    from student.model.export import load_student, read_tokenizer
-    from student.model.lora import add_lora
     from student.model.sequential_head import add_sequential_head
     from student.planning.cost import step_flops
-    from student.training.engine import build_engine, partitioned_loading
-    from student.training.loop import TrainingRun
     from student.training.module import DistillationModule
 
     # One rank of a node compares the checksums of what lies there; the others rely on its stamp.
