@@ -55,22 +55,11 @@ _ARRAYS: dict[str, pa.DataType] = {
     "known": pa.float32(),
 }
 _OF_TARGETS = ("event_mass", "members", "tail", "known")
-SCHEMA = pa.schema(
-    [pa.field(name, pa.string()) for name in _TEXT]
-    + [pa.field("prompt_length", pa.int32())]
-    + [pa.field(name, pa.list_(kind)) for name, kind in _ARRAYS.items()]
-)
+_OF_TEXT = dict.fromkeys(_TEXT, pa.string())
+SCHEMA = pa.schema(_OF_TEXT | {"prompt_length": pa.int32()} | {name: pa.list_(kind) for name, kind in _ARRAYS.items()})
+_COUNTS = ("batch", "prompt_length", "length", "soft", "anchors")
 INDEX_SCHEMA = pa.schema(
-    [pa.field(name, pa.string()) for name in _TEXT]
-    + [
-        pa.field("unit", pa.string()),
-        pa.field("batch", pa.int32()),
-        pa.field("prompt_length", pa.int32()),
-        pa.field("length", pa.int32()),
-        pa.field("soft", pa.int32()),
-        pa.field("anchors", pa.int32()),
-        pa.field("with_distributions", pa.bool_()),
-    ]
+    _OF_TEXT | {"unit": pa.string()} | dict.fromkeys(_COUNTS, pa.int32()) | {"with_distributions": pa.bool_()}
 )
 
 
@@ -102,10 +91,9 @@ class PreparedDataset:
 
     def __init__(self, directory: Path, manifest: dict[str, Any], index: pa.Table) -> None:
         self.directory, self.manifest = directory, manifest
-        self.lengths: NDArray[np.int64] = index["length"].to_numpy().astype(np.int64)
-        self.prompt_lengths: NDArray[np.int64] = index["prompt_length"].to_numpy().astype(np.int64)
-        self.soft: NDArray[np.int64] = index["soft"].to_numpy().astype(np.int64)
-        self.anchors: NDArray[np.int64] = index["anchors"].to_numpy().astype(np.int64)
+        self.lengths, self.prompt_lengths, self.soft, self.anchors = (
+            index[name].to_numpy().astype(np.int64) for name in ("length", "prompt_length", "soft", "anchors")
+        )
         self.with_distributions: NDArray[np.bool_] = np.asarray(index["with_distributions"].to_pylist(), dtype=bool)
         self.fingerprint: str = manifest["fingerprint"]
         self.identity: dict[str, Any] = manifest[IDENTITY]
@@ -127,12 +115,9 @@ class PreparedDataset:
             state = "is not finished" if unfinished else "holds no prepared targets"
             raise DatasetError(f"{directory} {state}; run `student prepare` with this config") from error
         except ValueError as error:
-            raise DatasetError(f"{directory / MANIFEST} is damaged ({error}); run `student prepare` again") from error
-        if manifest.get("version") != VERSION:
-            raise DatasetError(
-                f"{directory} is of version {manifest.get('version')}, this program reads {VERSION}; "
-                "run `student prepare` again"
-            )
+            raise DatasetError(f"{directory / MANIFEST} is damaged ({error}); {_AGAIN}") from error
+        if (version := manifest.get("version")) != VERSION:
+            raise DatasetError(f"{directory} is of version {version}, this program reads {VERSION}; {_AGAIN}")
         if hashlib.sha256(index_bytes).hexdigest() != manifest["index_sha256"]:
             raise DatasetError(f"{directory / INDEX} is damaged: its checksum differs; {_AGAIN}")
         if IDENTITY not in manifest:
@@ -255,7 +240,6 @@ def sample_to_batch(sample: AlignedSample) -> pa.RecordBatch:
 
 def batch_to_sample(batch: pa.RecordBatch) -> AlignedSample:
     """The inverse of `sample_to_batch`; arrays are views of the batch where their type allows it."""
-
     arrays = {name: batch.column(name).values.to_numpy(zero_copy_only=False) for name in _ARRAYS}
     arrays["is_anchor"] = arrays["is_anchor"].astype(np.bool_)
     targets = SparseTargets(
