@@ -32,38 +32,25 @@ _COLORS = ("on grey27", "on dark_blue", "on dark_green", "on dark_red", "on purp
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """Figures over the records looked at; shares are of 1, information in nats per byte of response.
-
-    Attributes:
-        student_in_teacher, teacher_in_student: share of one vocabulary's text tokens whose bytes are a token of the
-            other. mass_in_student: the same for the teacher's tokens, weighted by stored probability.
-        chunk_bytes, chunk_teacher, chunk_student: mean size of the stretch between common boundaries.
-        full, partial, without: shares of positions whose target is a whole row, a row inside a teacher token, none.
-        mapped_mass: mean mass in events. events: their mean number at positions with a target.
-        teacher_information: of the sampled tokens' own logprobs. target_information: of the observed student tokens
-            under their targets. Events that hold several tokens tell less than the tokens would, so it may be lower.
-        observed: mean probability of the observed tokens.
-        unmatched: the most frequent teacher tokens that are not student tokens: bytes, count, student's tokens.
-        digits: longest run of digits in one token, teacher and student.
-    """
+    """Figures over the records looked at; shares are of 1, information in nats per byte of response."""
 
     records: int
-    counts: Counter[str]
-    student_in_teacher: float
-    teacher_in_student: float
-    mass_in_student: float
-    chunk_bytes: float
-    chunk_teacher: float
-    chunk_student: float
-    full: float
-    partial: float
-    without: float
-    mapped_mass: float
-    events: float
-    teacher_information: float
-    target_information: float
-    unmatched: list[tuple[bytes, int, list[bytes]]]
-    digits: tuple[int, int]
+    counts: Counter[str]  # as `Aligner.align`
+    student_in_teacher: float  # share of the student's text tokens whose bytes are a token of the teacher
+    teacher_in_student: float  # the other way round
+    mass_in_student: float  # the same, weighted by stored probability
+    chunk_bytes: float  # mean size of the stretch between common boundaries: bytes
+    chunk_teacher: float  # … tokens of the teacher
+    chunk_student: float  # … tokens of the student
+    full: float  # share of positions whose target is a whole row
+    partial: float  # … a row inside a teacher token
+    without: float  # … none
+    mapped_mass: float  # mean mass in events, at positions with a target
+    events: float  # their mean number there
+    teacher_information: float  # of the sampled tokens' own logprobs
+    target_information: float  # of the observed student tokens; an event of several tokens tells less than they would
+    unmatched: list[tuple[bytes, int, list[bytes]]]  # frequent tokens that the student lacks: bytes, count, its tokens
+    digits: tuple[int, int]  # longest run of digits in one token, teacher and student
 
     def to_json(self) -> dict[str, Any]:
         """All figures under these names; bytes as the tables show them, null where there was nothing to measure."""
@@ -194,8 +181,8 @@ def render(report: Audit, teacher: Vocabulary, student: Vocabulary) -> Renderabl
         ("digits in a token, teacher / student", f"up to {report.digits[0]} / {report.digits[1]}"),
         ("nats per byte, teacher / targets", f"{report.teacher_information:.4f} / {report.target_information:.4f}"),
     ]
-    for name, value in rows:
-        figures.add_row(name, value)
+    for row in rows:
+        figures.add_row(*row)
     for name, text in REASONS.items():
         if report.counts.get(name):
             figures.add_row(text, f"{report.counts[name]:,}")
