@@ -96,14 +96,13 @@ def collate(
         if tokens < length:
             of_row.append((length - tokens, 0))
     laid_out = [pair for row in rows for pair in row]
-    depth = _joined([block_row.depth for _, block_row in laid_out], np.int64)
     return MicroBatch(
         input_ids=torch.from_numpy(input_ids),
         position_ids=torch.from_numpy(position_ids),
         block_ids=torch.from_numpy(block_ids),
         document_ids=torch.from_numpy(document_ids),
-        supervised=torch.from_numpy(_joined(supervised, np.int64)),
-        targets=_target_batch(laid_out, depth, _joined(blocks, np.int64), depth_decay),
+        supervised=_joined(supervised, np.int64),
+        targets=_target_batch(laid_out, _joined(blocks, np.int64), depth_decay),
         documents=documents,
         tokens=sum(used),
         target_count=sum(block_row.count for _, block_row in laid_out),
@@ -111,29 +110,27 @@ def collate(
     )
 
 
-def _target_batch(
-    laid_out: Sequence[LaidOut], depth: NDArray[np.int64], block: NDArray[np.int64], depth_decay: float
-) -> TargetBatch:
+def _target_batch(laid_out: Sequence[LaidOut], block: Tensor, depth_decay: float) -> TargetBatch:
     chosen = [
         take_positions(s.targets, r.response_positions) if r.sees_left_only else SparseTargets.none(len(r.depth))
         for s, r in laid_out
     ]
-    observed_logprob = [_observed_logprob(s, r) for s, r in laid_out]
+    depth = _joined([r.depth for _, r in laid_out], np.int64)
     weight = _joined([np.full(len(r.depth), r.weight) for _, r in laid_out], np.float32)
     tail = _joined([t.tail for t in chosen], np.float32)
     return TargetBatch(
-        observed_ids=torch.from_numpy(_joined([r.observed_ids for _, r in laid_out], np.int64)),
-        observed_logprob=torch.from_numpy(_joined(observed_logprob, np.float32)),
-        depth=torch.from_numpy(depth),
-        block=torch.from_numpy(block),
-        weight=torch.from_numpy(weight) * depth_weights(torch.from_numpy(depth), depth_decay),
-        has_soft=torch.from_numpy(~np.isnan(tail)),
-        event_offsets=torch.from_numpy(_joined_offsets([t.event_offsets for t in chosen])),
-        event_mass=torch.from_numpy(_joined([t.event_mass for t in chosen], np.float32)),
-        member_offsets=torch.from_numpy(_joined_offsets([t.member_offsets for t in chosen])),
-        members=torch.from_numpy(_joined([t.members for t in chosen], np.int64)),
-        tail=torch.from_numpy(tail),
-        known=torch.from_numpy(_joined([t.known for t in chosen], np.float32)),
+        observed_ids=_joined([r.observed_ids for _, r in laid_out], np.int64),
+        observed_logprob=_joined([_observed_logprob(s, r) for s, r in laid_out], np.float32),
+        depth=depth,
+        block=block,
+        weight=weight * depth_weights(depth, depth_decay),
+        has_soft=~tail.isnan(),
+        event_offsets=_joined_offsets([t.event_offsets for t in chosen]),
+        event_mass=_joined([t.event_mass for t in chosen], np.float32),
+        member_offsets=_joined_offsets([t.member_offsets for t in chosen]),
+        members=_joined([t.members for t in chosen], np.int64),
+        tail=tail,
+        known=_joined([t.known for t in chosen], np.float32),
     )
 
 
@@ -166,9 +163,10 @@ def _take_rows(offsets: NDArray[np.int64], rows: NDArray[np.int64]) -> tuple[NDA
     return np.repeat(starts - new_offsets[:-1], lengths) + np.arange(new_offsets[-1]), new_offsets
 
 
-def _joined(parts: Sequence[NDArray[Any]], dtype: type) -> NDArray[Any]:
-    return np.concatenate([*parts, np.empty(0, dtype)]).astype(dtype)
+def _joined(parts: Sequence[NDArray[Any]], dtype: type) -> Tensor:
+    return torch.from_numpy(np.concatenate([*parts, np.empty(0, dtype)]).astype(dtype))
 
 
-def _joined_offsets(parts: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
-    return offsets_of(_joined([np.diff(part) for part in parts], np.int64))
+def _joined_offsets(parts: Sequence[NDArray[np.int64]]) -> Tensor:
+    lengths = _joined([np.diff(part) for part in parts], np.int64)
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
