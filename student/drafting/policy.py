@@ -219,20 +219,17 @@ class Policy:
         self._found_RxK[:rows] = np.where(known[:, None], self._found_RxK[source_R], -1)
         self._confidence_RxK[:rows] = np.where(known[:, None], self._confidence_RxK[source_R], 0)
 
-    def drafted(
-        self, plan: Plan, given_R: Ints, rows: Ints, seconds: float, confidence_RxK: Floats | None = None
-    ) -> None:
+    def drafted(self, plan: Plan, given_R: Ints, rows: Ints, seconds: float, confidence_RxK: Floats) -> None:
         """What came of a plan.
 
         Args:
             given_R: tokens of each row's draft. rows: for which LLaDA ran. seconds: that it took.
             confidence_RxK: in all tokens of LLaDA's drafts; 0 where there is none.
         """
-        if confidence_RxK is not None:
-            given = np.arange(self.draft_tokens) < given_R[:, None]
-            self._confidence_RxK[: len(given_R)] = np.where(given, confidence_RxK, 0)
-            drafted = confidence_RxK[confidence_RxK[:, 0] > 0]
-            self._recent_WxK = np.concatenate([self._recent_WxK, drafted])[-WINDOW:]
+        given = np.arange(self.draft_tokens) < given_R[:, None]
+        self._confidence_RxK[: len(given_R)] = np.where(given, confidence_RxK, 0)
+        drafted = confidence_RxK[confidence_RxK[:, 0] > 0]
+        self._recent_WxK = np.concatenate([self._recent_WxK, drafted])[-WINDOW:]
         if len(rows):
             self.draft.record(seconds, float(self._unread(rows).sum()), float(len(rows)))
             self._read_R[rows] = self._length_R[rows]
@@ -240,8 +237,7 @@ class Policy:
             self._budget -= seconds + self._added(int(given_R.sum()))
         self._given_R[: len(given_R)] = given_R
         self._asked_R[: len(given_R)] = plan.tokens_R
-        if confidence_RxK is not None:  # all of a draft was made; what is not worth verifying was paid for, too
-            self._asked_R[rows] = self.draft_tokens
+        self._asked_R[rows] = self.draft_tokens  # what is not worth verifying was paid for, too
         self._maker_R[: len(given_R)] = plan.maker_R
 
     def read(self, row: int) -> int:
