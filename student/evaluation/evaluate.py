@@ -60,16 +60,13 @@ def evaluate(config: PipelineConfig) -> dict[str, Any]:
         CheckpointError: if either student is missing.
         StaleError: if dataset, start, prepared targets and trained student do not belong together.
     """
-    if launch.is_rank():
-        return evaluate_rank(config)
     ranks = launch.ranks_here(config.train)
-    if ranks * launch.nodes_by_hand() > 1:
-        work = outstanding(config)  # here, so that a mistake ends without starting ranks
-        if not work.students:
-            return work.earlier
+    if launch.is_rank() or ranks * launch.nodes_by_hand() == 1:
+        return evaluate_rank(config)
+    work = outstanding(config)  # here, so that a mistake ends without starting ranks
+    if work.students:
         launch.run_ranks(ranks, config.train, sys.argv[1:])
-        return read_json(config.run_dir / RESULT) or {}
-    return evaluate_rank(config)
+    return work.earlier
 
 
 def outstanding(config: PipelineConfig) -> Work:

@@ -75,12 +75,8 @@ def train(config: PipelineConfig, *, fresh: bool = False) -> None:
         DatasetError, ConfigError, CheckpointError, AlignmentError, StaleError, TrainingError: before anything is
             trained or overwritten.
     """
-    if launch.is_rank():
-        train_rank(config, fresh=fresh)
-        return
     count = launch.ranks_here(config.train)
-    world_size = count * launch.nodes_by_hand()
-    if world_size == 1:
+    if launch.is_rank() or (world_size := count * launch.nodes_by_hand()) == 1:
         train_rank(config, fresh=fresh)
     # Decided here too, so that a mistake ends without starting ranks.
     elif decide(config, check(config, world_size), fresh=fresh).finished:
