@@ -127,11 +127,8 @@ class DraftForward:
         self._last_norm = norm(transformer["ln_f"])
         self._pairs = None if model.sequential_head is None else _pairs(model.sequential_head, table, head_SxD, way)
         # Numbers of their own: every read of a config's attribute takes microseconds.
-        self._width, self._eps, self._mask_id = (
-            self.config.head_dim,
-            self.config.rms_norm_eps,
-            self.config.mask_token_id,
-        )
+        config = self.config
+        self._width, self._eps, self._mask_id = config.head_dim, config.rms_norm_eps, config.mask_token_id
         block = transformer["blocks"][0]
         self.kv_heads, self._heads = (
             local(projection.weight).shape[0] // self._width for projection in (block.k_proj, block.q_proj)
