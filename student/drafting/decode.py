@@ -244,18 +244,11 @@ def first_differences(outputs: list[list[int]], others: list[list[int]]) -> list
 
 def _score(llm: Any, prompts: list[list[int]], outputs: list[list[int]], found: list[Difference]) -> list[Difference]:
     """Measure how far apart the two candidates of each difference are."""
-    from vllm import SamplingParams
-    from vllm.inputs import TokensPrompt
-
     if not found:
         return []
-    contexts = [
-        TokensPrompt(prompt_token_ids=prompts[entry.prompt] + outputs[entry.prompt][: entry.position])
-        for entry in found
-    ]
-    one = SamplingParams(temperature=0, max_tokens=1, logprobs=_SCORED, detokenize=False)
+    contexts = [prompts[entry.prompt] + outputs[entry.prompt][: entry.position] for entry in found]
     scored = []
-    for entry, response in zip(found, llm.generate(contexts, one, use_tqdm=False), strict=True):
+    for entry, response in zip(found, _read(llm, contexts, logprobs=_SCORED), strict=True):
         candidates = response.outputs[0].logprobs[0]
         gap = None
         if entry.here in candidates and entry.there in candidates:
@@ -266,10 +259,6 @@ def _score(llm: Any, prompts: list[list[int]], outputs: list[list[int]], found: 
 
 def _tallies(llm: Any, job: Job, passes: dict[str, Decoded]) -> dict[str, Tally]:
     """The sampled passes' tokens against this engine's rows for the same contexts, read in forwards of their own."""
-    from vllm import SamplingParams
-    from vllm.inputs import TokensPrompt
-
-    rows = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=CANDIDATES, detokenize=False)
     tallies: dict[str, Tally] = {}
     for name, made in passes.items():
         if not name.startswith(SAMPLED):
@@ -279,8 +268,8 @@ def _tallies(llm: Any, job: Job, passes: dict[str, Decoded]) -> dict[str, Tally]
         for start in range(0, len(contexts), _READ_TOGETHER):
             part = slice(start, start + _READ_TOGETHER)
             pairs = list(zip(contexts[part], made.outputs[part], strict=True))
-            texts = [TokensPrompt(prompt_token_ids=context + output) for context, output in pairs]
-            for (context, output), read in zip(pairs, llm.generate(texts, rows, use_tqdm=False), strict=True):
+            reads = _read(llm, [context + output for context, output in pairs], prompt_logprobs=CANDIDATES)
+            for (context, output), read in zip(pairs, reads, strict=True):
                 found = read.prompt_logprobs[len(context) :]
                 own = [row[token] for row, token in zip(found, output, strict=True)]
                 # A token outside the likeliest is an entry more, and the last of them.
@@ -288,6 +277,16 @@ def _tallies(llm: Any, job: Job, passes: dict[str, Decoded]) -> dict[str, Tally]
                 tally.add([entry.rank for entry in own], [entry.logprob for entry in own], best)
             _report(start + len(pairs), len(contexts), f"reading rows of {name}")
     return tallies
+
+
+def _read(llm: Any, texts: list[list[int]], **rows: int) -> list[Any]:
+    """vLLM's answers to `texts`, of one token each; `rows` say of what it gives the logprobs, and of how many."""
+    from vllm import SamplingParams
+    from vllm.inputs import TokensPrompt
+
+    one = SamplingParams(temperature=0, max_tokens=1, detokenize=False, **rows)
+    answers: list[Any] = llm.generate([TokensPrompt(prompt_token_ids=ids) for ids in texts], one, use_tqdm=False)
+    return answers
 
 
 def _metrics(llm: Any) -> tuple[dict[str, int], list[int]]:
