@@ -39,11 +39,11 @@ from pydantic import PositiveFloat, PositiveInt, TypeAdapter, ValidationError
 from shared.errors import CheckpointError, ConfigError
 from shared.tokenizer.vocabulary import Vocabulary
 from student.drafting import vllm_sampling
-from student.drafting.acceptance import LLADA, MAKERS
+from student.drafting.acceptance import LLADA, MAKERS, Ints
 from student.drafting.counters import Counters
 from student.drafting.denoising import Denoising, Order
 from student.drafting.lookup import Lookup
-from student.drafting.policy import Policy
+from student.drafting.policy import Plan, Policy
 from student.drafting.products import Way
 from student.drafting.propose import Drafter
 from student.lineage import warn_of_another_teacher
@@ -289,26 +289,33 @@ class LladaProposer:
         drafts = [(found | drafted).get(row, [])[: handed_on_R[row]] for row in range(rows)]
         given_R = np.array([len(draft) for draft in drafts])
         policy.drafted(plan, given_R, llada_rows, spent, confidence_RxK)
-
-        if len(llada_rows):
+        if chosen:
             self.counters.add("seconds", MAKERS[LLADA], spent)
+        self._count(plan, given_R, going_R & (given_R == 0), [row for row, draft in drafted.items() if draft])
+        return drafts
+
+    def _count(self, plan: Plan, given_R: Ints, undrafted_R: NDArray[np.bool_], llada_rows: list[int]) -> None:
+        """Count the drafts of a step by maker, and why each of the `undrafted` rows has none.
+
+        Args:
+            llada_rows: for which LLaDA has drafted something, worth verifying or not.
+        """
+        rows = len(given_R)
         for maker, name in enumerate(MAKERS):
             made_R = given_R[(given_R > 0) & (plan.maker_R == maker)]
             self.counters.add("drafts", name, len(made_R))
             self.counters.add("draft_tokens", name, int(made_R.sum()))
-        undrafted_R = going_R & (given_R == 0)
         for row, reason in self._passed_over.items():
             self.counters.add("undrafted", reason)
             undrafted_R[row] = False
         for reason, these_R in (
-            ("refused", policy.refused_R[:rows]),
-            ("unsure", np.isin(np.arange(rows), [row for row, draft in drafted.items() if draft])),
+            ("refused", self.policy.refused_R[:rows]),
+            ("unsure", np.isin(np.arange(rows), llada_rows)),
             ("nothing to propose", plan.tokens_R > 0),
             (plan.reason, np.ones(rows, bool)),
         ):
             self.counters.add("undrafted", reason, int((undrafted_R & these_R).sum()))
             undrafted_R &= ~these_R
-        return drafts
 
     def _in_vocabulary(self, row: int, length: int, tokens_RxL: NDArray[Any]) -> bool:
         """Whether the drafter knows every token of the row that it has not read yet; else the request is refused."""
