@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,23 @@ def averages(engine: Any) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, engine.basic_optimizer.state[bare[parameter]][KEY]
         else:
             yield name, safe_get_full_optimizer_state(parameter, KEY)
+
+
+@contextmanager
+def in_place_of_weights(engine: Any) -> Iterator[None]:
+    """The module computes with the average inside the block; the weights wait in host memory. Not under ZeRO-3, where
+    no rank has whole weights. A collective."""
+    kept = []
+    with torch.no_grad():
+        for name, average in averages(engine):
+            weights = engine.module.get_parameter(name)
+            kept.append((weights, weights.to("cpu", copy=True)))
+            weights.copy_(average)
+        try:
+            yield
+        finally:
+            for weights, value in reversed(kept):  # a tied one was kept twice, first as it was
+                weights.copy_(value)
 
 
 def _stepped_by_parameter(engine: Any) -> dict[torch.nn.Parameter, torch.Tensor]:

@@ -1,7 +1,8 @@
 """Saving and resuming a run.
 
-    checkpoints/step-N/…             DeepSpeed's files, every rank's own
-    checkpoints/step-N/complete.json written last, when all ranks are done: names, sizes, and the identity of the run
+    checkpoints/step-N/…                    DeepSpeed's files, every rank's own
+    checkpoints/step-N/average.safetensors  the moving average of the weights, whole, where the run has one
+    checkpoints/step-N/complete.json        written last, when all ranks are done: names, sizes, identity of the run
 
 A folder without `complete.json` is of a save that was interrupted. DeepSpeed's own marker, `latest`, is not used: its
 rank 0 writes it before the other ranks are done.
@@ -25,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from shared.config import PipelineConfig
@@ -33,6 +36,7 @@ from shared.files import write_json
 from student.lineage import IDENTITY, differences, read_json
 from student.training import averaging
 from student.training.engine import training_dtype
+from student.training.optimizer import follow_schedule
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +46,7 @@ WITHOUT_EFFECT = {
     "grace_seconds", "gradient_statistics_steps", "hang_minutes", "keep_checkpoints", "max_skipped_steps",
     "micro_batch", "trackers", "world_size",
 }  # fmt: skip
-COMPLETE = "complete.json"
+COMPLETE, AVERAGE = "complete.json", "average.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +89,9 @@ def run_identity(config: PipelineConfig, inputs: dict[str, str]) -> dict[str, An
     student = config.student.model_dump(mode="json")
     settings = {f"train.{key}": value for key, value in train.items()}
     settings |= {f"student.{key}": value for key, value in student.items()}
+    if config.train.patience is not None or config.train.publish == "best":  # what their scores are measured by
+        evaluate = config.evaluate.model_dump(mode="json", exclude={"batch"})
+        settings |= {f"evaluate.{key}": value for key, value in evaluate.items()}
     return settings | inputs | {"seed": config.seed}
 
 
@@ -109,11 +116,13 @@ def save(
     keep: int,
     rank: int,
     score: float | None = None,
+    average: dict[str, Tensor] | None = None,
 ) -> None:
     """Save a resumable checkpoint after `step` steps and delete all but the newest `keep` and the best. A collective.
 
     Args:
         score: how good the student is by now, more is better; None where it was not measured.
+        average: the moving average of the weights, whole on rank 0; None where the run keeps none.
 
     Raises:
         TrainingError: if a file cannot be written; the checkpoints before stay as they are.
@@ -125,7 +134,9 @@ def save(
     _pickle_by_value()
     try:
         engine.save_checkpoint(str(directory), tag=folder.name, save_latest=False)
-    except (OSError, RuntimeError) as error:  # PyTorch's writer has only RuntimeError
+        if average is not None and rank == 0:
+            save_file({name: value.to("cpu", copy=True) for name, value in average.items()}, folder / AVERAGE)
+    except (OSError, RuntimeError, SafetensorError) as error:  # PyTorch's writer has only RuntimeError
         raise TrainingError(
             f"cannot save {folder}: {error}; free some space and run the same command again: it goes on from the "
             "newest checkpoint that is whole"
@@ -337,6 +348,7 @@ def load(engine: Any, checkpoint: Checkpoint, universal: Path | None, rank: int)
     path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
     if path is None:
         raise CheckpointError(f"{folder} cannot be loaded; pass --fresh to train anew")
+    follow_schedule(engine.lr_scheduler)
     if universal is not None:
         if _has_average(checkpoint):
             averaging.load_universal(engine, folder)
@@ -357,14 +369,19 @@ def best(directory: Path) -> Checkpoint | None:
 
 
 def whole_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The student's weights in a checkpoint, float32 where they were trained, by the names that the model has.
+    """The student's weights in a checkpoint, float32 where they were trained, by the names that the model has; their
+    moving average, in the dtype of the training, where the run keeps one.
 
     Raises:
-        CheckpointError: if DeepSpeed cannot put them together, or a file would run code.
+        CheckpointError: if the average is missing, DeepSpeed cannot put them together, or a file would run code.
     """
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     folder = checkpoint.directory
+    if _has_average(checkpoint):
+        if not (folder / AVERAGE).exists():
+            raise CheckpointError(f"{folder} has no {AVERAGE}, so it is an earlier release's: train on from it")
+        return load_file(folder / AVERAGE)
     for path in sorted(folder.rglob("*.pt")):
         if (problem := _code_in(path)) is not None:
             raise CheckpointError(f"{folder}: {problem}, so it is not of this project's training; train it anew here")

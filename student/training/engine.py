@@ -14,6 +14,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -28,6 +29,10 @@ from student.training.optimizer import build_optimizer, build_schedule
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
+
+LONGEST_WAIT = timedelta(hours=6)
+"""For which ranks wait for what one does alone: converting a checkpoint of LLaDA-8B moves some 400 GB, which the ten
+minutes of NCCL do not cover. A step that hangs ends earlier (`train.hang_minutes`)."""
 
 
 def initialize_process_group() -> tuple[int, int]:
@@ -49,7 +54,8 @@ def initialize_process_group() -> tuple[int, int]:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # collectives of objects use the current device
     # DeepSpeed calls names that this torch already calls old.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo")
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, timeout=LONGEST_WAIT)
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 

@@ -13,6 +13,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -35,6 +36,7 @@ from student.model.export import save_student
 from student.training import averaging, checkpoint, skipping
 from student.training.metrics_logger import MetricsLogger
 from student.training.monitor import GradientStatistics, StepMonitor
+from student.training.optimizer import schedule_factor
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +85,8 @@ class TrainingRun:
             if self.done:
                 logger.info("resuming after step %d of %d", self.done, steps)
         self._started, at = time.monotonic(), self.done
+        if at and self.is_due(at) and self.out_of_patience(at):  # the run was stopped before it could publish
+            return self.publish(at)
         with progress() as bar, self.monitor.watching_collectives():
             task = bar.add_task("training", total=steps, completed=self.done, note="", visible=self.rank == 0)
             for step in range(self.done, steps):
@@ -93,7 +97,7 @@ class TrainingRun:
                 finally:
                     faulthandler.cancel_dump_traceback_later()
                 at, asked = step + 1, entry.pop("asked_to_stop")
-                due = bool(train.checkpoint_steps) and at % (train.checkpoint_steps or 1) == 0
+                due = self.is_due(at)
                 if self.held_out is not None and (due or at == steps):
                     entry["evaluation"] = self.measure(at)
                 if self.metrics is not None:
@@ -104,17 +108,25 @@ class TrainingRun:
                 skipping.require_few(entry["skipped"], train)
                 if due or asked or (at == steps and train.checkpoint_steps):
                     self.save(at, entry.get("evaluation"))
-                if at < steps and asked:
-                    self.end_early(at)
                 if due and self.out_of_patience(at):
                     break
+                if at < steps and asked:
+                    self.end_early(at)
         self.publish(at)
+
+    def is_due(self, step: int) -> bool:
+        """Whether a checkpoint is saved after so many steps, other than at the end or for a signal."""
+        every = self.config.train.checkpoint_steps
+        return every is not None and step % every == 0
 
     def step(self, step: int) -> dict[str, Any]:
         """Train on the next micro-batches, as step `step` (0-based); its entry of the metrics, the same on every rank.
         A collective."""
         began = time.perf_counter()
         train, order, monitor, device = self.config.train, self.loader.sampler, self.monitor, self.engine.device
+        # Dropout's masks: others on each rank and in each step, and the same again after an interruption.
+        torch.manual_seed(int(np.random.SeedSequence((self.config.seed, step, self.rank)).generate_state(1)[0]))
+        learning_rate = train.learning_rate * schedule_factor(self.engine.lr_scheduler)
         every = train.gradient_statistics_steps
         self.gradients.watching = every is not None and step % every == 0
         with monitor.part("data"):
@@ -149,7 +161,7 @@ class TrainingRun:
             "step": step + 1,
             "steps": self.loader.steps,
             "epoch": order.epochs_after(step + 1),
-            "learning_rate": self.engine.get_lr()[0],
+            "learning_rate": learning_rate,
             "grad_norm": float(self.engine.get_global_grad_norm()) if applied else None,
             "skipped": self.engine.skipped_steps,
             "tokens": tokens,
@@ -167,7 +179,9 @@ class TrainingRun:
         model, ranks = self.engine.module.model, torch.distributed.get_world_size()
         model.eval()
         drafter = drafter_of(self.held_out, model, self.config.student_init_dir)
-        figures = measure(self.held_out, model, self.tokenizer, drafter, f"step {step}", self.rank, ranks)
+        weights = averaging.in_place_of_weights(self.engine) if self.config.train.ema is not None else nullcontext()
+        with weights:
+            figures = measure(self.held_out, model, self.tokenizer, drafter, f"step {step}", self.rank, ranks)
         model.train()
         blocks = figures["ratio"]
         kept = {name: figures.get(name) for name in ("tau", "alpha_low", "alpha_high", "masked_ce")}
@@ -178,8 +192,11 @@ class TrainingRun:
 
     def save(self, step: int, evaluation: dict[str, Any] | None) -> None:
         """A resumable checkpoint after `step` steps. A collective."""
-        directory, keep = self.config.checkpoints_dir, self.config.train.keep_checkpoints
-        checkpoint.save(self.engine, directory, step, self.identity, keep, self.rank, score(evaluation))
+        directory, train = self.config.checkpoints_dir, self.config.train
+        average = full_weights(self.engine, averaged=True) if train.ema is not None else None
+        checkpoint.save(
+            self.engine, directory, step, self.identity, train.keep_checkpoints, self.rank, score(evaluation), average
+        )
 
     def end_early(self, step: int) -> NoReturn:
         """End as a scheduler asked. A collective."""

@@ -76,3 +76,15 @@ def build_schedule(optimizer: torch.optim.Optimizer, train: TrainConfig, steps: 
         num_training_steps=steps,
         scheduler_specific_kwargs={"min_lr_rate": train.min_learning_rate} if train.schedule == "cosine" else {},
     )
+
+
+def schedule_factor(schedule: LRScheduler) -> float:
+    """What the schedule makes of `train.learning_rate` in the step that comes next."""
+    return float(schedule.lr_lambdas[0](schedule.last_epoch))  # type: ignore[attr-defined]  # all groups have one
+
+
+def follow_schedule(schedule: LRScheduler) -> None:
+    """Give the optimizer the rates of the step that comes next; a loaded one has those of the schedule it was saved
+    with, which may have been shorter."""
+    for group, base in zip(schedule.optimizer.param_groups, schedule.base_lrs, strict=True):
+        group["lr"] = base * schedule_factor(schedule)

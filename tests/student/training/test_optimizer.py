@@ -9,7 +9,7 @@ import torch._dynamo
 from shared.config import TrainConfig
 from student.losses.settings import LossSettings
 from student.training.module import DistillationModule
-from student.training.optimizer import build_optimizer, build_schedule
+from student.training.optimizer import build_optimizer, build_schedule, follow_schedule, schedule_factor
 from tests.fixtures.tiny_model import tiny_model
 
 
@@ -36,6 +36,30 @@ def test_a_schedule_warms_up_and_ends_where_it_says(schedule: str, rates: list[f
         optimizer.step()
         scheduler.step()
     assert found == pytest.approx(rates)
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+@pytest.mark.parametrize("optimizer_name", ["adamw", "muon"])
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_a_run_that_is_made_longer_steps_at_once_by_the_longer_schedule(schedule: str, optimizer_name: str) -> None:
+    train = config(schedule=schedule, optimizer=optimizer_name)
+    module = DistillationModule(tiny_model(weight_tying=False), LossSettings("ce", 4))
+    states, optimizers, schedulers = [], [], []
+    for steps in (5, 10):
+        optimizers.append(build_optimizer(module, train))
+        schedulers.append(build_schedule(optimizers[-1], train, steps))
+        for _ in range(5):
+            assert optimizers[-1].param_groups[-1]["lr"] == pytest.approx(0.01 * schedule_factor(schedulers[-1]))
+            schedulers[-1].step()
+        states.append((optimizers[-1].state_dict(), schedulers[-1].state_dict()))
+    optimizer = build_optimizer(module, train)
+    scheduler = build_schedule(optimizer, train, steps=10)
+    optimizer.load_state_dict(states[0][0])
+    scheduler.load_state_dict(states[0][1])
+    follow_schedule(scheduler)
+    rates, ended, wanted = ([group["lr"] for group in o.param_groups] for o in (optimizer, *optimizers))
+    assert rates == pytest.approx(wanted)
+    assert rates != pytest.approx(ended)
 
 
 def test_muon_takes_the_matrices_of_the_blocks_at_the_size_of_adamws_updates() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import random
 import shutil
@@ -29,6 +30,7 @@ from student.alignment.prepare import prepare
 from student.evaluation.evaluate import evaluate
 from student.model.export import export_student
 from student.model.initialize import initialize_student
+from student.training.checkpoint import complete, run_identity
 from student.training.train import forget
 from tests.fixtures.conversations import conversations, teacher_tokenizer
 from tests.fixtures.toy_run import toy_config, write_toy_shards
@@ -346,7 +348,10 @@ def test_a_finished_run_is_made_longer_from_its_last_checkpoint(run: Path) -> No
     assert "after step 6 the learning rate follows the cosine schedule of" in log
     longer = [entry["learning_rate"] for entry in metrics(run)]
     assert longer[:6] == rates
-    assert longer[6] > rates[-1]
+    steps = len(longer)
+    warmed = round(0.05 * steps)  # train.warmup
+    expected = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (6 - warmed) / (steps - warmed)))
+    assert longer[6] == pytest.approx(expected * max(longer), rel=1e-6)
 
 
 def test_conversations_alone_train_by_random_masking_and_are_answered(tmp_path: Path) -> None:
@@ -417,6 +422,62 @@ def test_checkpoints_are_measured_the_best_is_kept_and_exported(run: Path, tmp_p
     assert {"grad_norm", "seconds/step", "data_wait", "host_gib", "match_by_depth/1", "grad_zeros"} <= set(
         events.Tags()["scalars"]
     )
+
+
+def test_the_average_is_what_is_measured_and_exported_and_dropout_survives_an_interruption(
+    run: Path, tmp_path: Path
+) -> None:
+    overrides = [
+        "train.world_size=2", "train.steps=8", "train.checkpoint_steps=4", "train.evaluate_checkpoints=true",
+        "train.ema=0.8", "train.learning_rate=0.02", "student.lora={rank: 4, alpha: 8, dropout: 0.3}",
+    ]  # fmt: skip
+    train(run, *overrides)
+    config = load_config(run, overrides)
+    entries, trained = metrics(run), weights(config)
+    measured = entries[-1]["evaluation"]
+    figures = evaluate(load_config(run, [*overrides, "train.world_size=1"]))
+    assert measured["ce"] == pytest.approx(figures["after"]["ratio"]["ce"], rel=1e-6)
+    target = export_student(config.run_dir, tmp_path / "exported", checkpoint=8)
+    assert all(torch.equal(load_file(target / "model.safetensors")[name], value) for name, value in trained.items())
+
+    forget(config)
+    interrupt(run, overrides, step=4)
+    train(run, *overrides)
+    assert [entry["loss"] for entry in metrics(run)] == [entry["loss"] for entry in entries]
+    assert all(torch.equal(weights(config)[name], value) for name, value in trained.items())
+
+
+def test_a_signal_in_the_step_in_which_patience_ends_changes_nothing(run: Path) -> None:
+    """Nothing is learnt, so that the second measured checkpoint is no better: training ends at step 4."""
+    overrides = [
+        "train.world_size=1", "train.steps=20", "train.checkpoint_steps=2", "train.evaluate_checkpoints=true",
+        "train.patience=1", "train.learning_rate=1e-30",
+    ]  # fmt: skip
+    stopped_in_step_4 = (
+        "import os, signal, sys\n"
+        "from student.training import loop\n"
+        "step = loop.TrainingRun.step\n"
+        "def stopped(self, n):\n"
+        "    if n == 3:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return step(self, n)\n"
+        "loop.TrainingRun.step = stopped\n"
+        "from pathlib import Path\n"
+        "from shared.config import load_config\n"
+        "from student.training.train import train\n"
+        "train(load_config(Path(sys.argv[1]), sys.argv[2:]))\n"
+    )
+    subprocess.run([sys.executable, "-c", stopped_in_step_4, str(run), *overrides], check=True)
+    config = load_config(run, overrides)
+    assert len(metrics(run)) == 4
+    # Killed between the checkpoint and the model: what is left is to publish it.
+    shutil.rmtree(config.student_final_dir)
+    train(run, *overrides)
+    assert len(metrics(run)) == 4
+    assert (config.student_final_dir / "model.safetensors").exists()
+    # Scores by another rule are not compared with these.
+    with pytest.raises(CheckpointError, match=r"evaluate\.draft_tokens: 3 there, 2 now"):
+        complete(config.checkpoints_dir, run_identity(load_config(run, [*overrides, "evaluate.draft_tokens=2"]), {}))
 
 
 @pytest.mark.xdist_group("training_whole")
