@@ -98,5 +98,8 @@ def wire_bytes(setup: Setup) -> tuple[float, float]:
 
 
 def checkpoint_bytes(setup: Setup) -> int:
-    """Of one step-N: the weights, and float32 weights with AdamW's moments of what is trained."""
-    return setup.element_bytes * setup.parameters.total + 12 * setup.parameters.trained
+    """Of one step-N: the weights, and float32 weights with AdamW's moments of what is trained; of an average its state,
+    and the weights once more."""
+    averaged = setup.train.ema is not None
+    whole = setup.element_bytes * setup.parameters.total
+    return whole * (1 + averaged) + (12 + 4 * averaged) * setup.parameters.trained

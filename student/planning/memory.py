@@ -103,7 +103,8 @@ def memory(setup: Setup) -> Memory:
         gathered = e * (min(parameters.total, zero.gathered) + min(zero.prefetch + largest, parameters.total))
     # The float32 weights are a copy, but those of float32 training are the weights themselves where nothing cuts them.
     copied = setup.dtype != "float32" or zero.stage in (1, 2)
-    state = (STATE_BYTES + (4 if copied else 0)) * share
+    averaged = setup.train.ema is not None  # in float32, beside the moments
+    state = (STATE_BYTES + 4 * (copied + averaged)) * share
     gradients, reduced, flattened = _gradients(setup)
     # The largest gradient is the head's or the embedding's, where no block's activations are made again.
     outside, within = (_passing(setup, entries) for entries in (parameters.largest, parameters.largest_of_block))

@@ -16,6 +16,7 @@ from student.model.lora import add_lora
 from student.model.modeling_llada import LladaForMaskedDiffusion
 from student.model.sequential_head import add_sequential_head
 from student.model.source import NO_IDS
+from student.planning.cost import checkpoint_bytes
 from student.planning.memory import kept_activations, memory, saved_by_block
 from student.planning.setup import Dtype, Parameters, Setup
 from student.training.engine import deepspeed_config
@@ -113,6 +114,10 @@ def test_llada_8b_by_hand() -> None:
     assert sum(saved_by_block(zero2)) == 48 * 4096 + 8 + 4 * 32
     step, share = memory(zero2).step, 8_015_581_184 // 8
     assert (step.weights, step.gradients, step.optimizer) == (2 * 8_015_581_184, 4 * share, 12 * share)
+    # An average is one more float32 state, and in a checkpoint also whole, in bfloat16.
+    averaged = zero2.changed(ema=0.99)
+    assert memory(averaged).step.optimizer == 16 * share
+    assert checkpoint_bytes(averaged) - checkpoint_bytes(zero2) == 6 * 8_015_581_184
     # ZeRO-1 in bfloat16 with float32 sums keeps both kinds of gradients of everything on every rank.
     assert memory(zero2.changed(stage=1)).step.gradients == 6 * 8_015_581_184
 
@@ -139,6 +144,7 @@ CASES = [
         None,
     ),
     ("ZeRO-2, float32", {"stage": 2}, {"max_sequence_tokens": 192, "dtype": "float32"}, None),
+    ("ZeRO-2, average", {"stage": 2}, {"max_sequence_tokens": 448, "ema": 0.9}, None),
     ("ZeRO-3", {"stage": 3, "overlap_comm": True}, {"max_sequence_tokens": 192}, None),
     ("ZeRO-2, LoRA", {"stage": 2}, {"max_sequence_tokens": 448, "activation_checkpointing": False}, {"rank": 8}),
 ]
