@@ -66,8 +66,10 @@ def test_each_fault_fails_its_check(served_run: Path, served_teacher: Path) -> N
     config = pipeline(served_run, served_teacher)
     assert acceptance_check(config, result([], FAIR)) == {"passed": None, "served": 1.5, "offline": None}
     evaluated = {"rule": "greedy", "draft_tokens": 3, IDENTITY: evaluation_identity(config)}
-    for tau, passed in ((1.45, True), (1.6, False)):
-        config.run_dir.joinpath("evaluate.json").write_text(json.dumps(evaluated | {"after": {"tau": tau}}))
+    for length, passed in ((1.45, True), (1.6, False)):
+        # Half of the drafts were empty, which vLLM does not count.
+        after = {"tau": 1 + (length - 1) / 2, "rules": {"greedy": {"acceptance_length": length}}}
+        config.run_dir.joinpath("evaluate.json").write_text(json.dumps(evaluated | {"after": after}))
         assert acceptance_check(config, result([], FAIR))["passed"] == passed
     config.run_dir.joinpath("evaluate.json").unlink()
 
