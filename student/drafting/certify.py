@@ -24,17 +24,8 @@ from shared.config import PipelineConfig
 from shared.files import write_json, write_text
 from shared.vllm_settings import engine_version
 from student.drafting.decode import SAMPLED, THROUGHPUT, Pass, Result
-from student.drafting.engines import run
 from student.drafting.goodness_of_fit import CLASSES, LEVEL, POSITIONS
-from student.drafting.speculate import (
-    BASELINE,
-    TIE,
-    WITH_DRAFT,
-    decoding_environment,
-    described,
-    dtype_of,
-    inputs,
-)
+from student.drafting.speculate import BASELINE, TIE, WITH_DRAFT, decode_all, described, dtype_of, inputs
 from student.lineage import IDENTITY, differences, evaluation_identity, read_json, speculation_identity
 
 logger = logging.getLogger(__name__)
@@ -65,7 +56,7 @@ def certify(config: PipelineConfig, tokens: int = 100_000) -> dict[str, Any]:
         directory / WITH_DRAFT: replace(job, engine=job.engine | drafting, passes=passes),
         directory / BASELINE: replace(job, passes=plain, compare_with=[str(directory / f"{WITH_DRAFT}.json")]),
     }
-    drafted, baseline = run(jobs, decoding_environment(config), config.teacher.kv_cache_gib or 0).values()
+    drafted, baseline = decode_all(config, jobs).values()
 
     checks = {
         "greedy": greedy_check(baseline, prompt_ids, TIE[dtype_of(config)]),
