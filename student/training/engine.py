@@ -111,6 +111,8 @@ def deepspeed_config(train: TrainConfig, accumulation: int, is_universal: bool =
     _require_agreement(settings, follows, where)
     for key in ("train_batch_size", "fp16.enabled", "optimizer", "scheduler"):
         del follows[key]
+    # DeepSpeed makes it of the other two; it is larger than ours where the last micro-batch of a step is not full.
+    settings.pop("train_batch_size", None)
     if train.optimizer == "muon" or _is_bare(train, stage):
         # ZeRO 1 to 3 would clip Muon's orthogonal updates, whose norm is in the hundreds. `skipping.guard` clips for a
         # bare optimizer.
