@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from student.drafting import decode
 from student.drafting.certify import acceptance_check, certify, greedy_check, page, sampled_check
-from student.drafting.decode import SAMPLED, THROUGHPUT, Decoded, Difference, Result
+from student.drafting.decode import SAMPLED, THROUGHPUT, Decoded, Difference, Job, Pass, Result
 from student.drafting.goodness_of_fit import CANDIDATES, Tally
 from student.lineage import IDENTITY, evaluation_identity
 from tests.fixtures.served_run import pipeline
@@ -49,6 +51,21 @@ def result(differences: list[Difference], drafted: Tally) -> Result:
     decoded = Decoded([[1, 2]], 1.0, 2, {"drafts": 10, "accepted_tokens": 5})
     tallies = {"": {SAMPLED: FAIR}, "with_draft": {SAMPLED: drafted}}
     return Result({THROUGHPUT: decoded}, differences, None, tallies)
+
+
+def test_a_response_that_fills_the_context_is_read_but_for_its_last_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = SimpleNamespace(vllm_config=SimpleNamespace(model_config=SimpleNamespace(max_model_len=8)))
+    row = {token: SimpleNamespace(rank=token + 1, logprob=-np.log(CANDIDATES)) for token in range(CANDIDATES)}
+
+    def read(_llm: object, texts: list[list[int]], **_rows: int) -> list[SimpleNamespace]:
+        assert all(len(text) < 8 for text in texts)  # vLLM refuses a longer one
+        return [SimpleNamespace(prompt_logprobs=[row] * len(text)) for text in texts]
+
+    monkeypatch.setattr(decode, "_read", read)
+    job = Job({}, [[1, 2, 3], [1] * 7], 16, [], {SAMPLED: Pass(samples=1)})
+    made = Decoded([[4, 5, 6, 7, 8], [4]], 1.0, 6)
+    tally = decode._tallies(SimpleNamespace(llm_engine=engine), job, {SAMPLED: made})[SAMPLED]
+    assert sum(tally.observed_C) == 4
 
 
 def test_each_fault_fails_its_check(served_run: Path, served_teacher: Path) -> None:
