@@ -60,6 +60,7 @@ def test_the_files_that_ship_are_accepted(name: str) -> None:
             '{"optimizer": {"type": "Adam"}}',
             "optimizer is {'type': 'Adam'} there, None by train.optimizer, which makes",
         ),
+        ('{"bf16": true}', "zero.json: bf16 is True, expected a mapping"),
         ("{", "is not JSON"),
         ("[]", "holds list, expected an object"),
         (None, "cannot read"),
