@@ -286,8 +286,8 @@ class LladaProposer:
         for row, confidence in self._confidence.items():
             confidence_RxK[row, : len(confidence)] = confidence
         handed_on_R = np.minimum(policy.worth_verifying(plan, confidence_RxK), self.max_model_len - lengths)
-        found = {row: found_RxK[row].tolist() for row in np.flatnonzero(plan.maker_R != LLADA)}
-        drafts = [(found | drafted).get(row, [])[: handed_on_R[row]] for row in range(rows)]
+        made = {row: found_RxK[row].tolist() for row in np.flatnonzero(plan.maker_R != LLADA)} | drafted
+        drafts = [made.get(row, [])[: handed_on_R[row]] for row in range(rows)]
         given_R = np.array([len(draft) for draft in drafts])
         policy.drafted(plan, given_R, llada_rows, spent, confidence_RxK)
         if chosen:
