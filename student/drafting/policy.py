@@ -338,7 +338,7 @@ class Policy:
         worth_WxK = (self._recent_WxK > 0) & (survival_WxK > price)
         usual = max(float(self.acceptance.overall(LLADA).sum()), 1e-9)
         emitted = (survival_WxK * worth_WxK).sum(1).mean() * float(expected_R[drafting].sum()) / usual
-        emitted += sum(others_RxK[row, :length].sum() for row, length in enumerate(lengths) if row not in drafting)
+        emitted += others_RxK[np.arange(self.draft_tokens) < lengths[:, None]].sum()  # zero for those that draft
         verified = worth_WxK.sum(1).mean() * len(drafting) + lengths.sum() - self.draft_tokens * len(drafting)
         return lengths, float((self._going + emitted) / (self._step_seconds(verified) + draft))
 
