@@ -266,19 +266,20 @@ class Policy:
         if not self.enabled:
             lengths = np.where(longer_R == LOOKUP, found_R, np.where(open_R, self.draft_tokens, 0))
             return Plan(longer_R, lengths)
+        measuring = Plan(longer_R, np.zeros(rows, np.int64), "measuring")
         if self._plain < FIRST_PLAIN or not going:
-            return Plan(longer_R, np.zeros(rows, np.int64), "measuring")
+            return measuring
         if self.acceptance.tries(LLADA) < FIRST_DRAFTS and open_R.any():
-            return self._with_whole_draft(Plan(longer_R, np.zeros(rows, np.int64), "measuring"), open_R)
+            return self._with_whole_draft(measuring, open_R)
         plan, rate = self._best(survival_RxMxK, expected_RxM)
         plain = going / self._step_seconds(0)
         if rate < WORTHWHILE * plain:
             plan = Plan(longer_R, np.zeros(rows, np.int64))
-        if plan.tokens_R.any():
-            marginal = rate < CLEAR * plain and self._since_plain >= PLAIN_EVERY
-            if marginal and self._budget >= (rate / plain - 1) * going / plain:
-                self._budget -= (rate / plain - 1) * going / plain
-                return Plan(longer_R, np.zeros(rows, np.int64), "measuring")
+        elif plan.tokens_R.any() and rate < CLEAR * plain and self._since_plain >= PLAIN_EVERY:
+            lost = (rate / plain - 1) * going / plain
+            if self._budget >= lost:
+                self._budget -= lost
+                return measuring
         return self._exploring(plan, open_R) or plan
 
     def worth_verifying(self, plan: Plan, confidence_RxK: Floats) -> Ints:
