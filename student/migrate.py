@@ -80,17 +80,17 @@ def migrate(
     if file is None:
         raise ConfigError(f"{place}: {file_setting} is {value}, which is neither in {script.parent} nor here")
     base = base or Path(default)
-    said = [f"{KEYS[name]}={settings[name].value}" for name in KEYS if name in settings]
+    said = {name: f"{key}={settings[name].value}" for name, key in KEYS.items() if name in settings}
     if use_logits.lower() == "true":
-        for name in (name for name in KEYS if name in settings):
+        for name, change in said.items():
             try:
-                load_config(base, [f"{KEYS[name]}={settings[name].value}"])
+                load_config(base, [change])
             except ConfigError as error:
                 raise ConfigError(f"{settings[name].place}: {name} is {KEYS[name]} here: {error}") from error
     elif said:
-        logger.info("USE_LOGITS is false, so what is for logits is left out: %s", ", ".join(said))
-        said = ["train.loss=ce"]
-    changes = [f"name={script.stem}-{Path(file.name).stem}", *said, *overrides]
+        logger.info("USE_LOGITS is false, so what is for logits is left out: %s", ", ".join(said.values()))
+        said = {"LOSS_TYPE": "train.loss=ce"}
+    changes = [f"name={script.stem}-{Path(file.name).stem}", *said.values(), *overrides]
     config = load_config(base, changes)
     path = config.run_dir / CONFIG
     _check_first_entry(config, file, further)

@@ -23,8 +23,7 @@ from shared.config import PipelineConfig
 from shared.console import titled_table
 from shared.files import write_json
 from student.drafting.decode import LATENCY, THROUGHPUT, Pass
-from student.drafting.engines import run
-from student.drafting.speculate import BASELINE, decoding_environment, figures_of, inputs
+from student.drafting.speculate import BASELINE, decode_all, figures_of, inputs
 from student.drafting.vllm_proposer import LladaProposer
 from student.lineage import IDENTITY, speculation_identity
 
@@ -48,11 +47,10 @@ def break_even(config: PipelineConfig) -> dict[str, Any]:
     """
     job, _, drafting = inputs(config)
     job = replace(job, prompts=job.prompts[: config.speculate.latency_prompts])
-    directory, environment = config.run_dir / "speculate", decoding_environment(config)
-    identity = speculation_identity(config)
+    directory, identity = config.run_dir / "speculate", speculation_identity(config)
     plain = {THROUGHPUT: Pass(), LATENCY: Pass(one_by_one=True)}
     base = directory / f"break_even_{BASELINE}"
-    outputs = [made.outputs for made in run({base: replace(job, passes=plain)}, environment)[base].passes.values()]
+    outputs = [made.outputs for made in decode_all(config, {base: replace(job, passes=plain)})[base].passes.values()]
     said = [ids + output for these in outputs for ids, output in zip(job.prompts, these, strict=True)]
     sequences = directory / "break_even_sequences.json"
     write_json(sequences, said)
@@ -71,7 +69,7 @@ def break_even(config: PipelineConfig) -> dict[str, Any]:
         directory / "break_even": replace(job, engine=job.engine | drafting, passes=passes),
         base: replace(job, passes={name: replace(each, options=None) for name, each in passes.items()}),
     }
-    made, baseline = (each.passes for each in run(jobs, environment, config.teacher.kv_cache_gib or 0).values())
+    made, baseline = (each.passes for each in decode_all(config, jobs).values())
 
     def figures(accepted: float, chosen: bool) -> dict[str, Any]:
         found = {name: figures_of(*(of[f"{name}_{accepted}_{chosen}"] for of in (made, baseline))) for name in plain}

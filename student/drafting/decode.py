@@ -259,6 +259,8 @@ def _score(llm: Any, prompts: list[list[int]], outputs: list[list[int]], found: 
 
 def _tallies(llm: Any, job: Job, passes: dict[str, Decoded]) -> dict[str, Tally]:
     """The sampled passes' tokens against this engine's rows for the same contexts, read in forwards of their own."""
+    # vLLM reads no text that fills the context: such a response is read but for its last token.
+    longest = llm.llm_engine.vllm_config.model_config.max_model_len - 1
     tallies: dict[str, Tally] = {}
     for name, made in passes.items():
         if not name.startswith(SAMPLED):
@@ -267,7 +269,8 @@ def _tallies(llm: Any, job: Job, passes: dict[str, Decoded]) -> dict[str, Tally]
         contexts = job.passes[name].of(job.prompts)
         for start in range(0, len(contexts), _READ_TOGETHER):
             part = slice(start, start + _READ_TOGETHER)
-            pairs = list(zip(contexts[part], made.outputs[part], strict=True))
+            both = zip(contexts[part], made.outputs[part], strict=True)
+            pairs = [(context, output[: longest - len(context)]) for context, output in both if len(context) < longest]
             reads = _read(llm, [context + output for context, output in pairs], prompt_logprobs=CANDIDATES)
             for (context, output), read in zip(pairs, reads, strict=True):
                 found = read.prompt_logprobs[len(context) :]

@@ -266,19 +266,20 @@ class Policy:
         if not self.enabled:
             lengths = np.where(longer_R == LOOKUP, found_R, np.where(open_R, self.draft_tokens, 0))
             return Plan(longer_R, lengths)
+        measuring = Plan(longer_R, np.zeros(rows, np.int64), "measuring")
         if self._plain < FIRST_PLAIN or not going:
-            return Plan(longer_R, np.zeros(rows, np.int64), "measuring")
+            return measuring
         if self.acceptance.tries(LLADA) < FIRST_DRAFTS and open_R.any():
-            return self._with_whole_draft(Plan(longer_R, np.zeros(rows, np.int64), "measuring"), open_R)
+            return self._with_whole_draft(measuring, open_R)
         plan, rate = self._best(survival_RxMxK, expected_RxM)
         plain = going / self._step_seconds(0)
         if rate < WORTHWHILE * plain:
             plan = Plan(longer_R, np.zeros(rows, np.int64))
-        if plan.tokens_R.any():
-            marginal = rate < CLEAR * plain and self._since_plain >= PLAIN_EVERY
-            if marginal and self._budget >= (rate / plain - 1) * going / plain:
-                self._budget -= (rate / plain - 1) * going / plain
-                return Plan(longer_R, np.zeros(rows, np.int64), "measuring")
+        elif plan.tokens_R.any() and rate < CLEAR * plain and self._since_plain >= PLAIN_EVERY:
+            lost = (rate / plain - 1) * going / plain
+            if self._budget >= lost:
+                self._budget -= lost
+                return measuring
         return self._exploring(plan, open_R) or plan
 
     def worth_verifying(self, plan: Plan, confidence_RxK: Floats) -> Ints:
@@ -338,7 +339,7 @@ class Policy:
         worth_WxK = (self._recent_WxK > 0) & (survival_WxK > price)
         usual = max(float(self.acceptance.overall(LLADA).sum()), 1e-9)
         emitted = (survival_WxK * worth_WxK).sum(1).mean() * float(expected_R[drafting].sum()) / usual
-        emitted += sum(others_RxK[row, :length].sum() for row, length in enumerate(lengths) if row not in drafting)
+        emitted += others_RxK[np.arange(self.draft_tokens) < lengths[:, None]].sum()  # zero for those that draft
         verified = worth_WxK.sum(1).mean() * len(drafting) + lengths.sum() - self.draft_tokens * len(drafting)
         return lengths, float((self._going + emitted) / (self._step_seconds(verified) + draft))
 

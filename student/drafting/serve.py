@@ -18,7 +18,7 @@ from shared.config import PipelineConfig
 from shared.dataset.manifest import MANIFEST
 from shared.dataset.reader import Dataset
 from shared.vllm_settings import engine_arguments, engine_version, environment
-from student.drafting.speculate import check_student, check_teacher, drafter_arguments
+from student.drafting.speculate import check_student, check_teacher, drafter_arguments, dtype_of
 
 METRICS = "PROMETHEUS_MULTIPROC_DIR"
 """Names an empty directory through which the engine's process, where the drafter counts, reaches `/metrics`."""
@@ -58,5 +58,5 @@ def serve(config: PipelineConfig, further: Sequence[str] = (), *, start: bool = 
 
 def server_command(config: PipelineConfig, student: str) -> list[str]:
     """The server's program and arguments, from the teacher section and the drafter's options."""
-    arguments = engine_arguments(config.teacher, config.speculate.dtype or config.teacher.dtype)
+    arguments = engine_arguments(config.teacher, dtype_of(config))
     return vllm_settings.server_command(arguments | drafter_arguments(config, student))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,8 +61,7 @@ def speculate(config: PipelineConfig) -> dict[str, Any]:
     }
     *others, baseline = jobs
     jobs[baseline] = replace(jobs[baseline], compare_with=[f"{other}.json" for other in others])
-    made = run(jobs, decoding_environment(config), config.teacher.kv_cache_gib or 0)
-    results = {base.name: result for base, result in made.items()}
+    results = {base.name: result for base, result in decode_all(config, jobs).items()}
     result = summarize(results, prompt_ids, dtype_of(config)) | {IDENTITY: identity}
     write_json(config.run_dir / "speculate.json", result)
     logger.info("%s", headline(result, config.speculate.max_num_seqs))
@@ -81,6 +80,11 @@ def inputs(config: PipelineConfig) -> tuple[Job, list[str], dict[str, Any]]:
     most, stop = config.speculate.max_response_tokens, sorted(dataset.vocabulary.end_ids)
     job = Job(shared_arguments(config), list(prompts.values()), most, stop, passes={})
     return job, list(prompts), drafter_arguments(config, str(student), dataset)
+
+
+def decode_all(config: PipelineConfig, jobs: Mapping[Path, Job]) -> dict[Path, Result]:
+    """`engines.run` with what the config says of the teacher's engine."""
+    return run(jobs, decoding_environment(config), config.teacher.kv_cache_gib or 0)
 
 
 def variants(

@@ -29,17 +29,18 @@ import time
 import traceback
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import PositiveFloat, PositiveInt, TypeAdapter, ValidationError
+from pydantic import Field, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
 
 from shared.errors import CheckpointError, ConfigError
 from shared.tokenizer.vocabulary import Vocabulary
 from student.drafting import vllm_sampling
 from student.drafting.acceptance import LLADA, MAKERS, Ints
+from student.drafting.confidence import BINS
 from student.drafting.counters import Counters
 from student.drafting.denoising import Denoising, Order
 from student.drafting.lookup import Lookup
@@ -91,7 +92,7 @@ class DrafterOptions:
     dtype: Way | None = None
     policy: bool = True
     lookup: bool = True
-    acceptance_by_confidence: list[float | None] | None = None
+    acceptance_by_confidence: Annotated[list[float | None], Field(min_length=BINS, max_length=BINS)] | None = None
     denoising_steps: PositiveInt = 1
     denoising_order: Order = "confidence"
 
@@ -285,8 +286,8 @@ class LladaProposer:
         for row, confidence in self._confidence.items():
             confidence_RxK[row, : len(confidence)] = confidence
         handed_on_R = np.minimum(policy.worth_verifying(plan, confidence_RxK), self.max_model_len - lengths)
-        found = {row: found_RxK[row].tolist() for row in np.flatnonzero(plan.maker_R != LLADA)}
-        drafts = [(found | drafted).get(row, [])[: handed_on_R[row]] for row in range(rows)]
+        made = {row: found_RxK[row].tolist() for row in np.flatnonzero(plan.maker_R != LLADA)} | drafted
+        drafts = [made.get(row, [])[: handed_on_R[row]] for row in range(rows)]
         given_R = np.array([len(draft) for draft in drafts])
         policy.drafted(plan, given_R, llada_rows, spent, confidence_RxK)
         if chosen:

@@ -17,7 +17,7 @@ import torch
 
 from shared.config import PipelineConfig
 from shared.dataset.records import Record
-from shared.errors import CheckpointError
+from shared.errors import CheckpointError, ConfigError
 from shared.files import write_json
 from student.drafting.propose import Drafter
 from student.drafting.steps import spans
@@ -142,7 +142,10 @@ def answers(
             min(-(-len(record.response_ids) // settings.block_length), settings.length // settings.block_length), 1
         )
         length = blocks * settings.block_length
-        said = answer(model, tokenizer, directory, record.messages, replace(settings, length=length, steps=length))
+        try:
+            said = answer(model, tokenizer, directory, record.messages, replace(settings, length=length, steps=length))
+        except ConfigError as error:  # the teacher takes longer prompts than the student
+            said = f"({error})"
         prompt = record.messages[-1].content
         taught = record.response_bytes.decode("utf-8", "replace")
         steps = [] if drafter is None else steps_along(drafter, record)

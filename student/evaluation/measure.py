@@ -47,7 +47,8 @@ class HeldOut:
     Attributes:
         records: by decoding rule, to draft along.
         sampled: numbers of the prepared samples for rejection sampling.
-        masked: numbers of the prepared samples for random masking; empty where that is not trained.
+        masked: numbers of the prepared samples for random masking, those whose prompt leaves room for an answer; empty
+            where that is not trained.
     """
 
     config: PipelineConfig
@@ -81,7 +82,14 @@ class HeldOut:
         if not len(held_out):
             raise DatasetError(f"{config.prepared_dir} holds no held-out sample: collect or import some")
         sampled = prepared.indices(split="held_out", rule="sample") if blocks else held_out[:0]
-        masked = held_out if config.train.objectives.random_masking else held_out[:0]
+        masked = held_out[prepared.prompt_lengths[held_out] < config.train.max_sequence_tokens]
+        if not config.train.objectives.random_masking:
+            masked = masked[:0]
+        elif not len(masked):
+            raise DatasetError(
+                f"the held-out prompts of {config.prepared_dir} have at least train.max_sequence_tokens "
+                f"({config.train.max_sequence_tokens}) student tokens, which leaves no room for an answer; raise it"
+            )
         return cls(config, dataset, prepared, records, sampled[:most], masked[:most])
 
     def some(self, count: int) -> list[Record]:

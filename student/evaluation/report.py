@@ -254,55 +254,49 @@ def figure(value: Any) -> str:
     return str(value)
 
 
-def _stages(config: PipelineConfig, report: dict[str, Any]) -> list[tuple[str, str, list[tuple[str, Any]]]]:
-    """(stage, what it did, its figures by name) for the page and the screen."""
+Stage = tuple[str, str, list[tuple[str, Any]]]
+"""Its name, what it did, its figures by name."""
+
+
+def _stages(config: PipelineConfig, report: dict[str, Any]) -> list[Stage]:
+    """For the page and the screen."""
+    stale = report["stale"]
+    return [
+        (name, f"out of date: {stale[name]}" if name in stale else what, rows)
+        for name, what, rows in _figures(config, report)
+    ]
+
+
+def _figures(config: PipelineConfig, report: dict[str, Any]) -> Iterator[Stage]:
     train, speculate = report["train"], report["speculate"]
     before, after, rule = (report["evaluate"][key] for key in ("before", "after", "rule"))
     alpha = _known("{:.3f} … {:.3f}", after["alpha_low"], after["alpha_high"])
-    stages = [
-        (
-            "collect",
-            f"{config.teacher.model} answered; its top {config.collect.top_k} were kept",
-            [(label, report["collect"][key]) for key, label in COLLECT.items()],
-        ),
-        (
-            "prepare",
-            "stored rows were mapped to the student's vocabulary",
-            [(label, report["prepare"][key]) for key, label in PREPARE.items()],
-        ),
-        (
-            "train",
-            f"blocks of {config.train.block_length}, loss {config.train.loss}",
-            [
-                ("steps", train["steps"]),
-                ("tokens", train["tokens"]),
-                ("loss, first → last", _known("{:.3f} → {:.3f}", train["loss_first"], train["loss_last"])),
-                ("tokens/s", train["tokens_per_s"]),
-            ],
-        ),
-        (
-            "evaluate",
-            f"held-out prompts, {rule} decoding, one-hot drafts of {config.evaluate.draft_tokens} teacher tokens",
-            [
-                ("acceptance length τ, before → after", _known("{:.3f} → {:.3f}", before["tau"], after["tau"])),
-                ("accepted to depth d", after["by_depth"]),
-                ("α at depth 1, bounds (T = 1, rejection sampling)", alpha),
-            ],
-        ),
-        (
-            "speculate",
-            "vLLM decoded the held-out prompts greedily, with the draft and without",
-            [
-                *_one_in_flight(report),
-                ("many in flight: tokens/s without draft, with", _speeds_of(speculate)),
-                ("many in flight: acceptance length", speculate["acceptance_length"]),
-                ("outputs identical", _identical(report["details"]["speculate"])),
-                *_proven(report["details"]),
-            ],
-        ),
+    what = f"{config.teacher.model} answered; its top {config.collect.top_k} were kept"
+    yield "collect", what, [(label, report["collect"][key]) for key, label in COLLECT.items()]
+    what = "stored rows were mapped to the student's vocabulary"
+    yield "prepare", what, [(label, report["prepare"][key]) for key, label in PREPARE.items()]
+    rows = [
+        ("steps", train["steps"]),
+        ("tokens", train["tokens"]),
+        ("loss, first → last", _known("{:.3f} → {:.3f}", train["loss_first"], train["loss_last"])),
+        ("tokens/s", train["tokens_per_s"]),
     ]
-    stale = report["stale"]
-    return [(name, f"out of date: {stale[name]}" if name in stale else what, rows) for name, what, rows in stages]
+    yield "train", f"blocks of {config.train.block_length}, loss {config.train.loss}", rows
+    what = f"held-out prompts, {rule} decoding, one-hot drafts of {config.evaluate.draft_tokens} teacher tokens"
+    rows = [
+        ("acceptance length τ, before → after", _known("{:.3f} → {:.3f}", before["tau"], after["tau"])),
+        ("accepted to depth d", after["by_depth"]),
+        ("α at depth 1, bounds (T = 1, rejection sampling)", alpha),
+    ]
+    yield "evaluate", what, rows
+    rows = [
+        *_one_in_flight(report),
+        ("many in flight: tokens/s without draft, with", _speeds_of(speculate)),
+        ("many in flight: acceptance length", speculate["acceptance_length"]),
+        ("outputs identical", _identical(report["details"]["speculate"])),
+        *_proven(report["details"]),
+    ]
+    yield "speculate", "vLLM decoded the held-out prompts greedily, with the draft and without", rows
 
 
 def _one_in_flight(report: dict[str, Any]) -> list[tuple[str, Any]]:

@@ -320,21 +320,16 @@ def check_tokenizer(tokenizer: Any, config: LladaConfig, source: Path | str) -> 
     Raises:
         CheckpointError: if it has more tokens than the config, or another mask id.
     """
-    if len(tokenizer) > config.vocab_size:
-        raise CheckpointError(
-            f"{source}: the tokenizer has {len(tokenizer)} tokens but the config's vocab_size is "
-            f"{config.vocab_size}; this is another model's tokenizer"
-        )
-    if config.mask_token_id >= len(tokenizer):
-        raise CheckpointError(
-            f"{source}: mask_token_id is {config.mask_token_id} but the tokenizer has {len(tokenizer)} tokens; "
-            "this is another model's tokenizer"
-        )
-    if tokenizer.mask_token_id is not None and tokenizer.mask_token_id != config.mask_token_id:
-        raise CheckpointError(
-            f"{source}: the tokenizer's mask is {tokenizer.mask_token!r} ({tokenizer.mask_token_id}), the config's "
-            f"mask_token_id is {config.mask_token_id}; this is another model's tokenizer"
-        )
+    tokens, mask, own = len(tokenizer), config.mask_token_id, tokenizer.mask_token_id
+    if tokens > config.vocab_size:
+        problem = f"the tokenizer has {tokens} tokens but the config's vocab_size is {config.vocab_size}"
+    elif mask >= tokens:
+        problem = f"mask_token_id is {mask} but the tokenizer has {tokens} tokens"
+    elif own not in (None, mask):
+        problem = f"the tokenizer's mask is {tokenizer.mask_token!r} ({own}), the config's mask_token_id is {mask}"
+    else:
+        return
+    raise CheckpointError(f"{source}: {problem}; this is another model's tokenizer")
 
 
 def read_tokenizer(directory: Path, config: LladaConfig) -> Any:

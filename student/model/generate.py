@@ -30,7 +30,8 @@ def generate(
 
     Args:
         raw: continue `prompt` as it stands, without the chat template.
-        changes: fields of `SamplerSettings`; for those that are None, `default_settings` says.
+        changes: fields of `SamplerSettings`; for those that are None, `default_settings` says. A length alone brings as
+            many steps.
 
     Raises:
         CheckpointError: if the directory holds no model.
@@ -39,6 +40,8 @@ def generate(
     model, tokenizer = load_student(directory)
     model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     given = {name: value for name, value in changes.items() if value is not None}
+    if "length" in given:
+        given.setdefault("steps", given["length"])
     settings = replace(default_settings(model.config), **given)
     turns = [Message("system", system)] if system and not raw else []
     return answer(model, tokenizer, directory, [*turns, Message("user", prompt)], settings, raw=raw, seed=seed)

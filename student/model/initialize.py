@@ -27,6 +27,8 @@ from student.model.tokenizer import MASK, pretrained_tokenizer, train_tokenizer
 from student.model.transplant import TransplantReport, plan_transplant
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from student.model.configuration_llada import LladaConfig
 
 _logger = logging.getLogger(__name__)
@@ -61,32 +63,14 @@ def initialize_student(config: PipelineConfig) -> Path:
         tokenizer.save_pretrained(scratch)
         # The mask is the one role that a tokenizer without settings for it must be told.
         new = Vocabulary.from_tokenizer(scratch, roles={"mask": tokenizer.mask_token_id})
-    rows = {"vocab_size": len(new), "embedding_size": len(new)}
     report: TransplantReport | None = None
     if source is None:
-        shape = _student_config(changed(random_shape(config.student.shape), **rows), new, config)
+        shape = _student_config(_with_vocabulary(random_shape(settings.shape), new), new, config)
         torch.manual_seed(config.seed)
         model = LladaForMaskedDiffusion(shape)
         weights = model.state_dict()
     else:
-        weights = source.state_dict()
-        tied = source.config.weight_tying if settings.weight_tying is None else settings.weight_tying
-        if tied and not source.config.weight_tying:
-            raise ConfigError(
-                f"student.weight_tying is true, but {source.directory} has a head of its own, which tying would drop; "
-                "leave the key out"
-            )
-        if not tied and source.config.weight_tying:
-            weights[HEAD] = weights[EMBEDDING].clone()
-        known = {"mask": source.config.mask_token_id} if source.family == "llada" else None
-        shape = changed(source.config, weight_tying=tied)
-        old, encoder = load_tokenizer(source.directory, roles=known)
-        if (old.fingerprint, old.roles.get("mask")) != (new.fingerprint, new.roles["mask"]):
-            transplant = plan_transplant(old, encoder, new)
-            report = transplant.report
-            for name in {EMBEDDING, HEAD} & weights.keys():
-                weights[name] = transplant.apply(weights[name])
-            shape = changed(shape, **rows)
+        weights, shape, report = _weights_of(source, new, settings.weight_tying)
         shape = _student_config(shape, new, config)
         with torch.device("meta"):
             model = LladaForMaskedDiffusion(shape)
@@ -97,6 +81,34 @@ def initialize_student(config: PipelineConfig) -> Path:
         write_json(partial / "initialization.json", summary | identity)
     _logger.info("%s: %s", config.student_init_dir, summary["text"])
     return config.student_init_dir
+
+
+def _weights_of(
+    source: Source, new: Vocabulary, weight_tying: bool | None
+) -> tuple[dict[str, Tensor], LladaConfig, TransplantReport | None]:
+    """The checkpoint's weights with a row for each token of `new`, their shape, and what was transplanted for it."""
+    weights = source.state_dict()
+    tied = source.config.weight_tying if weight_tying is None else weight_tying
+    if tied and not source.config.weight_tying:
+        raise ConfigError(
+            f"student.weight_tying is true, but {source.directory} has a head of its own, which tying would drop; "
+            "leave the key out"
+        )
+    if not tied and source.config.weight_tying:
+        weights[HEAD] = weights[EMBEDDING].clone()
+    shape = changed(source.config, weight_tying=tied)
+    known = {"mask": source.config.mask_token_id} if source.family == "llada" else None
+    old, encoder = load_tokenizer(source.directory, roles=known)
+    if (old.fingerprint, old.roles.get("mask")) == (new.fingerprint, new.roles["mask"]):
+        return weights, shape, None
+    transplant = plan_transplant(old, encoder, new)
+    for name in {EMBEDDING, HEAD} & weights.keys():
+        weights[name] = transplant.apply(weights[name])
+    return weights, _with_vocabulary(shape, new), transplant.report
+
+
+def _with_vocabulary(shape: LladaConfig, vocabulary: Vocabulary) -> LladaConfig:
+    return changed(shape, vocab_size=len(vocabulary), embedding_size=len(vocabulary))
 
 
 def training_texts(config: PipelineConfig) -> Iterator[str]:

@@ -85,17 +85,15 @@ class Source:
                 stored[f"{prefix}{new}.{inner}.weight"] = self.stored[f"{prefix}{old}.{inner}.weight"]
         return replace(self, config=changed(self.config, n_layers=len(layers)), stored=stored)
 
-    def tensor(self, name: str) -> Tensor:
-        """One tensor by LLaDA's name."""
-        from safetensors import safe_open
-
-        stored, path = self.stored[name]
-        with safe_open(path, framework="pt") as file:
-            return file.get_tensor(stored)
-
     def state_dict(self) -> dict[str, Tensor]:
         """All tensors by LLaDA's names."""
-        return {name: self.tensor(name) for name in self.stored}
+        from safetensors import safe_open
+
+        tensors = {}
+        for name, (stored, path) in self.stored.items():
+            with safe_open(path, framework="pt") as file:
+                tensors[name] = file.get_tensor(stored)
+        return tensors
 
 
 def resolve(name: str, revision: str | None = None) -> Path:

@@ -15,7 +15,7 @@ from shared.errors import ConfigError
 from student.model.export import read_config
 from student.planning.memory import GIB, Moment, memory
 from student.planning.setup import Device, Setup
-from student.training.engine import deepspeed_config, training_dtype
+from student.training.engine import training_dtype
 
 WORKER_BYTES = GIB // 2
 """Of a process that makes batches ahead: Python, PyTorch, and the batches that wait."""
@@ -51,11 +51,9 @@ def require_memory(config: PipelineConfig, ranks: int, ranks_of_node: int) -> No
         ConfigError: as `require_fit`.
     """
     shape = read_config(config.student_init_dir)
-    dtype = training_dtype(config.train)
-    train = config.train.model_copy(update={"dtype": dtype})
     device: Device = "cuda" if torch.cuda.is_available() else "cpu"
-    setup = Setup(shape, train, deepspeed_config(train, 1), config.student.lora, ranks, device)
-    free = host_bytes_free() // ranks_of_node - train.data_workers * WORKER_BYTES
+    setup = Setup.of(config, shape, training_dtype(config.train), ranks, device)
+    free = host_bytes_free() // ranks_of_node - config.train.data_workers * WORKER_BYTES
     if device == "cpu":
         require_fit(setup, free - memory(setup).host, f"each of {ranks_of_node} ranks on this machine needs")
         return
@@ -65,7 +63,7 @@ def require_memory(config: PipelineConfig, ranks: int, ranks_of_node: int) -> No
         raise ConfigError(
             f"does not fit: each of {ranks_of_node} ranks on this machine offloads {offloaded / GIB:.1f} GiB to the "
             f"host, which has {free / GIB:.1f} GiB free for each; take more ranks on more nodes, or offload less in "
-            f"{train.deepspeed}"
+            f"{config.train.deepspeed}"
         )
 
 

@@ -20,7 +20,6 @@ from student.planning.fit import require_fit
 from student.planning.memory import GIB, Memory, Moment, memory
 from student.planning.setup import Setup
 from student.planning.shapes import shape_of
-from student.training.engine import deepspeed_config
 from student.training.launch import ranks_here
 
 RANKS_OF_A_NODE = 8
@@ -179,9 +178,8 @@ def plan(config: PipelineConfig, assumptions: Assumptions) -> Plan:
     ranks = assumptions.gpus or ranks_here(config.train)
     shape, source = shape_of(config, assumptions.shape)
     # What is planned for is a GPU, where `auto` means bfloat16, whatever this machine is.
-    dtype = "bfloat16" if config.train.dtype == "auto" else config.train.dtype
-    train = config.train.model_copy(update={"dtype": dtype})
-    setup = Setup(shape, train, deepspeed_config(train, 1), config.student.lora, ranks)
+    setup = Setup.of(config, shape, "bfloat16" if config.train.dtype == "auto" else config.train.dtype, ranks)
+    train = setup.train
     if assumptions.gpu_gib is not None:
         available = int(assumptions.gpu_gib * GIB)
     else:

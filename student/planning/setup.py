@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
-from shared.config import LoraConfig, TrainConfig
+from shared.config import LoraConfig, PipelineConfig, TrainConfig
 from student.model.configuration_llada import LladaConfig
+from student.training.engine import deepspeed_config
 
 Dtype = Literal["bfloat16", "float32"]
 Device = Literal["cuda", "cpu"]
@@ -103,6 +104,17 @@ class Setup:
     lora: LoraConfig | None
     ranks: int
     device: Device = "cuda"
+
+    @classmethod
+    def of(cls, config: PipelineConfig, shape: LladaConfig, dtype: Dtype, ranks: int, device: Device = "cuda") -> Setup:
+        """Of a run with `config` in `dtype`.
+
+        Raises:
+            ConfigError: if the DeepSpeed settings are missing or wrong.
+        """
+        train = config.train.model_copy(update={"dtype": dtype})
+        plain = cls(shape, train, {}, config.student.lora, ranks, device)
+        return replace(plain, settings=deepspeed_config(train, plain.accumulation))
 
     @property
     def dtype(self) -> Dtype:

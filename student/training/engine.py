@@ -117,6 +117,8 @@ def deepspeed_config(train: TrainConfig, accumulation: int, is_universal: bool =
     _require_agreement(settings, follows, where)
     for key in ("train_batch_size", "fp16.enabled", "optimizer", "scheduler"):
         del follows[key]
+    # DeepSpeed makes it of the other two; it is larger than ours where the last micro-batch of a step is not full.
+    settings.pop("train_batch_size", None)
     if train.optimizer == "muon" or _is_bare(train, stage):
         # ZeRO 1 to 3 would clip Muon's orthogonal updates, whose norm is in the hundreds. `skipping.guard` clips for a
         # bare optimizer.
@@ -136,19 +138,24 @@ def read_settings(source: Path | dict[str, Any]) -> tuple[dict[str, Any], str]:
     """A copy of the settings in a file or in the config itself, and what a message calls their place.
 
     Raises:
-        ConfigError: if the file is missing or is not a JSON object.
+        ConfigError: if the file is missing or is not a JSON object, or a section is none.
     """
     if isinstance(source, dict):
-        return copy.deepcopy(source), "train.deepspeed"
-    try:
-        settings = json.loads(source.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"train.deepspeed: cannot read {source}: {error.strerror}") from error
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"train.deepspeed: {source} is not JSON: {error}") from error
-    if not isinstance(settings, dict):
-        raise ConfigError(f"train.deepspeed: {source} holds {type(settings).__name__}, expected an object")
-    return settings, str(source)
+        settings, where = copy.deepcopy(source), "train.deepspeed"
+    else:
+        where = str(source)
+        try:
+            settings = json.loads(source.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"train.deepspeed: cannot read {source}: {error.strerror}") from error
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"train.deepspeed: {source} is not JSON: {error}") from error
+        if not isinstance(settings, dict):
+            raise ConfigError(f"train.deepspeed: {source} holds {type(settings).__name__}, expected an object")
+    for name in ("zero_optimization", "bf16", "fp16", "data_types", "checkpoint"):
+        if not isinstance(settings.get(name, {}), dict):
+            raise ConfigError(f"{where}: {name} is {settings[name]!r}, expected a mapping of its settings")
+    return settings, where
 
 
 def _require_agreement(settings: dict[str, Any], follows: dict[str, tuple[Any, str]], where: str) -> None:

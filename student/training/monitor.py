@@ -162,13 +162,8 @@ class GradientStatistics:
         torch.distributed.all_reduce(sums)
         if logger.isEnabledFor(logging.DEBUG) and torch.distributed.get_rank() == 0:
             for name, top, (zeros, count, squares) in zip(names, largest.tolist(), sums.tolist(), strict=True):
-                logger.debug(
-                    "gradient of %s: norm %.3g, largest %.3g, zeros %.2f%%",
-                    name,
-                    squares**0.5,
-                    top,
-                    100 * zeros / count,
-                )
+                share = 100 * zeros / count
+                logger.debug("gradient of %s: norm %.3g, largest %.3g, zeros %.2f%%", name, squares**0.5, top, share)
         zeros, count, _ = sums.sum(0).tolist()
         return {"grad_largest": float(largest.max()), "grad_zeros": zeros / count}
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from student.drafting import decode
 from student.drafting.certify import acceptance_check, certify, greedy_check, page, sampled_check
-from student.drafting.decode import SAMPLED, THROUGHPUT, Decoded, Difference, Result
+from student.drafting.decode import SAMPLED, THROUGHPUT, Decoded, Difference, Job, Pass, Result
 from student.drafting.goodness_of_fit import CANDIDATES, Tally
 from student.lineage import IDENTITY, evaluation_identity
 from tests.fixtures.served_run import pipeline
@@ -51,6 +53,21 @@ def result(differences: list[Difference], drafted: Tally) -> Result:
     return Result({THROUGHPUT: decoded}, differences, None, tallies)
 
 
+def test_a_response_that_fills_the_context_is_read_but_for_its_last_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = SimpleNamespace(vllm_config=SimpleNamespace(model_config=SimpleNamespace(max_model_len=8)))
+    row = {token: SimpleNamespace(rank=token + 1, logprob=-np.log(CANDIDATES)) for token in range(CANDIDATES)}
+
+    def read(_llm: object, texts: list[list[int]], **_rows: int) -> list[SimpleNamespace]:
+        assert all(len(text) < 8 for text in texts)  # vLLM refuses a longer one
+        return [SimpleNamespace(prompt_logprobs=[row] * len(text)) for text in texts]
+
+    monkeypatch.setattr(decode, "_read", read)
+    job = Job({}, [[1, 2, 3], [1] * 7], 16, [], {SAMPLED: Pass(samples=1)})
+    made = Decoded([[4, 5, 6, 7, 8], [4]], 1.0, 6)
+    tally = decode._tallies(SimpleNamespace(llm_engine=engine), job, {SAMPLED: made})[SAMPLED]
+    assert sum(tally.observed_C) == 4
+
+
 def test_each_fault_fails_its_check(served_run: Path, served_teacher: Path) -> None:
     tie = Difference(0, 1, 5, 6, 1e-4, "with_draft", THROUGHPUT)
     wrong = Difference(0, 1, 5, 6, 0.5, "with_draft", THROUGHPUT)
@@ -66,8 +83,10 @@ def test_each_fault_fails_its_check(served_run: Path, served_teacher: Path) -> N
     config = pipeline(served_run, served_teacher)
     assert acceptance_check(config, result([], FAIR)) == {"passed": None, "served": 1.5, "offline": None}
     evaluated = {"rule": "greedy", "draft_tokens": 3, IDENTITY: evaluation_identity(config)}
-    for tau, passed in ((1.45, True), (1.6, False)):
-        config.run_dir.joinpath("evaluate.json").write_text(json.dumps(evaluated | {"after": {"tau": tau}}))
+    for length, passed in ((1.45, True), (1.6, False)):
+        # Half of the drafts were empty, which vLLM does not count.
+        after = {"tau": 1 + (length - 1) / 2, "rules": {"greedy": {"acceptance_length": length}}}
+        config.run_dir.joinpath("evaluate.json").write_text(json.dumps(evaluated | {"after": after}))
         assert acceptance_check(config, result([], FAIR))["passed"] == passed
     config.run_dir.joinpath("evaluate.json").unlink()
 

@@ -250,3 +250,5 @@ def test_options_are_read() -> None:
         DrafterOptions.of(vllm_config({OPTIONS_KEY: {"student": "runs/x", "memory_gib": "2 GiB"}}))
     with pytest.raises(ConfigError, match=r"speculate\.drafter\['denoising_order'\] is 'right_to_left'"):
         DrafterOptions.parse({"student": "runs/x", "denoising_order": "right_to_left"}, "speculate.drafter")
+    with pytest.raises(ConfigError, match=r"\['acceptance_by_confidence'\] is \[0.5\]: .* at least 13 items"):
+        DrafterOptions.parse({"student": "runs/x", "acceptance_by_confidence": [0.5]}, "speculate.drafter")

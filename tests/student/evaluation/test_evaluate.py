@@ -15,12 +15,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shared.config import load_config
+from shared.errors import DatasetError
 from student.alignment.prepare import prepare
 from student.data.batch import collate
 from student.data.blocks import lay_out
-from student.evaluation.evaluate import RESULT, evaluate
+from student.evaluation.evaluate import RESULT, answers, evaluate
 from student.evaluation.measure import HeldOut, _rejection_sampling
 from student.losses.settings import LossSettings
+from student.model.export import load_student
 from student.model.initialize import initialize_student
 from student.model.modeling_llada import LladaForMaskedDiffusion
 from student.training.module import DistillationModule
@@ -58,6 +60,29 @@ def test_two_ranks_measure_what_one_does(tmp_path: Path) -> None:
     for name in ("before", "after"):
         assert flat(together[name]) == pytest.approx(flat(alone[name]), rel=1e-5)
     assert "already evaluated" in student("evaluate", "train.world_size=2"), "no rank is started for nothing"
+
+
+def test_prompts_that_are_too_long_for_the_student_do_not_end_the_evaluation(tmp_path: Path) -> None:
+    """The teacher may take longer ones. A row of such a sample would not fit into any micro-batch."""
+    config = load_config(toy_config(tmp_path), ["train.objectives.random_masking=0.5"])
+    write_toy_shards(config, train=8, held_out=7)
+    initialize_student(config)
+    prepare(config)
+    all_of_them = HeldOut.open(config)
+    lengths = all_of_them.prepared.prompt_lengths[all_of_them.masked]
+    longest = int(lengths.max())
+    overrides = ["train.objectives.random_masking=0.5", f"train.max_sequence_tokens={longest}"]
+    held_out = HeldOut.open(load_config(toy_config(tmp_path), overrides))
+    assert held_out.masked.tolist() == all_of_them.masked[lengths < longest].tolist() != []
+    shortest = int(lengths.min())
+    overrides = ["train.objectives={blocks: 0, random_masking: 1}", f"train.max_sequence_tokens={shortest}"]
+    with pytest.raises(DatasetError, match="leaves no room"):
+        HeldOut.open(load_config(toy_config(tmp_path), overrides))
+
+    model, tokenizer = load_student(config.student_init_dir)
+    model.config.max_sequence_length = shortest
+    (shown,) = answers(held_out, held_out.some(1), model.eval(), tokenizer, config.student_init_dir, None)
+    assert "exceed the model's max_sequence_length" in shown["student"]
 
 
 def flat(tree: Any, name: str = "") -> dict[str, float]:

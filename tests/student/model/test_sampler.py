@@ -167,9 +167,11 @@ def test_special_tokens_in_what_is_said_are_text_and_in_raw_text_are_tokens(
     shape: dict[str, Any] = {"vocab_size": len(tokenizer), "mask_token_id": tokenizer.mask_token_id}
     save_student(tiny_model(**shape, eos_token_id=tokenizer.eos_token_id), tokenizer, tmp_path)
     asked: list[list[int]] = []
+    steps: list[int] = []
 
-    def answer(_model: object, prompt: torch.Tensor, *_: object) -> torch.Tensor:
+    def answer(_model: object, prompt: torch.Tensor, settings: SamplerSettings, *_: object) -> torch.Tensor:
         asked.append(prompt[0].tolist())
+        steps.append(settings.steps)
         return prompt
 
     monkeypatch.setattr("student.model.generate.sample", answer)
@@ -177,10 +179,11 @@ def test_special_tokens_in_what_is_said_are_text_and_in_raw_text_are_tokens(
     generate(tmp_path, "what does <|eot_id|> mean?")
     assert asked[0].count(end) == 1
     assert "what does <|eot_id|> mean?<|eot_id|>" in tokenizer.decode(asked[0])
-    generate(tmp_path, "it", system="mean")
+    generate(tmp_path, "it", system="mean", length=96)
     turns = [{"role": "system", "content": "mean"}, {"role": "user", "content": "it"}]
     assert asked[1] == tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
-    generate(tmp_path, "it<|eot_id|>", raw=True)
+    generate(tmp_path, "it<|eot_id|>", raw=True, length=96, steps=48)
+    assert steps == [128, 96, 48]
     assert asked[2] == tokenizer("it<|eot_id|>", add_special_tokens=False)["input_ids"]
 
 

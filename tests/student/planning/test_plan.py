@@ -47,6 +47,12 @@ def test_the_production_configs_fit(name: str, gpus: int, parameters: int) -> No
     assert found.memory.needed < 0.9 * 80 * GIB
 
 
+def test_deepspeed_settings_may_repeat_what_follows_from_the_train_section() -> None:
+    zero = "zero_optimization: {stage: 2}"
+    stated = planned(FULL, f"train.deepspeed={{gradient_accumulation_steps: 32, train_batch_size: 256, {zero}}}")
+    assert stated.memory == planned(FULL, f"train.deepspeed={{{zero}}}").memory
+
+
 def test_time_and_traffic_by_hand() -> None:
     """Of the full config: ZeRO-2 all-reduces after each of 32 micro-batches and gathers the weights once."""
     found = planned(FULL)

@@ -60,6 +60,7 @@ def test_the_files_that_ship_are_accepted(name: str) -> None:
             '{"optimizer": {"type": "Adam"}}',
             "optimizer is {'type': 'Adam'} there, None by train.optimizer, which makes",
         ),
+        ('{"bf16": true}', "zero.json: bf16 is True, expected a mapping"),
         ("{", "is not JSON"),
         ("[]", "holds list, expected an object"),
         (None, "cannot read"),
@@ -85,6 +86,7 @@ def test_settings_in_place_may_repeat_the_train_section_and_stay_as_they_are(tmp
     in_place = TrainConfig.model_validate(config(tmp_path).model_dump() | {"deepspeed": settings})
     made = deepspeed_config(in_place, accumulation=5)
     assert made["train_micro_batch_size_per_gpu"] == 3
+    assert "train_batch_size" not in made  # DeepSpeed's own, of full micro-batches; "auto" is none of its numbers
     assert settings["bf16"] == {"enabled": True}
     with pytest.raises(
         ConfigError, match=r"^train.deepspeed contradicts .* gradient_accumulation_steps is 5 there, 10 by"
