@@ -181,18 +181,15 @@ def table_problems(table: pa.Table, vocabulary: Vocabulary | None) -> Iterator[s
     if (widths < 0).any():
         yield f"a width of {widths.min()} candidates, expected 0 or more"
         return
-    lengths, row_ends = np.diff(response_at), offsets_of(widths)
-    sound = True
-    for row in np.flatnonzero(present):
-        candidates = int(row_ends[width_at[row + 1]] - row_ends[width_at[row]])
-        sizes = {name: int(at[row + 1] - at[row]) for name, (_, at) in flat.items()}
-        for problem in size_problems(int(lengths[row]), candidates, sizes):
-            sound = False
-            yield f"record {names[row]!r}: {problem}"
-    if not sound:
+    lengths = np.diff(response_at)
+    tokens = np.where(present, lengths, 0)  # lists that are null have no values
+    sizes = {name: np.diff(at) for name, (_, at) in flat.items()}
+    wrong_sizes = [*size_problems(tokens, np.diff(offsets_of(widths)[width_at]), sizes)]
+    yield from (f"record {names[row]!r}: {problem}" for row, problem in wrong_sizes)
+    if wrong_sizes:
         return
     # From here on tokens are those of records with distributions, numbered through the row group.
-    record = np.repeat(np.arange(len(names)), np.where(present, lengths, 0))
+    record = np.repeat(np.arange(len(names)), tokens)
     position = np.arange(len(record)) - width_at[:-1][record]
     owners = response[np.repeat(present, lengths)]
     greedy = np.asarray(pc.equal(table["rule"], "greedy").combine_chunks())[record]

@@ -142,7 +142,7 @@ class DatasetWriter:
             reasons = json.dumps(dict(sorted(failures.items())), ensure_ascii=False)
             table = table.replace_schema_metadata({**table.schema.metadata, FAILURES_KEY: reasons})
         data = shard_bytes(table)
-        if not same_content(pq.read_table(pa.BufferReader(data), use_threads=False), table):
+        if not same_content(open_parquet(data, f"unit {name}").read(use_threads=False), table):
             raise DatasetError(
                 f"unit {name}: the shard does not read back as it was written; check this machine's memory"
             )
@@ -291,7 +291,7 @@ def shard_bytes(table: pa.Table, options: Mapping[str, Any] | None = None) -> by
     Args:
         options: of the Parquet writer, in place of `schema.parquet_options()`; benchmarks compare others.
     """
-    buffer = io.BytesIO()
+    buffer = pa.BufferOutputStream()
     widths = [len(x) if x.is_valid else 0 for x in table["candidate_ids"]]
     with pq.ParquetWriter(buffer, table.schema, **(options or parquet_options())) as writer:
         writer.add_key_value_metadata(table.schema.metadata)
@@ -301,7 +301,7 @@ def shard_bytes(table: pa.Table, options: Mapping[str, Any] | None = None) -> by
             if size >= ROW_GROUP_CANDIDATES or i + 1 == len(widths):
                 writer.write_table(table.slice(start, i + 1 - start), row_group_size=i + 1 - start)
                 start, size = i + 1, 0
-    return buffer.getvalue()
+    return buffer.getvalue().to_pybytes()
 
 
 def vocabulary_bytes(vocabulary: Vocabulary) -> bytes:
