@@ -20,6 +20,7 @@ from typing import Any
 
 from shared.config import TeacherConfig
 from shared.console import configure_logging
+from shared.dataset.claims import Claims, end_worker
 from shared.dataset.writer import DatasetWriter
 from shared.errors import ConfigError, EngineError, MissingExtraError, UserError
 from shared.stopping import StopRequest
@@ -58,7 +59,7 @@ class Replica:
         try:
             collector = Collector(config, renderer, job.vocabulary, writer, engine)
             self._counts = collector.counts
-            with writer.claims(self._worker) as claims:
+            with Claims(writer.store.storage, worker=self._worker) as claims:
                 Worker(collector, writer, claims, lambda: self._stopped).work(units)
         finally:
             engine.close()
@@ -168,7 +169,7 @@ class _Pool:
                     if time.monotonic() > deadline:
                         break
                     ready, _ = self._ray.wait(list(self._working), timeout=1.0)
-                    committed = self._writer.committed_now()
+                    committed = self._writer.store.committed_names()
                     deaths, done = (0 if len(committed) > done else deaths), len(committed)
                     for future in ready:
                         one = self._working.pop(future)
@@ -188,7 +189,7 @@ class _Pool:
             finally:
                 for one in self._working.values():
                     self._ray.kill(one.actor)
-                    self._writer.end_worker(one.worker)
+                    end_worker(self._writer.store.storage, one.worker)
                 for group in groups:
                     remove_placement_group(group)
         return Outcome(self._counts(), time.monotonic() - started, stopped_by=stop.name)
@@ -221,7 +222,7 @@ class _Pool:
         try:
             one.counts = self._ray.get(future)
         except self._ray.exceptions.RayActorError as error:
-            self._writer.end_worker(one.worker)
+            end_worker(self._writer.store.storage, one.worker)
             self._ended = _sum([self._ended, one.counts])
             return error
         except self._ray.exceptions.RayTaskError as error:
