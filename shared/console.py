@@ -86,14 +86,9 @@ def run(app: typer.Typer) -> None:
     try:
         app()
     except UserError as error:
-        fail(error)
-
-
-def fail(error: UserError) -> None:
-    """Print `error` as the user sees it and leave with exit code 2."""
-    stderr.print("[bold red]error:[/]", end=" ")
-    stderr.print(str(error), markup=False, highlight=False, soft_wrap=True)
-    sys.exit(USER_ERROR_EXIT_CODE)
+        stderr.print("[bold red]error:[/]", end=" ")
+        stderr.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        sys.exit(USER_ERROR_EXIT_CODE)
 
 
 def configure_logging(level: str) -> None:
@@ -145,7 +140,7 @@ def titled_table(title: str, *header: str) -> Table:
 def bytes_text(count: float) -> str:
     """A number of bytes in the unit that suits it, decimal: `3.2 GB`."""
     for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
+        if count < 999.5:  # which three digits round to 1000
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:,.2f} TB"

@@ -43,10 +43,9 @@ def ensure_checkpoint(teacher: TeacherConfig) -> Path:
         CheckpointError: if the directory is missing or holds no config.json, the GGUF file is missing or cannot be
             converted, or the hub's repository cannot be fetched.
     """
-    directory = Path(teacher.model)
-    check_checkpoint(teacher)
-    if teacher.gguf is not None and not directory.exists():
-        convert_gguf(locate_gguf(teacher.gguf), directory)
+    source = _unconverted(teacher)
+    if source is not None:
+        convert_gguf(source, Path(teacher.model))
     return _directory(teacher)
 
 
@@ -56,31 +55,8 @@ def hub_commit(teacher: TeacherConfig) -> str | None:
     Raises:
         CheckpointError: if the repository cannot be fetched.
     """
-    return None if _is_local(teacher) else _fetch_snapshot(teacher.model, teacher.revision).name
-
-
-def check_checkpoint(teacher: TeacherConfig) -> None:
-    """Check that `ensure_checkpoint` has something to work with, and write nothing outside of the hub's cache.
-
-    Raises:
-        CheckpointError: as `ensure_checkpoint`.
-    """
-    directory = Path(teacher.model)
-    if directory.exists():
-        if not (directory / "config.json").is_file():
-            raise CheckpointError(
-                f"teacher.model {teacher.model}: the directory holds no config.json, expected a checkpoint "
-                "with config.json, safetensors and a tokenizer; point teacher.model at one"
-            )
-    elif teacher.gguf is not None:
-        locate_gguf(teacher.gguf)
-    elif not _is_hub_name(teacher.model):
-        raise CheckpointError(
-            f"teacher.model {teacher.model} does not exist; point it at a checkpoint directory, or set teacher.gguf "
-            "to a GGUF file that it can be converted from"
-        )
-    else:
-        _fetch_snapshot(teacher.model, teacher.revision)
+    is_local = teacher.gguf is not None or Path(teacher.model).exists()
+    return None if is_local else _directory(teacher).name
 
 
 def locate_gguf(name: str) -> Path:
@@ -115,11 +91,11 @@ def vocabulary_size(teacher: TeacherConfig) -> int:
     Raises:
         CheckpointError: as `ensure_checkpoint`, or if the configuration names no vocabulary.
     """
-    check_checkpoint(teacher)
-    if teacher.gguf is not None and not Path(teacher.model).exists():
+    source = _unconverted(teacher)
+    if source is not None:
         from gguf import GGUFReader
 
-        field = GGUFReader(str(locate_gguf(teacher.gguf))).get_field("tokenizer.ggml.tokens")
+        field = GGUFReader(str(source)).get_field("tokenizer.ggml.tokens")
         size = None if field is None else len(field.data)
     else:
         config = _directory(teacher) / "config.json"
@@ -139,14 +115,14 @@ def load_tokenizer(teacher: TeacherConfig) -> Any:
     Raises:
         CheckpointError: if it cannot be loaded.
     """
-    check_checkpoint(teacher)
+    source = _unconverted(teacher)
+    directory = _directory(teacher) if source is None else source.parent
     from transformers import AutoTokenizer
 
     try:
-        if teacher.gguf is None or Path(teacher.model).exists():
-            return AutoTokenizer.from_pretrained(_directory(teacher), trust_remote_code=False)
-        source = locate_gguf(teacher.gguf)
-        tokenizer = AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name)
+        if source is None:
+            return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(str(directory), gguf_file=source.name)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"teacher.model {teacher.model}: its tokenizer cannot be loaded: {error}") from error
     _restore_pre_tokenizer(tokenizer, source)
@@ -206,12 +182,27 @@ def _convert(source: Path, directory: Path) -> None:
     _name_end_of_turn(directory, tokenizer)
 
 
-def _is_local(teacher: TeacherConfig) -> bool:
-    return Path(teacher.model).exists() or teacher.gguf is not None
+def _unconverted(teacher: TeacherConfig) -> Path | None:
+    """The GGUF file that `teacher.model` is still to be converted from; None where nothing is to be converted."""
+    return None if teacher.gguf is None or Path(teacher.model).exists() else locate_gguf(teacher.gguf)
 
 
 def _directory(teacher: TeacherConfig) -> Path:
-    return Path(teacher.model) if _is_local(teacher) else _fetch_snapshot(teacher.model, teacher.revision)
+    """The checkpoint, or the snapshot of a hub name; errors as `ensure_checkpoint`."""
+    directory = Path(teacher.model)
+    if not directory.exists():
+        if is_hub_name(teacher.model) and not directory.parent.exists():  # a folder `owner` makes it a path
+            return _fetch_snapshot(teacher.model, teacher.revision)
+        raise CheckpointError(
+            f"teacher.model {teacher.model} does not exist; point it at a checkpoint directory, or set teacher.gguf "
+            "to a GGUF file that it can be converted from"
+        )
+    if not (directory / "config.json").is_file():
+        raise CheckpointError(
+            f"teacher.model {teacher.model}: the directory holds no config.json, expected a checkpoint "
+            "with config.json, safetensors and a tokenizer; point teacher.model at one"
+        )
+    return directory
 
 
 @lru_cache
@@ -261,11 +252,6 @@ def _fetch_snapshot(name: str, revision: str | None) -> Path:
             "format of transformers; name such a repository"
         )
     return directory
-
-
-def _is_hub_name(name: str) -> bool:
-    """`owner/model` where no folder `owner` is here, which would make it a path."""
-    return is_hub_name(name) and not Path(name.partition("/")[0]).exists()
 
 
 def _restore_pre_tokenizer(tokenizer: Any, source: Path) -> None:

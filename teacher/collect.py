@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shared.config import PipelineConfig
-from shared.dataset.reader import Dataset, DatasetWriter, Manifest, Provenance
+from shared.dataset.manifest import Manifest, Provenance
+from shared.dataset.reader import Dataset
+from shared.dataset.writer import DatasetWriter
 from shared.errors import ConfigError
 from shared.stopping import REQUEUE_EXIT_CODE
 from shared.tokenizer.vocabulary import Vocabulary

@@ -15,8 +15,8 @@ import pyarrow.compute as pc
 
 from shared.console import progress
 from shared.dataset.columns import repeated
-from shared.dataset.manifest import DATA, UnitEntry
-from shared.dataset.reader import Dataset, Manifest, Provenance
+from shared.dataset.manifest import DATA, Manifest, Provenance, UnitEntry
+from shared.dataset.reader import Dataset
 from shared.dataset.writer import DatasetWriter, read_shard, shard_bytes, unit_entry
 from shared.errors import DatasetError
 

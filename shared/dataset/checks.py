@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ OUTSIDE_TOLERANCE = 1 / STEPS_PER_NAT + 2e-2
 SHIFTED = "the rows are shifted against the response, or belong to another one"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Rows:
     """The rows of T response tokens.
 
@@ -47,9 +48,14 @@ class Rows:
     tail: NDArray[np.float32]
     sampled: NDArray[np.float32]
 
+    @cached_property
+    def matches(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Tokens that are in their own row, and where their entries are, as `row_matches`."""
+        return row_matches(self.widths, self.ids, self.response_ids)
+
     def entries(self) -> NDArray[np.float32]:
         """float32 [T], the logprob that each token has in its own row; NaN where it is not in it."""
-        tokens, entries = row_matches(self.widths, self.ids, self.response_ids)
+        tokens, entries = self.matches
         found: NDArray[np.float32] = np.full(len(self.widths), np.nan, np.float32)
         found[tokens] = self.logprobs[entries]
         return found
@@ -73,7 +79,7 @@ def stack_rows(records: Sequence[Record]) -> Rows:
 
 
 def check_records(records: Sequence[Record], vocabulary_size: int | None) -> Rows:
-    """The rows of all records, or the first record that must not be stored.
+    """The rows of all records, or the first problem of the first record that must not be stored.
 
     All are checked at once, which takes a third of the time; only where there is a problem, record by record.
 
@@ -81,36 +87,37 @@ def check_records(records: Sequence[Record], vocabulary_size: int | None) -> Row
         DatasetError: if arrays disagree in length, hold NaN, infinities, duplicates or ids outside the vocabulary, do
             not fall in probability, or do not belong to the response's tokens.
     """
-    texts = [np.asarray(ids) for record in records for ids in (record.prompt_ids, record.response_ids)]
-    if texts and _outside(np.concatenate(texts), vocabulary_size).any():
-        for record in records:
-            _check_ids(record, vocabulary_size)
-    for record in records:
-        _check_lengths(record)
     rows = stack_rows(records)
-    if next(row_problems(rows, vocabulary_size), None) is not None:
+    if _first_problem(records, rows, vocabulary_size) is not None:
         for record in records:
-            for token, problem in row_problems(stack_rows([record]), vocabulary_size):
-                raise DatasetError(f"record {record.sample_id!r}, token {token}: {problem}")
+            problem = _first_problem([record], stack_rows([record]), vocabulary_size)
+            if problem is not None:
+                raise DatasetError(f"record {record.sample_id!r}{problem}")
     return rows
 
 
-def _check_ids(record: Record, vocabulary_size: int | None) -> None:
-    for what, ids in (("prompt", record.prompt_ids), ("response", record.response_ids)):
-        for _, problem in id_problems(np.asarray(ids), what, vocabulary_size):
-            raise DatasetError(f"record {record.sample_id!r}: {problem}")
-
-
-def _check_lengths(record: Record) -> None:
-    who, d = f"record {record.sample_id!r}", record.distributions
-    if d is None:
-        return
-    widths, sizes = np.diff(d.offsets), {"width": len(d.offsets) - 1, "tail_mass": len(d.tail)}
-    sizes |= {"sampled_logprob": len(d.sampled), "candidate_ids": len(d.ids), "candidate_gaps": len(d.logprobs)}
-    if (len(d.offsets) and d.offsets[0] != 0) or (widths < 0).any():
-        raise DatasetError(f"{who}: offsets that do not start at 0 or fall, expected where each row of candidates ends")
-    for problem in size_problems(len(record.response_ids), int(widths.sum()), sizes):
-        raise DatasetError(f"{who}: {problem}")
+def _first_problem(records: Sequence[Record], rows: Rows, vocabulary_size: int | None) -> str | None:
+    """What a message says after the record's name; rows are looked at only where lengths agree."""
+    for what, texts in (("prompt", [r.prompt_ids for r in records]), ("response", [r.response_ids for r in records])):
+        for _, problem in id_problems(np.concatenate([np.zeros(0, np.int32), *texts]), what, vocabulary_size):
+            return f": {problem}"
+    soft = [(len(r.response_ids), d) for r in records if (d := r.distributions) is not None]
+    if (rows.widths < 0).any() or any(len(d.offsets) and d.offsets[0] != 0 for _, d in soft):
+        return ": offsets that do not start at 0 or fall, expected where each row of candidates ends"
+    tokens = np.array([count for count, _ in soft])
+    candidates = np.array([d.offsets[-1] if len(d.offsets) else 0 for _, d in soft])
+    sizes = {
+        "width": np.array([len(d.offsets) - 1 for _, d in soft]),
+        "tail_mass": np.array([len(d.tail) for _, d in soft]),
+        "sampled_logprob": np.array([len(d.sampled) for _, d in soft]),
+        "candidate_ids": np.array([len(d.ids) for _, d in soft]),
+        "candidate_gaps": np.array([len(d.logprobs) for _, d in soft]),
+    }
+    for _, problem in size_problems(tokens, candidates, sizes):
+        return f": {problem}"
+    for token, problem in row_problems(rows, vocabulary_size):
+        return f", token {token}: {problem}"
+    return None
 
 
 def id_problems(ids: NDArray[np.int32], what: str, vocabulary_size: int | None) -> Iterator[tuple[int, str]]:
@@ -119,16 +126,24 @@ def id_problems(ids: NDArray[np.int32], what: str, vocabulary_size: int | None) 
         yield int(at), f"{what} token {at} has the id {ids[at]}, {_expected_ids(vocabulary_size)}"
 
 
-def size_problems(tokens: int, candidates: int, sizes: Mapping[str, int]) -> Iterator[str]:
-    """Columns of a record of so many response tokens that have another number of values.
+def size_problems(
+    tokens: NDArray[np.int64], candidates: NDArray[np.int64], sizes: Mapping[str, NDArray[np.int64]]
+) -> Iterator[tuple[int, str]]:
+    """Record and message of each column that has another number of values than its record's response needs.
 
     Args:
-        candidates: sum of the rows' widths. sizes: number of values by the name of their column.
+        tokens: [R], of the responses. candidates: [R], sums of their rows' widths. sizes: column → [R], its values.
     """
-    for name, size in sizes.items():
-        expected = candidates if name.startswith("candidate_") else tokens
-        if size != expected:
-            yield f"{name} has {size} values, expected {expected} for {tokens} response tokens"
+    expected = {name: candidates if name.startswith("candidate_") else tokens for name in sizes}
+    wrong = {name: size != expected[name] for name, size in sizes.items()}
+    for record in np.flatnonzero(np.any([*wrong.values()], axis=0)):
+        for name in sizes:
+            if wrong[name][record]:
+                values, needed = sizes[name][record], expected[name][record]
+                yield (
+                    int(record),
+                    f"{name} has {values} values, expected {needed} for {tokens[record]} response tokens",
+                )
 
 
 def row_problems(rows: Rows, vocabulary_size: int | None) -> Iterator[tuple[int, str]]:
@@ -148,8 +163,9 @@ def row_problems(rows: Rows, vocabulary_size: int | None) -> Iterator[tuple[int,
         yield token, f"candidate id {double} stands twice in the row"
     for at in np.flatnonzero(~np.isfinite(logprobs)):
         yield int(row_of(at)), f"candidate logprob {logprobs[at]}, expected a finite number"
-    rises = np.flatnonzero(logprobs[1:] > logprobs[:-1]) + 1
-    for at in rises[~np.isin(rises, starts)]:
+    rises = logprobs[1:] > logprobs[:-1]
+    rises[starts[1:] - 1] = False  # from one row to the next
+    for at in np.flatnonzero(rises) + 1:
         yield int(row_of(at)), f"candidate logprob {logprobs[at]}, expected not above the {logprobs[at - 1]} before it"
     known = ~np.isnan(tail)
     for token in np.flatnonzero(known & ~((tail >= -MASS_TOLERANCE) & (tail <= 1 + MASS_TOLERANCE))):
@@ -198,7 +214,9 @@ def _doubles(widths: NDArray[np.int32], ids: NDArray[np.int32]) -> Iterator[tupl
         for token, at in np.argwhere(ordered[:, 1:] == ordered[:, :-1]):
             yield int(token), int(ordered[token, at])
         return
-    keys = np.sort(np.repeat(np.arange(len(widths)), widths) << 32 | ids)
+    keys = np.repeat(np.arange(len(widths)) << 32, widths)
+    keys |= ids
+    keys.sort()
     for key in keys[1:][keys[1:] == keys[:-1]]:
         yield int(key >> 32), int(key & 0xFFFFFFFF)
 

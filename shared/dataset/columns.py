@@ -42,7 +42,7 @@ def records_to_table(records: Sequence[Record], vocabulary_size: int | None = No
     """
     rows = check_records(records, vocabulary_size)
     has_rows = [r.distributions is not None for r in records]
-    tokens = [len(r.response_ids) if there else 0 for r, there in zip(records, has_rows, strict=True)]
+    tokens = [0 if r.distributions is None else len(r.response_ids) for r in records]
     candidates = [0 if r.distributions is None else len(r.distributions.ids) for r in records]
     stored = _stored_rows(rows)
 
@@ -139,25 +139,22 @@ def open_parquet(source: Path | bytes, name: str) -> pq.ParquetFile:
 
 
 def same_content(left: pa.Table, right: pa.Table) -> bool:
-    """Whether two tables of this schema hold the same values; NaN, an unknown, is the same as NaN."""
-    if left.num_rows != right.num_rows or left.schema.names != right.schema.names:
-        return False
-    for name in left.schema.names:
-        if name in _FLAT_COLUMNS:
-            (values, at), (others, other_at) = flat_list(left[name]), flat_list(right[name])
-            same = np.array_equal(values, others, equal_nan=True) and np.array_equal(at, other_at)
-            if not same or not left[name].is_null().equals(right[name].is_null()):
-                return False
-        elif not left[name].equals(right[name]):
-            return False
-    return True
+    """Whether two tables of this schema hold the same bits; so NaN, an unknown, is the same as NaN."""
+
+    def bits(column: pa.ChunkedArray) -> pa.Array:
+        array = _one_chunk(column)
+        return array.view(SCHEMA.field("width").type) if array.type == SCHEMA.field("tail_mass").type else array
+
+    return left.schema.names == right.schema.names and all(
+        bits(left[name]).equals(bits(right[name])) for name in left.schema.names
+    )
 
 
 def _stored_rows(rows: Rows) -> dict[str, NDArray[Any]]:
     """The distribution columns of `rows`, flat."""
     gaps, tail = encode_gaps(offsets_of(rows.widths), rows.logprobs), round_tail(rows.tail)
     sampled = rows.sampled.copy()
-    tokens, entries = row_matches(rows.widths, rows.ids, rows.response_ids)
+    tokens, entries = rows.matches
     sampled[tokens] = decode_logprobs(rows.widths, gaps, tail)[entries]
     return {
         "sampled_logprob": round_sampled(sampled),

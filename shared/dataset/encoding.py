@@ -21,12 +21,14 @@ def encode_gaps(offsets: NDArray[np.int64], logprobs: NDArray[np.float32]) -> ND
         return np.zeros(0, np.uint16)
     widths = np.diff(offsets)
     starts = offsets[:-1][widths > 0]
-    below = np.repeat(logprobs[starts], widths[widths > 0]) - logprobs
+    below = np.repeat(logprobs[starts], widths[widths > 0])
+    below -= logprobs
     below *= np.float32(STEPS_PER_NAT)  # float32 is enough: its error is a thousandth of a step at 1,000 nats
     steps = np.minimum(np.rint(below, out=below), np.float32(MAX_STEPS), out=below).astype(np.int32)
-    gaps = np.diff(steps, prepend=np.int32(0))
+    gaps = np.empty(len(steps), np.uint16)
+    np.subtract(steps[1:], steps[:-1], out=gaps[1:], casting="unsafe")
     gaps[starts] = 0
-    return gaps.astype(np.uint16)
+    return gaps
 
 
 def round_tail(tail: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -61,9 +63,10 @@ def decode_logprobs(
         log_mass = np.log1p(-known)
     filled = widths > 0
     starts = offsets_of(widths)[:-1][filled]
-    running = np.cumsum(gaps, dtype=np.int64)
-    before = running[starts] - gaps[starts]
-    result = (running - np.repeat(before, widths[filled])).astype(np.float32)
+    # The running total may wrap around: a row's own total is below 2^32, and differences are exact modulo that.
+    steps = np.cumsum(gaps, dtype=np.uint32)
+    steps -= np.repeat(steps[starts] - gaps[starts], widths[filled])
+    result = steps.astype(np.float32)
     result *= np.float32(-1.0 / STEPS_PER_NAT)
     weights = np.add.reduceat(np.exp(result), starts)
     level = (log_mass[filled] - np.log(weights.astype(np.float64))).astype(np.float32)
@@ -79,10 +82,5 @@ def row_matches(
     Returns:
         Tokens that do, int64 [M] ascending, and the indices of their entries in the candidates, int64 [M].
     """
-    if len(widths) and (widths == widths[0]).all():  # a matrix, in which no index has to be made
-        width = int(widths[0])
-        entries = np.flatnonzero(candidate_ids.reshape(len(widths), width) == response_ids[:, None])
-        return entries // max(width, 1), entries
-    tokens = np.repeat(np.arange(len(widths)), widths)
-    entries = np.flatnonzero(candidate_ids == response_ids[tokens])
-    return tokens[entries], entries
+    entries = np.flatnonzero(candidate_ids == np.repeat(response_ids, widths))
+    return np.searchsorted(offsets_of(widths)[1:], entries, side="right"), entries

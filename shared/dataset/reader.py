@@ -28,11 +28,8 @@ from shared.dataset.manifest import (
 from shared.dataset.records import Record
 from shared.dataset.schema import DISTRIBUTION_COLUMNS, SCHEMA
 from shared.dataset.storage import Storage, open_storage
-from shared.dataset.writer import DatasetWriter
 from shared.errors import DatasetError
 from shared.tokenizer.vocabulary import Vocabulary
-
-__all__ = ["Dataset", "DatasetWriter", "Manifest", "Provenance"]
 
 
 class Dataset:

@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from shared.dataset.card import CARD, dataset_card
+from shared.dataset.card import dataset_card
 from shared.dataset.checks import check_records
-from shared.dataset.claims import Claims, clear_claims, end_worker
+from shared.dataset.claims import clear_claims
 from shared.dataset.columns import open_parquet, records_to_table, same_content, table_to_records
 from shared.dataset.manifest import (
     DATA,
@@ -38,6 +38,7 @@ from shared.dataset.schema import FAILURES_KEY, SCHEMA_VERSION, parquet_options
 from shared.dataset.storage import open_storage
 from shared.dataset.units import UnitStore, commit_file
 from shared.errors import DatasetError
+from shared.hub import CARD
 from shared.tokenizer.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
@@ -54,6 +55,9 @@ class DatasetWriter:
         vocabulary: the teacher's; stored beside the shards, and every id is checked against it.
         tokenizer_dir: the teacher's tokenizer files, copied beside the shards; None where another writer has done so.
         advice: what to do where `path` was begun with another provenance.
+
+    Attributes:
+        store: the units of all workers, and where they lie.
 
     Raises:
         DatasetError: if `path` holds something else, or a dataset of another provenance (naming what differs).
@@ -72,17 +76,17 @@ class DatasetWriter:
                 f"the provenance names the tokenizer {provenance.tokenizer_fingerprint[:12]}, the vocabulary given is "
                 f"{vocabulary.fingerprint[:12]}; pass the vocabulary of the teacher that is collected from"
             )
-        self._store = UnitStore(open_storage(path), UnitEntry)
+        self.store = UnitStore(open_storage(path), UnitEntry)
         self._provenance = provenance
         self._vocabulary = vocabulary
         self._claim(advice)
-        self._store.storage.clear_partial()
+        self.store.storage.clear_partial()
         self._write_sidecars(tokenizer_dir)
-        self._units = self._store.committed()
+        self._units = self.store.committed()
         strangers = [unit for unit, entry in self._units.items() if entry.provenance != provenance.fingerprint]
         if strangers:
             raise DatasetError(
-                f"unit {strangers[0]} in {self._store.storage.url} was collected under another provenance than "
+                f"unit {strangers[0]} in {self.store.storage.url} was collected under another provenance than "
                 f"{PROVENANCE} states; the directory mixes two datasets: collect into a new one"
             )
 
@@ -98,28 +102,12 @@ class DatasetWriter:
 
     def refresh(self) -> None:
         """Take in what others have committed meanwhile."""
-        self._units = self._store.committed()
+        self._units = self.store.committed()
 
     def begun(self) -> set[str]:
         """Units that have a shard or a commit, by anyone."""
-        shards = {Path(name).stem for name in self._store.storage.list(DATA) if name.endswith(".parquet")}
-        return shards | self.committed_now()
-
-    def committed_now(self) -> set[str]:
-        """Units that are done, by anyone, by one listing."""
-        return self._store.committed_names()
-
-    def is_committed(self, name: str) -> bool:
-        """Whether the unit is done, by anyone."""
-        return name in self._units or self._store.is_committed(name)
-
-    def claims(self, worker: str | None = None) -> Claims:
-        """What divides the units among workers; `worker` names this one."""
-        return Claims(self._store.storage, worker=worker)
-
-    def end_worker(self, worker: str) -> None:
-        """End the claims of a worker that is known to be dead."""
-        end_worker(self._store.storage, worker)
+        shards = {Path(name).stem for name in self.store.storage.list(DATA) if name.endswith(".parquet")}
+        return shards | self.store.committed_names()
 
     def write_unit(self, name: str, records: Iterable[Record], failures: Mapping[str, str] | None = None) -> UnitEntry:
         """Publish the records of unit `name`, then its commit. A unit that is committed already stays as it is.
@@ -142,7 +130,7 @@ class DatasetWriter:
             reasons = json.dumps(dict(sorted(failures.items())), ensure_ascii=False)
             table = table.replace_schema_metadata({**table.schema.metadata, FAILURES_KEY: reasons})
         data = shard_bytes(table)
-        if not same_content(pq.read_table(pa.BufferReader(data), use_threads=False), table):
+        if not same_content(open_parquet(data, f"unit {name}").read(use_threads=False), table):
             raise DatasetError(
                 f"unit {name}: the shard does not read back as it was written; check this machine's memory"
             )
@@ -150,7 +138,7 @@ class DatasetWriter:
 
     def publish(self, entry: UnitEntry, data: bytes) -> UnitEntry:
         """Publish a shard's bytes and its commit; another worker's shard of the same unit wins over ours."""
-        entry = self._store.publish(entry, data, lambda there: self._adopt(entry, there, data))
+        entry = self.store.publish(entry, data, lambda there: self._adopt(entry, there, data))
         self._units[entry.unit] = entry
         return entry
 
@@ -160,7 +148,7 @@ class DatasetWriter:
         Raises:
             DatasetError: if a unit is missing, is not expected, or its shard is not the one that was committed.
         """
-        storage, self._units = self._store.storage, self._store.committed()
+        storage, self._units = self.store.storage, self.store.committed()
         missing = sorted(set(expected_units) - self._units.keys())
         if missing:
             raise DatasetError(
@@ -197,7 +185,7 @@ class DatasetWriter:
 
     def _claim(self, advice: str) -> None:
         """Compare our provenance with the directory's, or write it where the directory is new."""
-        storage = self._store.storage
+        storage = self.store.storage
         there = storage.read_or_none(PROVENANCE)
         if there is None:
             others = [name for name in storage.list() if not name.startswith(".")]
@@ -220,23 +208,20 @@ class DatasetWriter:
             log.warning("%s was begun at commit %s, this is %s", storage.url, found.git_commit, ours)
 
     def _write_sidecars(self, tokenizer_dir: Path | None) -> None:
-        storage = self._store.storage
+        files = {VOCABULARY: vocabulary_bytes(self._vocabulary)}
         if tokenizer_dir is not None:
             for file in tokenizer_files(tokenizer_dir):
-                name = f"{TOKENIZER}/{file.relative_to(tokenizer_dir).as_posix()}"
-                data = file.read_bytes()
-                if storage.read_or_none(name) != data:
-                    storage.write(name, data)
-        data = vocabulary_bytes(self._vocabulary)
-        if storage.read_or_none(VOCABULARY) != data:
-            storage.write(VOCABULARY, data)
+                files[f"{TOKENIZER}/{file.relative_to(tokenizer_dir).as_posix()}"] = file.read_bytes()
+        for name, data in files.items():
+            if self.store.storage.read_or_none(name) != data:
+                self.store.storage.write(name, data)
 
     def _adopt(self, ours: UnitEntry, there: bytes, data: bytes) -> UnitEntry | None:
         """The entry of the shard that has our unit's name already; None for a file that is no shard of it.
 
         No worker leaves such a file: something else put or damaged it.
         """
-        name = self._store.storage.join(ours.file)
+        name = self.store.storage.join(ours.file)
         try:
             table = read_shard(there, name)
             check_records([*table_to_records(table)], len(self._vocabulary))
@@ -291,8 +276,8 @@ def shard_bytes(table: pa.Table, options: Mapping[str, Any] | None = None) -> by
     Args:
         options: of the Parquet writer, in place of `schema.parquet_options()`; benchmarks compare others.
     """
-    buffer = io.BytesIO()
-    widths = [len(x) if x.is_valid else 0 for x in table["candidate_ids"]]
+    buffer = pa.BufferOutputStream()
+    widths = pc.list_value_length(table["candidate_ids"]).fill_null(0).to_pylist()
     with pq.ParquetWriter(buffer, table.schema, **(options or parquet_options())) as writer:
         writer.add_key_value_metadata(table.schema.metadata)
         start, size = 0, 0
@@ -301,7 +286,7 @@ def shard_bytes(table: pa.Table, options: Mapping[str, Any] | None = None) -> by
             if size >= ROW_GROUP_CANDIDATES or i + 1 == len(widths):
                 writer.write_table(table.slice(start, i + 1 - start), row_group_size=i + 1 - start)
                 start, size = i + 1, 0
-    return buffer.getvalue()
+    return buffer.getvalue().to_pybytes()
 
 
 def vocabulary_bytes(vocabulary: Vocabulary) -> bytes:

@@ -83,12 +83,14 @@ def write_prompts(config: PipelineConfig) -> Drafts:
             f"{settings.path} (collect.write_prompts.path) is there already; collect with it, or name another file"
         )
     prepare_environment(config.teacher)
+    # First of all: what decides the drafts is read from the checkpoint, which may have to be converted.
+    vocabulary = Vocabulary.from_tokenizer(ensure_checkpoint(config.teacher))
     renderer = load_renderer(config)
     partial = PartialFile(settings.path.with_name(settings.path.name + ".partial"), _key(config, renderer))
     drafts = partial.read()
     if len(drafts.texts) < settings.count:
         log.info("%d of %d prompts are there", len(drafts.texts), settings.count)
-        _write(config, settings, renderer, partial, drafts)
+        _write(config, settings, renderer, vocabulary, partial, drafts)
     del drafts.texts[settings.count :]
     commit = hub_commit(config.teacher)
     author = config.teacher.model + (f"@{commit}" if commit is not None else "")
@@ -140,10 +142,14 @@ class PartialFile:
 
 
 def _write(
-    config: PipelineConfig, settings: WritePromptsConfig, renderer: Renderer, partial: PartialFile, drafts: Drafts
+    config: PipelineConfig,
+    settings: WritePromptsConfig,
+    renderer: Renderer,
+    vocabulary: Vocabulary,
+    partial: PartialFile,
+    drafts: Drafts,
 ) -> None:
     header = renderer.encode_user_header(config.collect.system_prompt)
-    vocabulary = Vocabulary.from_tokenizer(ensure_checkpoint(config.teacher))
     seen = {_plain(text) for text in drafts.texts}
     barren = 0
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from shared.config import PipelineConfig
+from shared.dataset.claims import Claims
 from shared.dataset.manifest import Provenance
 from shared.dataset.writer import DatasetWriter
 from shared.errors import ConfigError
@@ -108,7 +109,8 @@ def run_here(job: Job, renderer: Renderer, writer: DatasetWriter, units: Sequenc
             ratio = measure_capture(engine, [renderer.render(t.prompt).ids for u in missing[:4] for t in u.tasks])
         collector = Collector(job.config, renderer, job.vocabulary, writer, engine)
         started = time.monotonic()
-        with writer.claims() as claims, Display(LABELS[job.kind], units, writer.committed) as display:
+        display = Display(LABELS[job.kind], units, writer.committed)
+        with Claims(writer.store.storage) as claims, display:
 
             def show() -> None:
                 check_interrupt()

@@ -87,7 +87,7 @@ class Worker:
             if not self._claims.take(unit.name):
                 # Somebody else is at work here: one listing says where, in place of a request for every unit.
                 passed = self._claims.taken() | self._committed()
-            elif not self._writer.is_committed(unit.name):
+            elif not self._writer.store.is_committed(unit.name):
                 yield unit
 
     def _wait(self, units: Sequence[Unit]) -> bool:
@@ -106,7 +106,7 @@ class Worker:
         return False
 
     def _committed(self) -> set[str]:
-        committed = self._writer.committed_now()
+        committed = self._writer.store.committed_names()
         self._on_others(committed)
         return committed
 

@@ -48,8 +48,8 @@ def measure(
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    from shared.dataset.reader import DatasetWriter
     from shared.dataset.records import Sampling
+    from shared.dataset.writer import DatasetWriter
     from shared.tokenizer.vocabulary import Vocabulary
     from teacher.checkpoints import ensure_checkpoint, load_tokenizer
     from teacher.collect import provenance_of

@@ -139,7 +139,7 @@ def test_preparing_again_settles_whatever_is_refused(config: PipelineConfig) -> 
     """The tokenizer's files differ, its tokens and the shards do not: nothing is aligned again, the record is."""
     settings = Path(config.teacher.model) / "tokenizer_config.json"
     settings.write_text(settings.read_text() + "\n")
-    from shared.dataset.reader import DatasetWriter
+    from shared.dataset.writer import DatasetWriter
 
     dataset = Dataset.open(config.shards_dir)
     writer = DatasetWriter(config.shards_dir, dataset.provenance, dataset.vocabulary, Path(config.teacher.model))

@@ -11,17 +11,17 @@ import pytest
 from shared.config import TeacherConfig, load_config
 from shared.errors import CheckpointError
 from teacher import checkpoints
-from teacher.checkpoints import check_checkpoint, convert_gguf, ensure_checkpoint, locate_gguf, vocabulary_size
+from teacher.checkpoints import convert_gguf, ensure_checkpoint, locate_gguf, vocabulary_size
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
 
 
 def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not exist; point it at a checkpoint directory"):
-        check_checkpoint(TeacherConfig(model=str(tmp_path / "none")))
+        ensure_checkpoint(TeacherConfig(model=str(tmp_path / "none")))
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match=r"no config\.json"):
-        check_checkpoint(TeacherConfig(model=str(tmp_path / "empty")))
+        ensure_checkpoint(TeacherConfig(model=str(tmp_path / "empty")))
 
 
 def test_a_folder_makes_a_path_of_a_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,9 +19,11 @@ import numpy as np
 import pytest
 
 from shared.config import PipelineConfig
-from shared.dataset.reader import Dataset, DatasetWriter
+from shared.dataset.claims import Claims
+from shared.dataset.reader import Dataset
 from shared.dataset.records import Record
 from shared.dataset.split import stable_hash
+from shared.dataset.writer import DatasetWriter
 from shared.errors import AlignmentError, ConfigError, DatasetError, EngineError, PromptError
 from shared.tokenizer.vocabulary import Vocabulary
 from teacher import collect as collecting
@@ -185,7 +187,7 @@ class Halves:
 
     def work(self, number: int, is_stopped: Callable[[], bool] = lambda: False) -> list[str]:
         collector, writer, units = collector_of(self.config, self.engines[number])
-        with writer.claims() as claims:
+        with Claims(writer.store.storage) as claims:
             Worker(collector, writer, claims, is_stopped).work(units)
         return self.engines[number].asked
 
@@ -416,6 +418,8 @@ def test_a_plan_adds_up_and_guesses_nothing(make_config: Maker) -> None:
     many = estimate(config, Assumptions(tokens_per_s=10, tokens_per_response=4, workers=99))
     assert many.hours == pytest.approx(60 / 10 / many.units / 3600)
     assert f"{many.units} workers of 99: the others find no unit" in many.sources["hours"]
+    unknown = estimate(config, Assumptions(workers=99)).sources["hours"]
+    assert unknown.startswith(f"nothing measured yet: state --tokens-per-s, {many.units} workers of 99: the others")
     assert not config.run_dir.exists()
 
 

@@ -14,7 +14,7 @@ import huggingface_hub.constants
 import pytest
 
 from shared.config import PipelineConfig, TeacherConfig
-from shared.dataset.reader import DatasetWriter
+from shared.dataset.writer import DatasetWriter
 from shared.errors import CheckpointError, DatasetError, PromptError
 from shared.tokenizer.vocabulary import Vocabulary
 from teacher import checkpoints

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from shared.config import PipelineConfig
+from shared.dataset.claims import Claims
 from shared.dataset.writer import DatasetWriter
 from shared.errors import AlignmentError, ConfigError, EngineError
 from shared.stopping import StopRequest
@@ -87,7 +88,7 @@ def test_an_actor_that_dies_is_replaced_and_its_units_are_repeated(
     running = pool(job, writer, units)
 
     def kill_one() -> None:
-        while not writer.committed_now():
+        while not writer.store.committed_names():
             time.sleep(0.05)
         one = next(iter(running._working.values()))
         ray.kill(one.actor)
@@ -97,7 +98,7 @@ def test_an_actor_that_dies_is_replaced_and_its_units_are_repeated(
     outcome = running.run(StopRequest())
     killer.join()
     assert "another one takes its place" in caplog.text
-    assert writer.committed_now() == {unit.name for unit in units}
+    assert writer.store.committed_names() == {unit.name for unit in units}
     assert outcome.stopped_by is None
     # What the dead one had answered of units that were not done was asked again.
     assert outcome.counts.units <= len(units)
@@ -111,7 +112,7 @@ def test_a_stop_ends_the_actors_and_another_pool_goes_on(make_config: Maker, mon
     stop = StopRequest()
 
     def ask() -> None:
-        while len(writer.committed_now()) < 3:
+        while len(writer.store.committed_names()) < 3:
             time.sleep(0.05)
         stop.name = "SIGTERM"
 
@@ -120,13 +121,13 @@ def test_a_stop_ends_the_actors_and_another_pool_goes_on(make_config: Maker, mon
     outcome = pool(job, writer, units).run(stop)
     asker.join()
     assert outcome.stopped_by == "SIGTERM"
-    done = writer.committed_now()
+    done = writer.store.committed_names()
     assert 3 <= len(done) < len(units)
     assert outcome.counts.responses == sum(len(unit.tasks) for unit in units if unit.name in done)
-    assert not writer.claims().others()
+    assert not Claims(writer.store.storage).others()
     writer.refresh()
     pool(job, writer, units).run(StopRequest())
-    assert writer.committed_now() == {unit.name for unit in units}
+    assert writer.store.committed_names() == {unit.name for unit in units}
 
 
 def test_actors_that_keep_dying_end_the_collection(make_config: Maker, monkeypatch: pytest.MonkeyPatch) -> None:

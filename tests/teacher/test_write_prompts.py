@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from shared.config import PipelineConfig
 from shared.errors import ConfigError, PromptError
 from shared.tokenizer.vocabulary import Vocabulary
+from teacher import checkpoints
 from teacher.collect import prepare, provenance_of
 from teacher.engine import Answer, Request
 from teacher.prompts import load_prompts, load_renderer, write
@@ -44,11 +46,11 @@ class Writer:
 def run(make_config: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     tokenizer = load_renderer(make_config()).tokenizer
 
-    def run(texts: list[str | None], count: int, seed: int = 0) -> tuple[write.Drafts, Writer]:
+    def run(texts: list[str | None], count: int, seed: int = 0, **changes: str) -> tuple[write.Drafts, Writer]:
         writer = Writer([None if text is None else tokenizer.encode(text) for text in texts])
         monkeypatch.setattr(write, "open_engine", lambda _config: writer)
         section = {"path": str(tmp_path / "self.jsonl"), "count": count, "min_characters": 3}
-        return write_prompts(make_config(collect__write_prompts=section, seed=seed)), writer
+        return write_prompts(make_config(collect__write_prompts=section, seed=seed, **changes)), writer
 
     return run
 
@@ -76,6 +78,16 @@ def test_a_teacher_that_repeats_itself_is_stopped_and_goes_on_behind_its_last_ro
     drafts, writer = run([f"question {i}" for i in range(9)], count=3)
     assert writer.asked[0] == 128 * 9
     assert drafts.texts == ["always this", "question 0", "question 1"]
+
+
+def test_a_teacher_that_is_not_converted_yet_is_converted_first(
+    run: Run, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "_convert", lambda _, to: shutil.copytree(tiny_checkpoint, to, dirs_exist_ok=True))
+    (tmp_path / "w.gguf").touch()
+    changes = {"teacher__model": str(tmp_path / "model"), "teacher__gguf": str(tmp_path / "w.gguf")}
+    drafts, _ = run([f"question {i}" for i in range(3)], count=2, **changes)
+    assert drafts.texts == ["question 0", "question 1"]
 
 
 def test_a_dataset_of_such_prompts_says_so(run: Run, make_config: Maker, tmp_path: Path) -> None:

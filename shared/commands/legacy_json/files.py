@@ -19,7 +19,8 @@ from shared.commands.legacy_json.layout import EntryReader, ImportSettings, to_e
 from shared.commands.legacy_json.models import ENTRY_EXAMPLE
 from shared.console import progress
 from shared.dataset.columns import records_to_table
-from shared.dataset.reader import Dataset, Manifest, Provenance
+from shared.dataset.manifest import Manifest, Provenance
+from shared.dataset.reader import Dataset
 from shared.dataset.records import Record
 from shared.dataset.storage import file_sha256
 from shared.dataset.validate import table_problems

@@ -108,11 +108,11 @@ def test_a_process_that_was_killed_on_this_machine_is_dead_at_once(tmp_path: Pat
 
 def test_a_finished_dataset_has_no_claims(storage: Storage) -> None:
     writer = start(storage.url)
-    with writer.claims() as claims:
+    with Claims(writer.store.storage) as claims:
         for unit in UNITS:
             assert claims.take(unit)
             writer.write_unit(unit, records_of(unit, 0))
-        late = writer.claims()
+        late = Claims(writer.store.storage)
         with late:
             writer.finish(UNITS)
             assert not storage.list(".claims/units")
@@ -127,7 +127,7 @@ def test_two_workers_that_fail_at_other_requests_agree_on_one_shard(
     """The first has published its shard, not its commit, when the second publishes: both commit that shard."""
     records = records_of("unit-00", 0)
     first, second = start(tmp_path), start(tmp_path)
-    write = first._store.storage.write
+    write = first.store.storage.write
     entries: list[Any] = []
 
     def interrupted(name: str, data: bytes) -> None:
@@ -135,7 +135,7 @@ def test_two_workers_that_fail_at_other_requests_agree_on_one_shard(
             entries.append(second.write_unit("unit-00", records))
         write(name, data)
 
-    monkeypatch.setattr(first._store.storage, "write", interrupted)
+    monkeypatch.setattr(first.store.storage, "write", interrupted)
     failures = {records[1].sample_id: "no answer"}
     entries.append(first.write_unit("unit-00", records[:1], failures))
     assert entries[0] == entries[1]

@@ -146,7 +146,7 @@ def test_two_workers_at_one_unit_at_every_moment_of_both(places: Callable[[int],
                         raise Died
 
                 worker = start(path)
-                worker._store.storage = Stepped(worker._store.storage, die)  # type: ignore[assignment]
+                worker.store.storage = Stepped(worker.store.storage, die)  # type: ignore[assignment]
                 with suppress(Died):
                     worker.write_unit("unit-00", records_of("unit-00", 1))
 
@@ -160,7 +160,7 @@ def test_two_workers_at_one_unit_at_every_moment_of_both(places: Callable[[int],
                 if number == first_step:
                     second()
 
-            first._store.storage = Stepped(first._store.storage, before)  # type: ignore[assignment]
+            first.store.storage = Stepped(first.store.storage, before)  # type: ignore[assignment]
             first.write_unit("unit-00", records_of("unit-00", 0))
             assert_whole(path)
             if second_step not in reached:

@@ -14,8 +14,9 @@ import yaml
 from rich.console import Console
 
 from shared.config import PipelineConfig, PrepareConfig
-from shared.dataset.reader import DatasetWriter, Provenance
+from shared.dataset.manifest import Provenance
 from shared.dataset.records import Record
+from shared.dataset.writer import DatasetWriter
 from shared.errors import AlignmentError, CheckpointError, DatasetError, VocabularyError
 from shared.tokenizer.vocabulary import load_tokenizer
 from student.alignment.audit import audit
