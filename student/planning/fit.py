@@ -12,6 +12,7 @@ import torch
 
 from shared.config import PipelineConfig
 from shared.errors import ConfigError
+from student.data.batch_sampler import accumulation_steps
 from student.model.export import read_config
 from student.planning.memory import GIB, Moment, memory
 from student.planning.setup import Device, Setup
@@ -54,7 +55,8 @@ def require_memory(config: PipelineConfig, ranks: int, ranks_of_node: int) -> No
     dtype = training_dtype(config.train)
     train = config.train.model_copy(update={"dtype": dtype})
     device: Device = "cuda" if torch.cuda.is_available() else "cpu"
-    setup = Setup(shape, train, deepspeed_config(train, 1), config.student.lora, ranks, device)
+    accumulation = accumulation_steps(train.global_batch, train.micro_batch, ranks)
+    setup = Setup(shape, train, deepspeed_config(train, accumulation), config.student.lora, ranks, device)
     free = host_bytes_free() // ranks_of_node - train.data_workers * WORKER_BYTES
     if device == "cpu":
         require_fit(setup, free - memory(setup).host, f"each of {ranks_of_node} ranks on this machine needs")

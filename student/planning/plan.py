@@ -15,6 +15,7 @@ from rich.console import Group
 
 from shared.config import PipelineConfig
 from shared.console import bytes_text, titled_table
+from student.data.batch_sampler import accumulation_steps
 from student.planning.cost import Data, checkpoint_bytes, data_of, micro_batch_flops, wire_bytes
 from student.planning.fit import require_fit
 from student.planning.memory import GIB, Memory, Moment, memory
@@ -181,7 +182,8 @@ def plan(config: PipelineConfig, assumptions: Assumptions) -> Plan:
     # What is planned for is a GPU, where `auto` means bfloat16, whatever this machine is.
     dtype = "bfloat16" if config.train.dtype == "auto" else config.train.dtype
     train = config.train.model_copy(update={"dtype": dtype})
-    setup = Setup(shape, train, deepspeed_config(train, 1), config.student.lora, ranks)
+    accumulation = accumulation_steps(train.global_batch, train.micro_batch, ranks)
+    setup = Setup(shape, train, deepspeed_config(train, accumulation), config.student.lora, ranks)
     if assumptions.gpu_gib is not None:
         available = int(assumptions.gpu_gib * GIB)
     else:
