@@ -28,7 +28,7 @@ class Aligner:
         """The aligned sample, None for a record that must not be used, and what was met on the way.
 
         Counts of records: `records`, and, where they are refused, `empty`, `bytes_mismatch`, `outside_vocabulary`,
-        `dropped_changed_text`; `changed_text` and `cut_character` for those that are kept.
+        `dropped_changed_text`, `no_student_tokens`; `changed_text` and `cut_character` for those that are kept.
         Counts of positions: `positions`, `soft`, `conditional` (inside a teacher token), `disagreements`,
         `below_known_mass`, `unusable_rows`, `unknown_observed`; of tokens: `teacher_tokens`,
         `dropped_specials`, `inner_specials`; sums: `mapped_mass` over soft positions.
@@ -39,6 +39,9 @@ class Aligner:
             counts[refusal] += 1
             return None, counts
         spans = lay_spans(self.tables, record.response_ids)
+        if not len(spans.ids):
+            counts["no_student_tokens"] += 1
+            return None, counts
         targets = self._targets(record.distributions, spans)
         counts += targets.counts
         prompt_ids = retokenize(self.tables, record.prompt_ids, counts)

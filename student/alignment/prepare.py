@@ -320,6 +320,7 @@ REASONS = {
     "bytes_mismatch": "responses whose tokens are other bytes than their text",
     "outside_vocabulary": "texts with ids outside the teacher's vocabulary",
     "dropped_changed_text": "responses dropped because the student's normalizer would change them",
+    "no_student_tokens": "responses of special tokens alone, whose roles the student lacks",
     "changed_text": "responses that the student's normalizer would change, encoded byte by byte",
     "cut_character": "responses cut inside a character",
     "unusable_rows": "positions whose row has an unknown tail, or probabilities that do not add up",

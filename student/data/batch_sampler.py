@@ -19,6 +19,11 @@ from shared.errors import ConfigError
 from student.data.packing import pack
 
 
+def accumulation_steps(global_batch: int, micro_batch: int, world_size: int) -> int:
+    """Micro-batches per rank and step; the last may have fewer rows."""
+    return -(-global_batch // (world_size * micro_batch))
+
+
 class PackedRow(NamedTuple):
     """The samples of one row, and the epoch that they are visited in."""
 
@@ -64,7 +69,7 @@ class BatchSampler:
     @property
     def accumulation(self) -> int:
         """Micro-batches per rank and step."""
-        return -(-self.global_batch // (self.world_size * self.micro_batch))
+        return accumulation_steps(self.global_batch, self.micro_batch, self.world_size)
 
     def epoch_rows(self, epoch: int) -> list[NDArray[np.int64]]:
         """The rows of an epoch, in order; two epochs are kept, because a step may reach into the next."""

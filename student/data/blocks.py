@@ -75,6 +75,11 @@ def sample_generator(seed: int, epoch: int, sample_id: str) -> np.random.Generat
     return np.random.default_rng([seed, epoch, int.from_bytes(digest[:8], "little")])
 
 
+def leaves_room(prompt_lengths: NDArray[np.int64], block_length: int, max_sequence_tokens: int) -> NDArray[np.bool_]:
+    """bool [n], whether a prompt of so many tokens leaves room for a block; no other is trained or measured."""
+    return prompt_lengths + block_length <= max_sequence_tokens
+
+
 def fitting_anchors(sample: AlignedSample, block_length: int, max_sequence_tokens: int) -> NDArray[np.int64]:
     """The response's anchor positions whose block ends within `max_sequence_tokens`; the first token is always one."""
     anchors = np.flatnonzero(sample.is_anchor)

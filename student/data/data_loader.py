@@ -20,7 +20,7 @@ from student.alignment.prepared import PreparedDataset
 from student.alignment.targets import AlignedSample
 from student.data.batch import LaidOut, MicroBatch, collate
 from student.data.batch_sampler import BatchSampler, PackedRow
-from student.data.blocks import choose_anchors, fitting_anchors, lay_out, sample_generator
+from student.data.blocks import choose_anchors, fitting_anchors, lay_out, leaves_room, sample_generator
 from student.data.random_masking import randomly_masked
 
 
@@ -57,11 +57,11 @@ class TrainingDataLoader:
                 f"{config.prepared_dir} holds no sample of the split 'train': collect some and prepare again"
             )
         train = config.train
-        room = train.max_sequence_tokens - train.block_length
-        chosen = of_split[prepared.prompt_lengths[of_split] <= room]
+        prompts = prepared.prompt_lengths[of_split]
+        chosen = of_split[leaves_room(prompts, train.block_length, train.max_sequence_tokens)]
         if not len(chosen):
             raise TrainingError(
-                f"the shortest prompt has {prepared.prompt_lengths[of_split].min()} student tokens, which leaves no "
+                f"the shortest prompt has {prompts.min()} student tokens, which leaves no "
                 f"room for a block of {train.block_length} in train.max_sequence_tokens {train.max_sequence_tokens}; "
                 "raise it"
             )

@@ -12,6 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from student.losses.chunked import multiply_by_head
 from student.losses.targets import TargetBatch
 
 CHUNK_BYTES = 256 << 20
@@ -23,7 +24,8 @@ def acceptance_bounds(
     """Lower and upper bound of α at each position.
 
     Args:
-        hidden_NxD: the student's final states. head_VxD: makes its logits of them, in any float dtype.
+        hidden_NxD: the student's final states. head_VxD: makes its logits of them; both in any float dtype, the logits
+            in float32 at least.
         targets: of the same N positions.
         chunk_bytes: bound on one float64 slice of the logits, of which two are held; a slice has at least one row.
 
@@ -32,12 +34,15 @@ def acceptance_bounds(
     position_E, event_M = targets.event_rows(), targets.member_events()
     position_M = position_E[event_M]
     q_M = torch.empty(len(event_M), dtype=torch.float64, device=hidden_NxD.device)
+    precision = torch.float64 if head_VxD.dtype == torch.float64 else torch.float32
     rows = max(chunk_bytes // (8 * len(head_VxD)), 1)
     starts = [*range(0, len(targets), rows), len(targets)]
     # Members are in order of their positions.
     bounds = targets.member_offsets[targets.event_offsets[torch.tensor(starts, device=hidden_NxD.device)]].tolist()
     for (start, stop), (first, last) in zip(pairwise(starts), pairwise(bounds), strict=True):
-        logits_CxV = (hidden_NxD[start:stop] @ head_VxD.T).double()
+        logits_CxV = head_VxD.new_empty(stop - start, len(head_VxD), dtype=precision)
+        multiply_by_head(hidden_NxD[start:stop], head_VxD, logits_CxV)
+        logits_CxV = logits_CxV.double()
         row_M = position_M[first:last] - start
         member_M = logits_CxV[row_M, targets.members[first:last]]
         q_M[first:last] = (member_M - logits_CxV.logsumexp(-1)[row_M]).exp()

@@ -6,6 +6,7 @@ all of them.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -24,7 +25,7 @@ from shared.errors import DatasetError
 from student.alignment.prepared import PreparedDataset
 from student.alignment.targets import AlignedSample
 from student.data.batch import LaidOut, collate
-from student.data.blocks import fitting_anchors, lay_out
+from student.data.blocks import fitting_anchors, lay_out, leaves_room
 from student.data.packing import pack
 from student.data.random_masking import randomly_masked
 from student.drafting.products import Way
@@ -37,6 +38,8 @@ from student.losses.settings import LossSettings
 
 T = TypeVar("T")
 
+logger = logging.getLogger(__name__)
+
 RULES = ("greedy", "sample")
 
 
@@ -47,8 +50,8 @@ class HeldOut:
     Attributes:
         records: by decoding rule, to draft along.
         sampled: numbers of the prepared samples for rejection sampling.
-        masked: numbers of the prepared samples for random masking, those whose prompt leaves room for an answer; empty
-            where that is not trained.
+        masked: numbers of the prepared samples for random masking; empty where that is not trained. Neither holds
+            samples that training leaves out.
     """
 
     config: PipelineConfig
@@ -66,7 +69,8 @@ class HeldOut:
             prepared: the run's, where the caller has opened it.
 
         Raises:
-            DatasetError: if either is missing, or holds no held-out text of the headline's decoding rule.
+            DatasetError: if either is missing, or holds no held-out text of the headline's decoding rule, or none that
+                training would keep.
             StaleError: if they do not belong together.
         """
         dataset = Dataset.open(config.shards_dir)
@@ -81,16 +85,23 @@ class HeldOut:
         held_out = prepared.indices(split="held_out")
         if not len(held_out):
             raise DatasetError(f"{config.prepared_dir} holds no held-out sample: collect or import some")
-        sampled = prepared.indices(split="held_out", rule="sample") if blocks else held_out[:0]
-        masked = held_out[prepared.prompt_lengths[held_out] < config.train.max_sequence_tokens]
-        if not config.train.objectives.random_masking:
-            masked = masked[:0]
-        elif not len(masked):
+        block_length, longest = config.train.block_length, config.train.max_sequence_tokens
+        has_room = leaves_room(prepared.prompt_lengths, block_length, longest)
+        kept = held_out[has_room[held_out]]
+        if not len(kept):
             raise DatasetError(
-                f"the held-out prompts of {config.prepared_dir} have at least train.max_sequence_tokens "
-                f"({config.train.max_sequence_tokens}) student tokens, which leaves no room for an answer; raise it"
+                f"the shortest held-out prompt has {prepared.prompt_lengths[held_out].min()} student tokens, which "
+                f"leaves no room for a block of {block_length} in train.max_sequence_tokens {longest}; raise it"
             )
-        return cls(config, dataset, prepared, records, sampled[:most], masked[:most])
+        if len(kept) < len(held_out):
+            logger.warning(
+                "%d of %d held-out samples are left out: their prompts leave no room for a block of %d in "
+                "train.max_sequence_tokens %d",
+                len(held_out) - len(kept), len(held_out), block_length, longest,
+            )  # fmt: skip
+        sampled = prepared.indices(split="held_out", rule="sample") if blocks else held_out[:0]
+        masked = kept if config.train.objectives.random_masking else kept[:0]
+        return cls(config, dataset, prepared, records, sampled[has_room[sampled]][:most], masked[:most])
 
     def some(self, count: int) -> list[Record]:
         """At most `count` held-out conversations to show, of different prompts, and of different skills first."""

@@ -129,7 +129,7 @@ def _forward(
     parts = []
     for start, stop, chunk in chunks:
         hidden_CxD, logits_CxV = hidden_NxD[start:stop], slice_CxV[: stop - start]
-        _multiply(hidden_CxD, head_VxD, logits_CxV)
+        multiply_by_head(hidden_CxD, head_VxD, logits_CxV)
         terms, slope_CxV = _chunk_terms(logits_CxV, chunk, settings, gradient=needs_hidden or needs_head)
         parts.append(terms)
         if slope_CxV is None:
@@ -145,7 +145,7 @@ def _forward(
     return terms, hidden_grad_NxD, None if head_grad_VxD is None else head_grad_VxD.to(head_VxD.dtype)
 
 
-def _multiply(hidden_CxD: Tensor, head_VxD: Tensor, logits_CxV: Tensor) -> None:
+def multiply_by_head(hidden_CxD: Tensor, head_VxD: Tensor, logits_CxV: Tensor) -> None:
     """`logits_CxV = hidden_CxD @ head_VxD.T`, in the precision of `logits_CxV`."""
     if head_VxD.dtype == logits_CxV.dtype:
         torch.mm(hidden_CxD, head_VxD.T, out=logits_CxV)

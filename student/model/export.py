@@ -125,13 +125,15 @@ def export_student(
     What the model was trained from, and its tokens' counts, go along with it (training.json, token_counts.npy).
 
     Raises:
-        CheckpointError: if there is no model.
+        CheckpointError: if there is no model, or `to` holds anything but an earlier export, which is replaced.
         StaleError: if the run's dataset, start or prepared data are no longer those that its model was trained from.
     """
     import torch
 
+    target = (to or run / ("export" if checkpoint is None else f"export-{checkpoint}")).resolve()
+    _require_replaceable(target, run)
     if checkpoint is not None:
-        return _export_checkpoint(run, checkpoint, to, dtype, max_shard_size)
+        return _export_checkpoint(run, checkpoint, target, dtype, max_shard_size)
     source = run if (run / "config.json").exists() else run / "student" / "final"
     if not (source / "config.json").exists():
         raise CheckpointError(
@@ -139,7 +141,6 @@ def export_student(
         )
     if source != run:
         require_model_of_run(run)
-    target = to or run / "export"
     model, tokenizer = load_student(source, getattr(torch, dtype) if dtype else None)
     with new_directory(target) as partial:
         save_student(model, tokenizer, partial, max_shard_size=max_shard_size)
@@ -154,7 +155,24 @@ def export_student(
     return target
 
 
-def _export_checkpoint(run: Path, step: int, to: Path | None, dtype: ExportDtype | None, max_shard_size: str) -> Path:
+def _require_replaceable(target: Path, run: Path) -> None:
+    """Refuse to export to where something would be deleted that is not an earlier export."""
+    for source in (run, run / "student" / "init", run / "student" / "final"):
+        if source.resolve().is_relative_to(target):
+            raise CheckpointError(
+                f"cannot export to {target}: that is or contains {source}, which would be deleted; give a new directory"
+            )
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    # Upstream's checkpoints have files of the first two names as well.
+    if not all((target / name).is_file() for name in ("config.json", *MODELLING_FILES)):
+        raise CheckpointError(
+            f"cannot export to {target}: what is there would be deleted, and only an earlier export of a student, "
+            "config.json beside modeling_llada.py and its other files, is replaced; give a new directory, or empty it"
+        )
+
+
+def _export_checkpoint(run: Path, step: int, target: Path, dtype: ExportDtype | None, max_shard_size: str) -> Path:
     import torch
 
     from student.training.checkpoint import Checkpoint, whole_weights
@@ -171,7 +189,6 @@ def _export_checkpoint(run: Path, step: int, to: Path | None, dtype: ExportDtype
         model.config.draft_block_length = found.identity["train.block_length"]
     kind = getattr(torch, dtype or found.identity["train.dtype"])
     weights = {name: value.to(kind) for name, value in whole_weights(found).items()}
-    target = to or run / f"export-{step}"
     with new_directory(target) as partial:
         save_student(model, tokenizer, partial, state_dict=weights, max_shard_size=max_shard_size)
     _logger.info("%s: the checkpoint of step %d, %s", target, step, kind)

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from shared.config import LoraConfig, PipelineConfig, TrainConfig
+from student.data.batch_sampler import accumulation_steps
 from student.model.configuration_llada import LladaConfig
 from student.training.engine import deepspeed_config
 
@@ -127,7 +128,7 @@ class Setup:
     @property
     def accumulation(self) -> int:
         """Micro-batches of a step on a rank."""
-        return -(-self.train.global_batch // (self.ranks * self.train.micro_batch))
+        return accumulation_steps(self.train.global_batch, self.train.micro_batch, self.ranks)
 
     @property
     def tokens(self) -> int:

@@ -266,6 +266,21 @@ def test_a_record_that_cannot_be_right_is_refused_and_counted(
     assert counts[reason] == 1
 
 
+def test_a_response_of_which_the_student_has_no_token_is_left_out_and_counted() -> None:
+    """Nothing but the end of the turn, for a student without that role."""
+    vocabulary, encoder = llada_like(True)
+    roles = {role: token for role, token in vocabulary.roles.items() if role != "end_of_turn"}
+    student = replace(vocabulary, roles=roles), encoder
+    made = Aligner(PairTables(llama3()[0], *student, llama3()[1]), PrepareConfig())
+    end = llama3()[0].roles["end_of_turn"]
+    sample, counts = made.align(record_from_rows(llama3()[0], (end,), [[end]], [[1.0]], [1.0]))
+    assert sample is None
+    assert counts["no_student_tokens"] == 1
+    sample, counts = made.align(RowMaker(*llama3()).record("Yes."))
+    assert sample is not None
+    assert not counts["no_student_tokens"]
+
+
 def test_rows_with_an_unknown_tail_give_no_target_but_keep_the_known_probability(good: Record) -> None:
     assert good.distributions is not None
     unknown = replace(good.distributions, tail=np.full(len(good.response_ids), np.nan, np.float32))

@@ -69,3 +69,15 @@ def test_a_perfect_drafter_has_alpha_one_at_the_top() -> None:
     low, high = acceptance_bounds(torch.tensor([[0.75, 0.25, 1e-30, 1e-30]]).log(), torch.eye(4), targets)
     assert abs(float(low) - 1) < 1e-7
     assert abs(float(high) - 1) < 1e-7
+
+
+def test_half_precision_does_not_round_the_logits() -> None:
+    """The bounds are those of the weights as they are: a logit of 10 rounded to bfloat16 moves its token by 3 %."""
+    generator = torch.Generator().manual_seed(0)
+    sample = make_sample("a", 1, 40, vocabulary=50)
+    targets = collate([[(sample, lay_out(sample, np.arange(40), block_length=1, mask_id=50))]], pad_id=0).targets
+    hidden = torch.randn(40, 64, generator=generator).bfloat16()
+    head = torch.randn(50, 64, generator=generator).bfloat16()
+    exact = acceptance_bounds(hidden.double(), head.double(), targets)
+    for found, expected in zip(acceptance_bounds(hidden, head, targets), exact, strict=True):
+        assert torch.allclose(found, expected, rtol=0, atol=1e-5)

@@ -105,6 +105,25 @@ def test_nothing_of_a_measured_forward_is_left_off_the_device() -> None:
     assert all(tensor.device.type == "meta" for tensor in (batch.targets.members, batch.targets.event_mass))
 
 
+def test_only_what_training_would_keep_is_measured(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Prompts of 22 to 24 tokens, where a block of one ends within 23."""
+    overrides = ["train.objectives.random_masking=1", "train.block_length=1", "train.max_sequence_tokens=23"]
+    config = load_config(toy_config(tmp_path), overrides)
+    write_toy_shards(config, train=24, held_out=12)
+    initialize_student(config)
+    prepare(config)
+    held_out = HeldOut.open(config)
+    lengths = held_out.prepared.prompt_lengths
+    kept = held_out.prepared.indices(split="held_out")
+    kept = kept[lengths[kept] <= 22]
+    assert 0 < len(kept) < 24
+    assert held_out.masked.tolist() == kept.tolist()
+    assert set(held_out.sampled.tolist()) < set(kept.tolist())
+    assert f"{24 - len(kept)} of 24 held-out samples are left out: their prompts leave no room" in caplog.text
+    with pytest.raises(DatasetError, match=r"prompt has 22 student tokens, .* block of 1 in .* 22; raise it"):
+        HeldOut.open(load_config(toy_config(tmp_path), [*overrides, "train.max_sequence_tokens=22"]))
+
+
 class Largest(TorchDispatchMode):
     """Bytes of the largest tensor that any operation makes."""
 

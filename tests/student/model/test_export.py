@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -125,6 +126,33 @@ def test_export_casts_and_reads_back(saved: Path) -> None:
     assert target == run / "export"
     assert load_student(target)[0].dtype == torch.bfloat16
     assert export_student(target, run / "other") == run / "other"
+
+
+def test_export_replaces_nothing_but_an_earlier_export(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "runs" / "toy"
+    shutil.copytree(saved, run / "student" / "init")
+    shutil.copytree(saved, run / "student" / "final")
+    (run / "shards").mkdir()
+    (run / "shards" / "unit.parquet").write_text("weeks of work")
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(run)
+    holds = r"cannot export to \S+: that is or contains \S+, which would be deleted; give a new directory"
+    other = r"cannot export to \S+: what is there would be deleted, and only an earlier export .* or empty it"
+    cases = [(run, holds), (Path(), holds), (tmp_path, holds), (Path("student/init"), holds)]
+    cases += [(Path("student/final"), holds), (run / "shards", other), (run / "shards" / "unit.parquet", other)]
+    for to, message in cases:
+        for checkpoint in (None, 3):
+            with pytest.raises(CheckpointError, match=message):
+                export_student(run, to, checkpoint=checkpoint)
+    with pytest.raises(CheckpointError, match=holds):
+        export_student(saved, saved)
+    assert sorted(tmp_path.rglob("*")) == before
+    (run / "empty").mkdir()
+    assert export_student(run, Path("empty")) == run / "empty"
+    assert export_student(run, Path("empty"), dtype="bfloat16") == run / "empty"
+    assert load_student(run / "empty")[0].dtype == torch.bfloat16
 
 
 def rewritten(directory: Path, change: Any) -> None:

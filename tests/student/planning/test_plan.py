@@ -148,6 +148,21 @@ def toy(tmp_path: Path) -> PipelineConfig:
     return config
 
 
+def test_the_accumulation_that_follows_may_stand_in_the_deepspeed_file(toy: PipelineConfig) -> None:
+    """4 rows of a step in forwards of 2, on one rank."""
+
+    def with_accumulation(count: int) -> PipelineConfig:
+        deepspeed = {"gradient_accumulation_steps": count, "zero_optimization": {"stage": 2}}
+        return toy.model_copy(update={"train": toy.train.model_copy(update={"deepspeed": deepspeed})})
+
+    assert plan(with_accumulation(2), Assumptions(gpus=1)).setup.accumulation == 2
+    require_memory(with_accumulation(2), 1, 1)
+    with pytest.raises(ConfigError, match="gradient_accumulation_steps is 2 there, 1 by"):
+        plan(with_accumulation(2), Assumptions(gpus=2))
+    with pytest.raises(ConfigError, match="gradient_accumulation_steps is 1 there, 2 by"):
+        require_memory(with_accumulation(1), 1, 1)
+
+
 def test_training_refuses_what_the_host_has_no_memory_for(toy: PipelineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before anything is loaded; all ranks of the node share what is free."""
     require_memory(toy, 2, 2)
