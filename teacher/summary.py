@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.table import Table
 
 from shared.config import PipelineConfig
+from shared.console import titled_table
 from shared.dataset.reader import Dataset
 from shared.dataset.records import Sampling
 from shared.files import write_json, write_text
@@ -52,18 +53,17 @@ class Summary(BaseModel):
 
     def table(self) -> Table:
         """For people."""
-        table = Table(show_header=False, title="collected", title_justify="left")
-        rows = {
-            "responses": _shown(self.responses, ",d"),
-            "response tokens": _shown(self.tokens, ",d"),
-            "responses that failed": _shown(self.failures, ",d"),
-            "tokens per second": _shown(self.tokens_per_s, ",.0f"),
-            "bytes per token on disk": _shown(self.bytes_per_token, ".1f"),
-            "probability kept per token": _shown(self.mean_topk_mass, ".4f"),
-            "speed with capture / without": _shown(self.capture_ratio, ".2f"),
-        }
-        for name, value in rows.items():
-            table.add_row(name, value)
+        table = titled_table("collected")
+        for name, value, form in (
+            ("responses", self.responses, ",d"),
+            ("response tokens", self.tokens, ",d"),
+            ("responses that failed", self.failures, ",d"),
+            ("tokens per second", self.tokens_per_s, ",.0f"),
+            ("bytes per token on disk", self.bytes_per_token, ".1f"),
+            ("probability kept per token", self.mean_topk_mass, ".4f"),
+            ("speed with capture / without", self.capture_ratio, ".2f"),
+        ):
+            table.add_row(name, "not measured" if value is None else format(value, form))
         return table
 
 
@@ -136,7 +136,3 @@ def _timed(engine: TeacherEngine, prompts: Sequence[NDArray[np.int32]], capture:
     for _ in engine.stream(requests, capture=capture):
         pass
     return time.monotonic() - started
-
-
-def _shown(value: float | None, form: str) -> str:
-    return "not measured" if value is None else format(value, form)

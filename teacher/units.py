@@ -108,11 +108,6 @@ def open_failures(units: Iterable[str], failures: Mapping[str, Mapping[str, str]
     return dict(sorted(found.items()))
 
 
-def sampling_seed(seed: int, sample_id: str) -> int:
-    """The seed of one response's random numbers, 63 bits."""
-    return stable_hash(seed, sample_id)
-
-
 def slices(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
     """`items` in order, `size` at a time."""
     for start in range(0, len(items), size):
@@ -123,12 +118,11 @@ def _tasks(asked: Sequence[tuple[Prompt, DecodingConfig]], seed: int) -> Iterato
     for prompt, decoding in asked:
         for number in range(decoding.samples):
             sample_id = f"{prompt.id}:{decoding.tag}:{number}"
-            chosen_seed = None if decoding.rule == "greedy" else sampling_seed(seed, sample_id)
-            yield Task(
-                sample_id,
-                prompt,
-                decoding.split,
-                Sampling(
-                    decoding.temperature, decoding.top_p, decoding.top_k, decoding.max_response_tokens, chosen_seed
-                ),
+            sampling = Sampling(
+                decoding.temperature,
+                decoding.top_p,
+                decoding.top_k,
+                decoding.max_response_tokens,
+                seed=None if decoding.rule == "greedy" else stable_hash(seed, sample_id),
             )
+            yield Task(sample_id, prompt, decoding.split, sampling)

@@ -26,7 +26,6 @@ import socket
 import threading
 import time
 from pathlib import Path, PurePosixPath
-from types import TracebackType
 from typing import Any
 
 from shared.dataset.storage import Storage
@@ -65,9 +64,7 @@ class Claims:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self._stopped.set()
         self._thread.join()
         self._storage.delete(_worker_file(self.worker))

@@ -42,7 +42,7 @@ def records_to_table(records: Sequence[Record], vocabulary_size: int | None = No
     """
     rows = check_records(records, vocabulary_size)
     has_rows = [r.distributions is not None for r in records]
-    tokens = [len(r.response_ids) if there else 0 for r, there in zip(records, has_rows, strict=True)]
+    tokens = [0 if r.distributions is None else len(r.response_ids) for r in records]
     candidates = [0 if r.distributions is None else len(r.distributions.ids) for r in records]
     stored = _stored_rows(rows)
 

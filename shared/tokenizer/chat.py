@@ -286,17 +286,15 @@ class ChatEncoder:
 
         tree = with_merges(self._file.tree)
         model = tree["model"]
-        names = {entry["content"]: _marked(entry["id"]) for entry in tree["added_tokens"] if entry["special"]}
+        special_ids = {entry["content"]: entry["id"] for entry in tree["added_tokens"] if entry["special"]}
+        names = {text: _marked(index) for text, index in special_ids.items()}
         vocab = model["vocab"]
-        # A special token that is not in the vocabulary would get the next free id, whatever its own is (tekken.json).
-        own_ids: dict[Any, int] = {
-            names[entry["content"]]: entry["id"] for entry in tree["added_tokens"] if entry["special"]
-        }
-        renamed = (
-            {names.get(text, text): index for text, index in vocab.items()} | own_ids
-            if isinstance(vocab, dict)
-            else [[names.get(text, text), score] for text, score in vocab]
-        )
+        renamed: Any
+        if isinstance(vocab, dict):
+            # A special token that is not in the vocabulary would get the next free id, whatever its own (tekken.json).
+            renamed = {names.get(text, text): index for text, index in (vocab | special_ids).items()}
+        else:
+            renamed = [[names.get(text, text), score] for text, score in vocab]
         unknown = {"unk_token": names.get(model["unk_token"], model["unk_token"])} if model.get("unk_token") else {}
         tree = {
             **tree,

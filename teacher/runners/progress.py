@@ -6,7 +6,6 @@ import datetime
 import logging
 import time
 from collections.abc import Collection, Sequence
-from types import TracebackType
 
 from shared.console import progress, stderr
 from teacher.collector import Counts
@@ -42,9 +41,7 @@ class Display:
             self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self._bar.stop()
 
     def units_done(self, committed: Collection[str]) -> None:
