@@ -82,7 +82,7 @@ def estimate(config: PipelineConfig, assumptions: Assumptions) -> Estimate:
     )
     rate, rate_source = _rate(assumptions.tokens_per_s, measured.tokens_per_s, "tokens/s", "--tokens-per-s", config)
     workers = min(assumptions.workers, len(plan.units))
-    if rate is not None and assumptions.workers > 1:
+    if assumptions.workers > 1:
         rate_source += f", {workers} workers"
     if workers < assumptions.workers:
         rate_source += f" of {assumptions.workers}: the others find no unit; lower collect.unit_prompts"

@@ -418,6 +418,8 @@ def test_a_plan_adds_up_and_guesses_nothing(make_config: Maker) -> None:
     many = estimate(config, Assumptions(tokens_per_s=10, tokens_per_response=4, workers=99))
     assert many.hours == pytest.approx(60 / 10 / many.units / 3600)
     assert f"{many.units} workers of 99: the others find no unit" in many.sources["hours"]
+    unknown = estimate(config, Assumptions(workers=99)).sources["hours"]
+    assert unknown.startswith(f"nothing measured yet: state --tokens-per-s, {many.units} workers of 99: the others")
     assert not config.run_dir.exists()
 
 
