@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import logging
 
-from shared.dataset.card import CARD, dataset_card
+from shared.dataset.card import dataset_card
 from shared.dataset.manifest import COMMITS, DATA, MANIFEST, PROVENANCE, TOKENIZER
 from shared.dataset.reader import Dataset
 from shared.dataset.storage import LocalStorage, open_storage
 from shared.dataset.validate import validate_dataset
 from shared.errors import DatasetError
-from shared.hub import Repository, absolute_paths, public_name
+from shared.hub import CARD, Repository, absolute_paths, public_name
 
 log = logging.getLogger(__name__)
 

@@ -18,9 +18,7 @@ import yaml
 
 from shared.dataset.manifest import DATA, Manifest, Provenance, UnitEntry
 from shared.dataset.schema import COLUMNS
-from shared.hub import CARD, UNKNOWN_LICENSE, public_name
-
-__all__ = ["CARD", "dataset_card"]
+from shared.hub import UNKNOWN_LICENSE, public_name
 
 MIXED = "mixed"
 SPLITS = ("train", "held_out", MIXED)

@@ -28,7 +28,7 @@ from shared.dataset.records import Sampling, offsets_of
 from shared.dataset.schema import DISTRIBUTION_COLUMNS, MAX_STEPS
 from shared.dataset.storage import Storage, open_storage
 from shared.dataset.writer import unit_entry
-from shared.errors import DatasetError, UserError, VocabularyError
+from shared.errors import DatasetError, UserError
 from shared.tokenizer.vocabulary import Vocabulary, first_difference
 
 GREEDY_TOLERANCE = 0.5
@@ -149,27 +149,8 @@ def table_problems(table: pa.Table, vocabulary: Vocabulary | None) -> Iterator[s
     """All that is wrong with the records of one row group, as `record ID: …` messages."""
     names = table["sample_id"].to_pylist()
     response, response_at = flat_list(table["response_ids"])
-    prompt, prompt_at = flat_list(table["prompt_ids"])
     yield from _sampling_problems(table, names)
-    size, in_vocabulary = None if vocabulary is None else len(vocabulary), vocabulary is not None
-    for what, ids, at in (("prompt", prompt, prompt_at), ("response", response, response_at)):
-        for row in range(len(names)):
-            for _, problem in id_problems(ids[at[row] : at[row + 1]], what, size):
-                in_vocabulary = False
-                yield f"record {names[row]!r}: {problem}"
-    if vocabulary is not None and in_vocabulary:
-        for row, stored in enumerate(table["response_bytes"].to_pylist()):
-            try:
-                decoded = vocabulary.decode(response[response_at[row] : response_at[row + 1]])
-            except VocabularyError as error:
-                yield f"record {names[row]!r}: {error}"
-                continue
-            if decoded != stored:
-                byte = first_difference(decoded, stored)
-                yield (
-                    f"record {names[row]!r}: response_bytes differ from the tokens' bytes at byte {byte}: "
-                    f"{stored[byte : byte + 12]!r} against {decoded[byte : byte + 12]!r}"
-                )
+    yield from _text_problems(table, names, vocabulary)
     has = {name: is_present(table[name]) for name in DISTRIBUTION_COLUMNS}
     present = has["width"]
     for name, mask in has.items():
@@ -193,8 +174,31 @@ def table_problems(table: pa.Table, vocabulary: Vocabulary | None) -> Iterator[s
     position = np.arange(len(record)) - width_at[:-1][record]
     owners = response[np.repeat(present, lengths)]
     greedy = np.asarray(pc.equal(table["rule"], "greedy").combine_chunks())[record]
+    size = None if vocabulary is None else len(vocabulary)
     for token, problem in _stored_problems({name: values for name, (values, _) in flat.items()}, owners, greedy, size):
         yield f"record {names[record[token]]!r}, token {position[token]}: {problem}"
+
+
+def _text_problems(table: pa.Table, names: list[str], vocabulary: Vocabulary | None) -> Iterator[str]:
+    """Ids that the vocabulary does not have; where it has all of them, bytes that are not the tokens'."""
+    size, sound = None if vocabulary is None else len(vocabulary), True
+    for what in ("prompt", "response"):
+        ids, at = flat_list(table[f"{what}_ids"])
+        for name, start, end in zip(names, at[:-1], at[1:], strict=True):
+            for _, problem in id_problems(ids[start:end], what, size):
+                sound = False
+                yield f"record {name!r}: {problem}"
+    if vocabulary is None or not sound:
+        return
+    response, at = flat_list(table["response_ids"])
+    for name, start, end, stored in zip(names, at[:-1], at[1:], table["response_bytes"].to_pylist(), strict=True):
+        decoded = vocabulary.decode(response[start:end])
+        if decoded != stored:
+            byte = first_difference(decoded, stored)
+            yield (
+                f"record {name!r}: response_bytes differ from the tokens' bytes at byte {byte}: "
+                f"{stored[byte : byte + 12]!r} against {decoded[byte : byte + 12]!r}"
+            )
 
 
 def _stored_problems(

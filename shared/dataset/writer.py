@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from shared.dataset.card import CARD, dataset_card
+from shared.dataset.card import dataset_card
 from shared.dataset.checks import check_records
 from shared.dataset.claims import clear_claims
 from shared.dataset.columns import open_parquet, records_to_table, same_content, table_to_records
@@ -38,6 +38,7 @@ from shared.dataset.schema import FAILURES_KEY, SCHEMA_VERSION, parquet_options
 from shared.dataset.storage import open_storage
 from shared.dataset.units import UnitStore, commit_file
 from shared.errors import DatasetError
+from shared.hub import CARD
 from shared.tokenizer.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
@@ -207,16 +208,13 @@ class DatasetWriter:
             log.warning("%s was begun at commit %s, this is %s", storage.url, found.git_commit, ours)
 
     def _write_sidecars(self, tokenizer_dir: Path | None) -> None:
-        storage = self.store.storage
+        files = {VOCABULARY: vocabulary_bytes(self._vocabulary)}
         if tokenizer_dir is not None:
             for file in tokenizer_files(tokenizer_dir):
-                name = f"{TOKENIZER}/{file.relative_to(tokenizer_dir).as_posix()}"
-                data = file.read_bytes()
-                if storage.read_or_none(name) != data:
-                    storage.write(name, data)
-        data = vocabulary_bytes(self._vocabulary)
-        if storage.read_or_none(VOCABULARY) != data:
-            storage.write(VOCABULARY, data)
+                files[f"{TOKENIZER}/{file.relative_to(tokenizer_dir).as_posix()}"] = file.read_bytes()
+        for name, data in files.items():
+            if self.store.storage.read_or_none(name) != data:
+                self.store.storage.write(name, data)
 
     def _adopt(self, ours: UnitEntry, there: bytes, data: bytes) -> UnitEntry | None:
         """The entry of the shard that has our unit's name already; None for a file that is no shard of it.
@@ -279,7 +277,7 @@ def shard_bytes(table: pa.Table, options: Mapping[str, Any] | None = None) -> by
         options: of the Parquet writer, in place of `schema.parquet_options()`; benchmarks compare others.
     """
     buffer = pa.BufferOutputStream()
-    widths = [len(x) if x.is_valid else 0 for x in table["candidate_ids"]]
+    widths = pc.list_value_length(table["candidate_ids"]).fill_null(0).to_pylist()
     with pq.ParquetWriter(buffer, table.schema, **(options or parquet_options())) as writer:
         writer.add_key_value_metadata(table.schema.metadata)
         start, size = 0, 0

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -123,38 +123,34 @@ def _model_vocabulary(model: dict[str, Any]) -> dict[str, int]:
     return {entry[0]: index for index, entry in enumerate(vocab)}  # Unigram: [piece, score] in order of id
 
 
-class _ByteLevel:
+def _of_byte_level(file: Path, byte_of: Mapping[str, int], text: str, index: int) -> bytes:
     """Bytes of a token that GPT-2's byte-level alphabet writes."""
-
-    def __init__(self, file: Path) -> None:
-        self.file, self.byte_of = file, {character: byte for byte, character in byte_alphabet().items()}
-
-    def __call__(self, text: str, index: int) -> bytes:
-        try:
-            return bytes([self.byte_of[character] for character in text])
-        except KeyError as error:
-            raise VocabularyError(
-                f"{self.file}: token {index} {text!r} has the character {error.args[0]!r}, which is outside the "
-                "byte-level alphabet, so its bytes cannot be recovered; declare it as an added token"
-            ) from None
+    try:
+        return bytes([byte_of[character] for character in text])
+    except KeyError as error:
+        raise VocabularyError(
+            f"{file}: token {index} {text!r} has the character {error.args[0]!r}, which is outside the "
+            "byte-level alphabet, so its bytes cannot be recovered; declare it as an added token"
+        ) from None
 
 
-class _SentencePiece:
+def _of_sentence_piece(byte_fallback: bool, text: str, _index: int) -> bytes:
     """Bytes of a token written as text with ▁ for the space, and `<0xNN>` for a byte if the model has byte fallback."""
-
-    def __init__(self, byte_fallback: bool) -> None:
-        self.byte_fallback = byte_fallback
-
-    def __call__(self, text: str, _index: int) -> bytes:
-        if self.byte_fallback and len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
-            return bytes([int(text[3:5], 16)])
-        return text.replace(SPACE_SYMBOL, " ").encode()
+    if byte_fallback and len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
+        return bytes([int(text[3:5], 16)])
+    return text.replace(SPACE_SYMBOL, " ").encode()
 
 
-def _byte_recovery(file: Path, tree: dict[str, Any]) -> _ByteLevel | _SentencePiece:
-    kinds = {part["type"] for key in ("pre_tokenizer", "decoder") for part in components(tree.get(key))}
+def component_types(tree: dict[str, Any]) -> set[str]:
+    """What kinds of pre-tokenizer and decoder a tokenizer has."""
+    return {part["type"] for key in ("pre_tokenizer", "decoder") for part in components(tree.get(key))}
+
+
+def _byte_recovery(file: Path, tree: dict[str, Any]) -> Callable[[str, int], bytes]:
+    """What gives the bytes of a token's string and id."""
+    kinds = component_types(tree)
     if "ByteLevel" in kinds:
-        return _ByteLevel(file)
+        return partial(_of_byte_level, file, {character: byte for byte, character in byte_alphabet().items()})
     model = tree["model"]
     replaces_space = any(
         part["type"] == "Metaspace"
@@ -163,7 +159,7 @@ def _byte_recovery(file: Path, tree: dict[str, Any]) -> _ByteLevel | _SentencePi
         for part in components(tree.get(key))
     )
     if replaces_space:
-        return _SentencePiece(bool(model.get("byte_fallback")))
+        return partial(_of_sentence_piece, bool(model.get("byte_fallback")))
     prefix = model.get("continuing_subword_prefix")
     odd = next((text for text in _model_vocabulary(model) if prefix and text.startswith(prefix)), None)
     example = f"; token {odd!r} may or may not follow a space" if odd else ""

@@ -24,6 +24,7 @@ from shared.tokenizer.files import (
     SPACE_SYMBOL,
     TokenizerFile,
     byte_alphabet,
+    component_types,
     components,
     read_tokenizer_file,
     with_merges,
@@ -183,9 +184,7 @@ class Encoder:
         empty = {"type": "BPE", "vocab": {}, "merges": []}
         lender = {**tree, "normalizer": {"type": "Sequence", "normalizers": lossy}, "model": empty, "added_tokens": []}
         self._normalizer = Tokenizer.from_str(json.dumps(lender)).normalizer if lossy else None
-        self._byte_level = any(
-            part["type"] == "ByteLevel" for key in ("pre_tokenizer", "decoder") for part in components(tree.get(key))
-        )
+        self._byte_level = "ByteLevel" in component_types(tree)
         self._byte_ids = self._single_bytes()
 
     @classmethod
