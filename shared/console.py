@@ -86,14 +86,9 @@ def run(app: typer.Typer) -> None:
     try:
         app()
     except UserError as error:
-        fail(error)
-
-
-def fail(error: UserError) -> None:
-    """Print `error` as the user sees it and leave with exit code 2."""
-    stderr.print("[bold red]error:[/]", end=" ")
-    stderr.print(str(error), markup=False, highlight=False, soft_wrap=True)
-    sys.exit(USER_ERROR_EXIT_CODE)
+        stderr.print("[bold red]error:[/]", end=" ")
+        stderr.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        sys.exit(USER_ERROR_EXIT_CODE)
 
 
 def configure_logging(level: str) -> None:

@@ -4,8 +4,8 @@ Legend: T response tokens, P prompt tokens, K candidates asked for, V tokens of 
 
 vLLM answers `logprobs=K` with K + 1 columns a token: column 0 is the token that was sampled, columns 1…K are the
 top K in falling order, where the sampled token appears again if it is among them. At `raw_logprobs` they are
-log-softmax values before temperature, penalties and filters, so 1 - sum(exp) is the tail. Costs about 10 µs a token
-at K = 64, nearly all of it the sort that makes the order of ties a fact instead of an accident.
+log-softmax values before temperature, penalties and filters, so 1 - sum(exp) is the tail. Costs 3 µs a token at
+K = 64, and 13 where a row has ties: these are sorted by id, so that their order is a fact instead of an accident.
 """
 
 from __future__ import annotations

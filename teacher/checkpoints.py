@@ -191,7 +191,7 @@ def _directory(teacher: TeacherConfig) -> Path:
     """The checkpoint, or the snapshot of a hub name; errors as `ensure_checkpoint`."""
     directory = Path(teacher.model)
     if not directory.exists():
-        if _is_hub_name(teacher.model):
+        if is_hub_name(teacher.model) and not directory.parent.exists():  # a folder `owner` makes it a path
             return _fetch_snapshot(teacher.model, teacher.revision)
         raise CheckpointError(
             f"teacher.model {teacher.model} does not exist; point it at a checkpoint directory, or set teacher.gguf "
@@ -252,11 +252,6 @@ def _fetch_snapshot(name: str, revision: str | None) -> Path:
             "format of transformers; name such a repository"
         )
     return directory
-
-
-def _is_hub_name(name: str) -> bool:
-    """`owner/model` where no folder `owner` is here, which would make it a path."""
-    return is_hub_name(name) and not Path(name.partition("/")[0]).exists()
 
 
 def _restore_pre_tokenizer(tokenizer: Any, source: Path) -> None:

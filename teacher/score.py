@@ -15,9 +15,9 @@ from itertools import islice
 
 import pyarrow.compute as pc
 
-from shared.config import PipelineConfig, Split
+from shared.config import PipelineConfig
 from shared.dataset.reader import Dataset
-from shared.dataset.records import UNKNOWN_SAMPLING, Record
+from shared.dataset.records import UNKNOWN_SAMPLING
 from shared.errors import ConfigError
 from teacher.collect import DEFAULT, Launch, check_top_k, run
 from teacher.engine import prepare_environment
@@ -48,7 +48,10 @@ def score(config: PipelineConfig, launch: Launch = DEFAULT) -> Summary | None:
     fitting = fit_prompts(prompts, renderer, config)
     splits = split_prompts(fitting.prompts, config.collect.held_out)
     units = [
-        Unit(f"{split}-given-{number:05d}", tuple(_task(prompt, split) for prompt in chosen))
+        Unit(
+            f"{split}-given-{number:05d}",
+            tuple(Task(f"{prompt.id}:given:0", prompt, split, UNKNOWN_SAMPLING) for prompt in chosen),
+        )
         for split, members in splits.items()
         for number, chosen in enumerate(slices(members, config.collect.unit_prompts))
     ]
@@ -98,7 +101,8 @@ class StoredTasks(Collection[Task]):
         stored = self.dataset.records(split=self.split, distributions=False, unit=self.unit)
         told = (record for record in stored if len(record.response_ids))
         for record in islice(told, self.start, self.start + self.count):
-            yield Task(record.sample_id, _prompt_of(record), record.split, record.sampling, record)
+            prompt = Prompt(record.prompt_id, record.skill, record.messages, "", record.finish_reason == "stop")
+            yield Task(record.sample_id, prompt, record.split, record.sampling, record)
 
     def __contains__(self, task: object) -> bool:
         return any(task == own for own in self)
@@ -122,11 +126,3 @@ def _stored_units(dataset: Dataset, size: int) -> tuple[list[Unit], int]:
                 units.append(Unit(f"{split}-scored-{numbers[split]:05d}", tasks))
                 numbers[split] += 1
     return units, longest
-
-
-def _task(prompt: Prompt, split: Split) -> Task:
-    return Task(f"{prompt.id}:given:0", prompt, split, UNKNOWN_SAMPLING)
-
-
-def _prompt_of(record: Record) -> Prompt:
-    return Prompt(record.prompt_id, record.skill, record.messages, "", record.finish_reason == "stop")

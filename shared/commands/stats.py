@@ -71,8 +71,7 @@ def measure(path: str | Path) -> Statistics:
     result = Statistics(dataset.manifest.rows, 0, dataset.manifest.tokens, bytes=dataset.manifest.bytes)
     result.counts = dataset.manifest.counts
     skills, reasons, lengths = Counter[str](), Counter[str](), Counter[int]()
-    mass, known, inside, logprob, logprobs = np.zeros(len(DEPTHS)), 0, 0, 0.0, 0
-    widest, outside = 0, 0.0
+    mass, inside, logprob, logprobs, widest, outside = np.zeros(len(DEPTHS)), 0, 0.0, 0, 0, 0.0
     with progress() as bar:
         task = bar.add_task("reading", total=result.tokens, note="")
         for table in dataset.tables(_COLUMNS):
@@ -90,7 +89,6 @@ def measure(path: str | Path) -> Statistics:
             result.soft_tokens += len(widths)
             result.candidates += len(ids)
             result.unknown_tails += int(np.isnan(tail).sum())
-            known += int((~np.isnan(tail)).sum())
             widest = max(widest, int(widths.max(initial=0)))
             mass += _retained(widths, np.exp(decode_logprobs(widths, gaps, tail)), ~np.isnan(tail))
             inside += len(row_matches(widths, ids, owners)[0])
@@ -101,7 +99,7 @@ def measure(path: str | Path) -> Statistics:
     result.skills = dict(skills.most_common())
     result.finish_reasons = dict(reasons.most_common())
     result.lengths = {_LENGTH_BINS[min(i, len(_LENGTH_BINS) - 1)]: lengths[i] for i in sorted(lengths)}
-    if known:
+    if known := result.soft_tokens - result.unknown_tails:
         depths = [k for k in DEPTHS if k < widest] + [widest]
         result.retained = {k: float(m / known) for k, m in zip(DEPTHS, mass, strict=True) if k in depths}
         result.retained[widest] = 1.0 - outside / known

@@ -13,7 +13,6 @@ a `max_logprobs`, logprobs after temperature, speculation or a quantized KV cach
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import math
 import os
@@ -444,7 +443,7 @@ def _by_id(choice: dict[str, Any]) -> list[dict[int, float]]:
 def _message(text: str) -> str:
     """What an error of the API says."""
     try:
-        return str(json.loads(text)["error"]["message"])
+        return str(msgspec.json.decode(text)["error"]["message"])
     except (ValueError, KeyError, TypeError):
         return text[:200]
 

@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass, field
 from typing import Any
 
-from shared.config import TeacherConfig
 from shared.console import configure_logging
 from shared.dataset.claims import Claims, end_worker
 from shared.dataset.writer import DatasetWriter
@@ -88,21 +87,11 @@ class _Started:
     counts: Counts = field(default_factory=Counts)
 
 
-def default_workers(teacher: TeacherConfig, gpus: int) -> int:
-    """Replicas that a cluster of so many GPUs holds; on CPU builds one."""
-    return 1 if is_cpu_build() else max(1, gpus // gpus_of(teacher))
-
-
-def gpus_of(teacher: TeacherConfig) -> int:
-    """GPUs of one replica."""
-    return teacher.tensor_parallel * teacher.pipeline_parallel
-
-
 def run_on_ray(job: Job, writer: DatasetWriter, units: Sequence[Unit], workers: int | None) -> Outcome:
     """Do the missing ones of `units` on the cluster that Ray finds (`RAY_ADDRESS`, or this machine).
 
     Args:
-        workers: replicas of the engine; None is as many as there are GPUs for.
+        workers: replicas of the engine; None is as many as there are GPUs for, on CPU builds one.
 
     Raises:
         MissingExtraError: if Ray is not installed. ConfigError: if the cluster is too small.
@@ -131,14 +120,16 @@ class _Pool:
         self._missing = [unit for unit in units if unit.name not in writer.committed]
         teacher, cluster = job.config.teacher, ray.cluster_resources()
         gpus, cpus = int(cluster.get("GPU", 0)), int(cluster.get("CPU", 1))
-        self._workers = min(workers or default_workers(teacher, gpus), len(self._missing))
-        need = self._workers * gpus_of(teacher)
         if is_cpu_build():
+            self._workers = min(workers or 1, len(self._missing))
             self._bundles = [{"CPU": max(1, cpus // self._workers)}]
             if cpus < self._workers:
                 raise ConfigError(f"--workers {self._workers} need a core each, the cluster has {cpus}; ask for fewer")
         else:
-            self._bundles = [{"GPU": 1, "CPU": 1} for _ in range(gpus_of(teacher))]
+            gpus_each = teacher.tensor_parallel * teacher.pipeline_parallel
+            self._workers = min(workers or max(1, gpus // gpus_each), len(self._missing))
+            self._bundles = [{"GPU": 1, "CPU": 1}] * gpus_each
+            need = self._workers * gpus_each
             if gpus < need:
                 raise ConfigError(
                     f"{self._workers} workers of teacher.tensor_parallel {teacher.tensor_parallel} x pipeline_parallel "

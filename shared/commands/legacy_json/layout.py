@@ -103,7 +103,8 @@ class EntryReader:
         response_ids = self._response_ids(given, response, where)
         prompt_text, prompt_ids = self._prompt(given, messages, where)
         self._check_texts(given, prompt_text, prompt_ids, response_ids, where)
-        conversation = _digest(*(f"{m.role}\n{m.content}" for m in messages))
+        said = "\0".join(f"{m.role}\n{m.content}" for m in messages)
+        conversation = hashlib.sha256(said.encode("utf-8", "surrogatepass")).hexdigest()[:16]
         prompt_id = given.prompt_id or conversation
         return Record(
             sample_id=given.id or f"{prompt_id}/{number}",
@@ -200,7 +201,7 @@ class EntryReader:
     def _sampling(self, entry: Entry, tokens: int, where: str) -> Sampling:
         if entry.sampling is None:
             return self._settings.sampling
-        stated, asked = entry.sampling.to_sampling(), self._settings.sampling
+        stated, asked = Sampling(**entry.sampling.model_dump()), self._settings.sampling
         if asked != UNKNOWN_SAMPLING and stated.temperature != asked.temperature:
             raise DatasetError(
                 f"{where}: sampling.temperature is {stated.temperature:g}, --temperature is {asked.temperature:g}; "
@@ -296,7 +297,3 @@ def _normalized(text: str) -> str:
 def _floats(values: NDArray[np.float32]) -> list[float | None]:
     """Shortest decimals that give the same float32 back; null for NaN, which JSON does not have."""
     return [None if math.isnan(value) else float(str(value)) for value in values]
-
-
-def _digest(*parts: str) -> str:
-    return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()[:16]

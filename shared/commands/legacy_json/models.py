@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from shared.dataset.records import FinishReason, Message, Sampling
+from shared.dataset.records import FinishReason, Message
 from shared.errors import UserError
 from shared.json_input import is_schematic
 
@@ -69,9 +69,6 @@ class SamplingSettings(Strict):
     top_k: int = Field(0, ge=-1, lt=1 << 31)
     max_tokens: int = Field(0, ge=0, lt=1 << 31)
     seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
-
-    def to_sampling(self) -> Sampling:
-        return Sampling(self.temperature, self.top_p, self.top_k, self.max_tokens, self.seed)
 
 
 class Entry(Strict):
