@@ -140,7 +140,7 @@ def titled_table(title: str, *header: str) -> Table:
 def bytes_text(count: float) -> str:
     """A number of bytes in the unit that suits it, decimal: `3.2 GB`."""
     for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
+        if count < 999.5:  # which three digits round to 1000
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:,.2f} TB"

@@ -23,7 +23,7 @@ def find_record(dataset: Dataset, which: str) -> Record:
     Raises:
         DatasetError: if there is none.
     """
-    if which.lstrip("-").isdecimal():
+    if which.removeprefix("-").isdecimal():
         index = int(which)
         if not -len(dataset) <= index < len(dataset):
             raise DatasetError(f"record {index} does not exist: the dataset has records 0 to {len(dataset) - 1}")

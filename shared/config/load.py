@@ -40,10 +40,11 @@ def load_config(path: Path, overrides: list[str] | None = None) -> PipelineConfi
         raise ConfigError(
             f"cannot read the config {path}: {error.strerror}; pass a YAML file such as configs/demo.yaml"
         ) from error
-    try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path} is not UTF-8 text at byte {error.start}: {error.reason}; save it as UTF-8"
+        ) from error
+    tree = _parse(text, str(path))
     if not isinstance(tree, dict):
         raise ConfigError(
             f"{path} holds {type(tree).__name__}, expected a mapping of sections such as teacher: and train:"
@@ -79,10 +80,14 @@ def apply_override(tree: dict[str, Any], override: str, option: str = "--set", e
                 f"{option} {override!r}: {part!r} is a value ({child!r}), not a section that can hold {parts[-1]!r}"
             )
         node = child
+    node[parts[-1]] = _parse(value, f"{option} {override!r}: the value")
+
+
+def _parse(text: str, what: str) -> Any:
     try:
-        node[parts[-1]] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{option} {override!r}: the value is not valid YAML: {error}") from error
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a ValueError: a date that no calendar has
+        raise ConfigError(f"{what} is not valid YAML: {error}") from error
 
 
 def _explain(error: ValidationError) -> list[str]:

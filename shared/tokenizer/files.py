@@ -57,14 +57,7 @@ def read_tokenizer_file(path: Path) -> TokenizerFile:
         VocabularyError: if there is no tokenizer, the format is unknown, or a token's bytes cannot be recovered.
     """
     file = _find(path)
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise VocabularyError(f"cannot read the tokenizer {file}: {error.strerror}") from error
-    try:
-        tree = json.loads(content)
-    except ValueError as error:
-        raise VocabularyError(f"{file} is not valid JSON ({error}); pass a tokenizer.json or tekken.json") from error
+    tree = _read_object(file, "pass a tokenizer.json or tekken.json")
     if "model" in tree and "added_tokens" in tree:
         settings = _read_settings(file.parent)
         return of_tree(file, tree, settings, _read_chat_template(file.parent, settings))
@@ -73,6 +66,18 @@ def read_tokenizer_file(path: Path) -> TokenizerFile:
     raise VocabularyError(
         f"{file} has the keys {sorted(tree)[:8]}, which is neither a tokenizer.json nor a tekken.json"
     )
+
+
+def _read_object(file: Path, fix: str) -> dict[str, Any]:
+    try:
+        tree = json.loads(file.read_bytes())
+    except OSError as error:
+        raise VocabularyError(f"cannot read the tokenizer {file}: {error.strerror}") from error
+    except ValueError as error:
+        raise VocabularyError(f"{file} is not valid JSON ({error}); {fix}") from error
+    if not isinstance(tree, dict):
+        raise VocabularyError(f"{file} holds {type(tree).__name__}, expected a JSON object; {fix}")
+    return tree
 
 
 def _find(path: Path) -> Path:
@@ -186,7 +191,7 @@ def _read_settings(directory: Path) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json", "generation_config.json"):
         if (directory / name).is_file():
-            content = json.loads((directory / name).read_text(encoding="utf-8"))
+            content = _read_object(directory / name, "copy the tokenizer again")
             if name == "generation_config.json":
                 content = {"generation_eos_token_id": content.get("eos_token_id")}
             settings.update({key: value for key, value in content.items() if value is not None})

@@ -40,6 +40,7 @@ MISTAKES = {
     "train": r"--set 'train' is not KEY.PATH=VALUE",
     "train.loss.x=1": r"'loss' is a value \('[a-z]+'\), not a section",
     "train.steps=[": r"the value is not valid YAML",
+    "collect.template_arguments.date_string=2024-13-45": r"the value is not valid YAML: month must be in 1\.\.12",
 }
 
 
@@ -60,6 +61,9 @@ def test_files_that_are_no_config_are_refused(tmp_path: Path) -> None:
         (tmp_path / "x.yaml").write_text(text)
         with pytest.raises(ConfigError, match=message):
             load_config(tmp_path / "x.yaml")
+    (tmp_path / "x.yaml").write_bytes(b"name: caf\xe9")
+    with pytest.raises(ConfigError, match=r"x\.yaml is not UTF-8 text at byte 9: .*; save it as UTF-8"):
+        load_config(tmp_path / "x.yaml")
 
 
 def test_training_needs_an_end(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from shared.console import application, configure_logging, progress, run
+from shared.console import application, bytes_text, configure_logging, progress, run
 from shared.errors import DatasetError, UserError
 
 
@@ -40,6 +40,12 @@ def test_our_own_mistake_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("sys.argv", ["x", "fail"])
     with pytest.raises(ZeroDivisionError):
         run(app_that_raises(ZeroDivisionError("ours")))
+
+
+def test_bytes_are_told_in_the_unit_that_suits_them() -> None:
+    assert [bytes_text(n) for n in (0, 999, 999.7, 3.21e9, 999.7e6, 2e15)] == [
+        "0 B", "999 B", "1 kB", "3.21 GB", "1 GB", "2,000.00 TB",
+    ]  # fmt: skip
 
 
 def test_log_levels_are_checked() -> None:

@@ -240,6 +240,7 @@ def test_what_cannot_be_recovered_is_refused_with_the_token(tmp_path: Path) -> N
         ("absent.json", None, "does not exist"),
         ("tokenizer.json", "{", "not valid JSON"),
         ("tokenizer.json", "{}", "neither a tokenizer.json"),
+        ("tokenizer.json", "[1]", "holds list, expected a JSON object"),
         ("tokenizer.model", "\x0a\x05<unk>", "convert it first: .* from a SentencePiece"),
         ("qwen.tiktoken", "IQ== 0", "convert it first: .* or a tiktoken file"),
     ],
@@ -249,6 +250,13 @@ def test_a_bad_file_gets_one_clear_message(name: str, content: str | None, messa
         (tmp_path / name).write_text(content)
     with pytest.raises(VocabularyError, match=message):
         Vocabulary.from_tokenizer(tmp_path / name)
+
+
+def test_damaged_settings_are_named(tmp_path: Path) -> None:
+    directory = byte_level_tokenizer(tmp_path, [])
+    (directory / "tokenizer_config.json").write_text('{"bos_token": ')
+    with pytest.raises(VocabularyError, match=r"tokenizer_config\.json is not valid JSON .*; copy the tokenizer again"):
+        Vocabulary.from_tokenizer(directory)
 
 
 def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
