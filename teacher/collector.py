@@ -30,8 +30,8 @@ from teacher.prompts import Renderer
 from teacher.units import Task, Unit, is_retry
 
 WRITERS = 1
-"""Threads that write shards. At 8 us a token (k = 64) one keeps up with 100,000 tokens a second and leaves decoding the
-processor (`python -m tests.benchmarks.bench_teacher`)."""
+"""Threads that write shards. At 6 to 8 µs a token (k = 64) one keeps up with 100,000 tokens a second and leaves
+decoding the processor (`python -m tests.benchmarks.bench_teacher`)."""
 _ATTEMPTS = 3
 _FEW = 3
 """Failures that are never too many."""
