@@ -1,10 +1,6 @@
-"""What every command line of this project has in common.
+"""What every command line of this project has in common: parameters, logging, progress, tables.
 
-`application` builds a Typer app; `run` is the one boundary where a `UserError` becomes a single message on
-stderr and exit code 2. `ConfigArgument`, `SetOption` and `LogLevelOption` are the parameters that all
-commands share, `SplitOption` and `RuleOption` choose records, `RepositoryArgument` and the options after it are those
-of both `push`; `progress` is the one progress bar, silent where stderr is not a terminal and CI reads it.
-`titled_table` and `bytes_text` are how plans are printed.
+`run` is the one boundary where a `UserError` becomes a single message on stderr and exit code 2.
 """
 
 from __future__ import annotations
@@ -48,6 +44,7 @@ RuleOption = Annotated[
     Literal["greedy", "sample", "filtered"] | None, typer.Option("--rule", help="Only this decoding rule.")
 ]
 
+# Of both `push`.
 RepositoryArgument = Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the Hugging Face Hub.")]
 LicenseOption = Annotated[
     str | None,

@@ -21,7 +21,7 @@ from shared.dataset.records import offsets_of
 from shared.errors import DatasetError, MissingExtraError
 
 DEPTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-_LENGTH_BINS = tuple(2**i for i in range(16))
+_LENGTH_BINS = tuple(2**i for i in range(32))
 _COLUMNS = (
     "split", "rule", "skill", "finish_reason", "prompt_ids", "response_ids", "sampled_logprob", "width",
     "candidate_ids", "candidate_gaps", "tail_mass",
@@ -98,7 +98,7 @@ def measure(path: str | Path) -> Statistics:
             bar.update(task, advance=int(size.sum()))
     result.skills = dict(skills.most_common())
     result.finish_reasons = dict(reasons.most_common())
-    result.lengths = {_LENGTH_BINS[min(i, len(_LENGTH_BINS) - 1)]: lengths[i] for i in sorted(lengths)}
+    result.lengths = {_LENGTH_BINS[i]: lengths[i] for i in sorted(lengths)}
     if known := result.soft_tokens - result.unknown_tails:
         depths = [k for k in DEPTHS if k < widest] + [widest]
         result.retained = {k: float(m / known) for k, m in zip(DEPTHS, mass, strict=True) if k in depths}

@@ -1,4 +1,4 @@
-"""Between the teacher's logprobs and the whole numbers that are stored (`shared.dataset.schema` has the formula).
+"""Between the teacher's logprobs and the whole numbers that are stored (the README of this folder has the formula).
 
 Legend: T response tokens, N candidates of all of them. Both directions are a few passes
 of numpy over the N candidates. What was decoded encodes to itself, bit by bit.

@@ -1,14 +1,7 @@
 """The JSON files of a dataset, each with a checksum of itself: provenance, one commit per unit, the manifest.
 
-    DIR/provenance.json      what was collected, by what; written first, compared by every later writer
-    DIR/vocabulary.parquet   the teacher's token id → bytes, special
-    DIR/tokenizer/…          the teacher's tokenizer files
-    DIR/data/UNIT.parquet    one shard per unit of work
-    DIR/commits/UNIT.json    written after the shard: the unit is done
-    DIR/README.md            the dataset card, made of the rest for people and for `datasets`; nothing of ours reads it
-    DIR/manifest.json        written last: every file with its sha256; readers trust nothing else
-
-A file's bytes must be exactly what its content serializes to, so a flip of any byte is found, in white space too.
+The README of this folder has the layout of a dataset. A file's bytes must be exactly what its content serializes to, so
+a flip of any byte is found, in white space too.
 """
 
 from __future__ import annotations

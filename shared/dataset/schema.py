@@ -4,13 +4,9 @@ Columns are plain Arrow types that pandas, DuckDB, Polars and Hugging Face `data
 Everything of a response's tokens is a flat list in the response's row: per token (`response_ids`, `sampled_logprob`,
 `width`, `tail_mass`) or per candidate, token after token (`candidate_ids`, `candidate_gaps`).
 
-Logprobs are stored as gaps. Candidate i of a token lies G_i = gap_0 + … + gap_i steps below the token's first
-candidate, and the tail mass r says what all candidates have together, so that
-
-    log p_i = log(1 - r) - log sum_j exp(-G_j / 16) - G_i / 16        (r = 0 where it is unknown)
-
-Mass and tail sum to 1 whatever the rounding was, rows stay monotone, and an error of half a step changes the KL by
-its square only. The choice was measured: `python -m tests.benchmarks.bench_dataset_encodings`.
+Logprobs are stored as gaps (the README of this folder has the formula): mass and tail sum to 1 whatever the rounding
+was, rows stay monotone, and an error of half a step changes the KL by its square only. The choice was measured: `python
+-m tests.benchmarks.bench_dataset_encodings`.
 """
 
 from __future__ import annotations

@@ -289,7 +289,7 @@ class ChatEncoder:
         special_ids = {entry["content"]: entry["id"] for entry in tree["added_tokens"] if entry["special"]}
         names = {text: _marked(index) for text, index in special_ids.items()}
         vocab = model["vocab"]
-        renamed: dict[str, int] | list[list[Any]]
+        renamed: Any
         if isinstance(vocab, dict):
             # A special token that is not in the vocabulary would get the next free id, whatever its own (tekken.json).
             renamed = {names.get(text, text): index for text, index in (vocab | special_ids).items()}

@@ -20,6 +20,7 @@ import pytest
 from shared.config import load_config
 from shared.dataset.reader import Dataset
 from shared.dataset.records import Record, Sampling
+from shared.dataset.split import stable_hash
 from tests.fixtures.random_teacher import save_random_teacher, write_run
 from tests.teacher.conftest import finish, teacher, write_config
 
@@ -38,7 +39,6 @@ def _probe() -> dict[str, Any]:
     from teacher.checkpoints import ensure_checkpoint, load_tokenizer
     from teacher.engine import Engine, Request
     from teacher.prompts import Renderer, load_prompts
-    from teacher.units import sampling_seed
 
     # Not all prompts fit into one forward; vLLM's CPU build cannot read a seeded request's in parts.
     small = ["teacher.max_sequence_tokens=128", "teacher.prefill_tokens=64"]
@@ -50,7 +50,7 @@ def _probe() -> dict[str, Any]:
 
     def answer(temperature: float, seed: int, only: str | None = None) -> dict[str, Any]:
         requests = [
-            Request(key, ids, Sampling(temperature, 1, 0, 16, sampling_seed(seed, key) if temperature else None))
+            Request(key, ids, Sampling(temperature, 1, 0, 16, stable_hash(seed, key) if temperature else None))
             for key, ids in rendered.items()
             if only in (None, key)
         ]

@@ -12,7 +12,7 @@ import pytest
 from shared.commands.cli import main
 from shared.commands.stats import measure
 from shared.dataset.reader import Dataset
-from tests.fixtures.records import make_records, save_byte_tokenizer, small_units, write_dataset
+from tests.fixtures.records import make_record, make_records, save_byte_tokenizer, small_units, write_dataset
 from tests.shared.dataset.test_writer import contents
 
 
@@ -71,6 +71,13 @@ def test_stats_of_plain_conversations(tmp_path: Path) -> None:
     statistics = measure(tmp_path / "d")
     assert (statistics.rows, statistics.soft_tokens, statistics.retained) == (3, 0, {})
     assert statistics.mean_logprob is None
+
+
+def test_stats_count_the_longest_responses_too(tmp_path: Path) -> None:
+    lengths = (0, 3, 20_000, 40_000, 50_000)
+    records = [make_record(f"p{n}", n, length=n, soft=False) for n in lengths]
+    write_dataset(tmp_path / "d", {"u": records})
+    assert measure(tmp_path / "d").lengths == {1: 1, 4: 1, 32_768: 1, 65_536: 2}
 
 
 def test_show_spells_tokens_and_candidates(

@@ -13,10 +13,10 @@ import huggingface_hub.constants
 import pytest
 import yaml
 
-from shared.dataset.card import CARD
 from shared.dataset.manifest import MANIFEST
 from shared.dataset.records import Record
 from shared.dataset.validate import validate_dataset
+from shared.hub import CARD
 from tests.fixtures.hub import Hub, HubRepository
 from tests.fixtures.records import make_records, write_dataset
 from tests.shared.commands.test_cli import shards

@@ -15,10 +15,10 @@ import yaml
 from shared.commands.legacy_json.files import import_json
 from shared.commands.legacy_json.layout import ImportSettings
 from shared.commands.merge import merge
-from shared.dataset.card import CARD
 from shared.dataset.reader import Dataset
 from shared.dataset.records import Record
 from shared.dataset.validate import validate_dataset
+from shared.hub import CARD
 from tests.fixtures.records import make_records, save_byte_tokenizer, small_units, write_dataset
 from tests.fixtures.toy_run import make_tokenizer
 from tests.shared.dataset.test_versions import VERSION_1
