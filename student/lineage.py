@@ -134,9 +134,15 @@ def prepared_identity(settings: PrepareConfig, inputs: dict[str, str]) -> dict[s
 
 
 def evaluation_identity(config: PipelineConfig) -> dict[str, Any]:
-    """Of evaluate.json."""
-    inputs = present(config, "dataset", "prepared data", "start", "model")
-    return _settings("evaluate", config.evaluate) | inputs
+    """Of evaluate.json. Of the training's settings it has those by which held-out text is laid out and masked."""
+    identity = _settings("evaluate", config.evaluate)
+    identity |= present(config, "dataset", "prepared data", "start", "model")
+    train = _settings("train", config.train)
+    layout = {"train.block_length", "train.max_sequence_tokens", "train.objectives"}
+    if config.train.objectives.random_masking:
+        layout.add("train.random_masking")
+        identity["seed"] = config.seed
+    return identity | {key: train[key] for key in layout}
 
 
 def speculation_identity(config: PipelineConfig) -> dict[str, Any]:

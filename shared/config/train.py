@@ -183,4 +183,9 @@ class TrainConfig(Section):
     def _has_an_end(self) -> TrainConfig:
         if self.steps is None and self.epochs is None:
             raise ValueError("set train.steps or train.epochs, otherwise training has no end")
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(
+                f"train.steps is {self.steps} and train.epochs is {self.epochs}, expected one of them: set "
+                "train.steps=null to train so many epochs, or train.epochs=null to train so many steps"
+            )
         return self

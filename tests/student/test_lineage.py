@@ -18,7 +18,7 @@ from shared.errors import CheckpointError, DatasetError, StaleError
 from shared.files import write_json
 from shared.tokenizer.vocabulary import load_tokenizer
 from student.alignment.prepare import prepare
-from student.evaluation.evaluate import evaluate
+from student.evaluation.evaluate import evaluate, outstanding
 from student.evaluation.report import write_report
 from student.lineage import (
     evaluation_identity,
@@ -363,6 +363,27 @@ def test_figures_of_other_settings_are_left_out(config: PipelineConfig) -> None:
     report = write_report(changed(config, "evaluate.draft_tokens=2", "train.loss=ce"))
     assert set(report["stale"]) == {"train", "evaluate"}
     assert report["stale"]["train"].startswith("train.loss: 'auto' there, 'ce' now")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "train.block_length=8",
+        "train.max_sequence_tokens=96",
+        "train.objectives.random_masking=0",
+        "train.random_masking.end_tokens=2",
+    ],
+)
+def test_figures_of_text_that_was_laid_out_otherwise_are_measured_anew(config: PipelineConfig, override: str) -> None:
+    """The start's too, which the training that follows does not change."""
+    masking = "train.objectives.random_masking=1"
+    before, now = changed(config, masking), changed(config, masking, override)
+    measured(before)
+    assert outstanding(before).students == ()
+    record = json.loads((config.student_final_dir / "training.json").read_text())
+    record["identity"]["train.block_length"] = now.train.block_length  # as after a training with it
+    write_json(config.student_final_dir / "training.json", record)
+    assert outstanding(now).students == ("before", "after")
 
 
 def test_figures_that_do_not_say_what_they_are_of_are_left_out(config: PipelineConfig) -> None:
