@@ -200,15 +200,16 @@ class LocalStorage(Storage):
         path = self.root / name
         with self._explained(name, "write"):
             for attempt in range(_ATTEMPTS):
-                path.parent.mkdir(parents=True, exist_ok=True)
                 temporary = self.root / PARTIAL / f"{path.name}.{secrets.token_hex(6)}"
-                temporary.parent.mkdir(exist_ok=True)
                 try:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    temporary.parent.mkdir(exist_ok=True)
                     done = _fill(temporary, data, lambda temporary: give_name(temporary, path))
                     _sync_directory(path.parent)
                     return done
-                except FileNotFoundError:
-                    # Another worker removed the folder when it was empty, or the file before it had its lock.
+                except (FileNotFoundError, FileExistsError):
+                    # Another worker removed the folder when it was empty, or the file before it had its lock. A folder
+                    # that goes in the middle of `mkdir` was there to the system, and is no folder to Python.
                     if attempt + 1 == _ATTEMPTS:
                         raise
         raise AssertionError("the last attempt returns or raises")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -229,6 +230,27 @@ def test_a_temporary_folder_removed_under_a_writer_is_made_again(
         return opened(path, *arguments, **options)
 
     monkeypatch.setattr(Path, "open", open_late)
+    writer.write_unit("unit-00", records_of("unit-00", 0))
+    assert removed
+    assert_whole(tmp_path)
+
+
+def test_a_temporary_folder_removed_while_it_is_looked_for_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`rmdir` of a worker that finished, after the system said that the folder is there."""
+    writer = start(tmp_path)
+    make, removed = os.mkdir, []
+
+    def make_late(path: Any, *arguments: Any) -> None:
+        if Path(path).name == ".partial" and not removed:
+            removed.append(path)
+            with suppress(FileNotFoundError):
+                Path(path).rmdir()
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+        make(path, *arguments)
+
+    monkeypatch.setattr(os, "mkdir", make_late)
     writer.write_unit("unit-00", records_of("unit-00", 0))
     assert removed
     assert_whole(tmp_path)
