@@ -282,7 +282,7 @@ def _tallies(llm: Any, job: Job, passes: dict[str, Decoded]) -> dict[str, Tally]
     return tallies
 
 
-def _read(llm: Any, texts: list[list[int]], **rows: int) -> list[Any]:
+def _read(llm: Any, texts: list[list[int]], **rows: Any) -> list[Any]:
     """vLLM's answers to `texts`, of one token each; `rows` say of what it gives the logprobs, and of how many."""
     from vllm import SamplingParams
     from vllm.inputs import TokensPrompt
