@@ -166,7 +166,8 @@ def run(
     rates = before
     if outcome is not None:
         rate = outcome.counts.tokens / outcome.seconds if outcome.seconds else None
-        rates = Summary(tokens_per_s=rate, capture_ratio=outcome.capture_ratio or before.capture_ratio)
+        ratio = outcome.capture_ratio or before.capture_ratio
+        rates = Summary(tokens_per_s=rate, workers=outcome.workers, capture_ratio=ratio)
     return summarize(config, Dataset.open(config.shards_dir), rates, len(failures))
 
 

@@ -80,7 +80,8 @@ def estimate(config: PipelineConfig, assumptions: Assumptions) -> Estimate:
     size, size_source = _rate(
         assumptions.bytes_per_token, measured.bytes_per_token, "bytes a token", "--bytes-per-token", config
     )
-    rate, rate_source = _rate(assumptions.tokens_per_s, measured.tokens_per_s, "tokens/s", "--tokens-per-s", config)
+    one = None if measured.tokens_per_s is None else measured.tokens_per_s / measured.workers
+    rate, rate_source = _rate(assumptions.tokens_per_s, one, "tokens/s", "--tokens-per-s", config)
     workers = min(assumptions.workers, len(plan.units))
     if assumptions.workers > 1:
         rate_source += f", {workers} workers"

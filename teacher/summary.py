@@ -36,7 +36,7 @@ class Summary(BaseModel):
         responses, tokens: in the dataset. bytes_per_token: all shards over all response tokens.
         failures: responses that failed, three times each; failures.jsonl names them.
         tokens_per_s: of the last session that collected anything, from its first request to its last shard: of all its
-            workers on Ray, of the one that ended last where several processes worked.
+            workers on Ray, of the one that ended last where several processes worked. workers: that it is of.
         mean_topk_mass: probability inside the stored candidates, mean over response tokens.
         capture_ratio: tokens per second with logprobs over without, by `measure_capture`.
     """
@@ -47,6 +47,7 @@ class Summary(BaseModel):
     tokens: int | None = None
     failures: int | None = None
     tokens_per_s: float | None = None
+    workers: int = 1
     bytes_per_token: float | None = None
     mean_topk_mass: float | None = None
     capture_ratio: float | None = None
@@ -100,6 +101,7 @@ def summarize(config: PipelineConfig, dataset: Dataset, rates: Summary, failures
         tokens=manifest.tokens,
         failures=failures,
         tokens_per_s=rates.tokens_per_s,
+        workers=rates.workers,
         bytes_per_token=manifest.bytes / manifest.tokens if manifest.tokens else None,
         mean_topk_mass=kept / counted if counted else None,
         capture_ratio=rates.capture_ratio,

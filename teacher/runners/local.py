@@ -73,15 +73,17 @@ class Outcome:
     """What a runner did.
 
     Attributes:
-        seconds: from the first request to the last shard.
+        seconds: from the first request to the last shard; on Ray from the first response.
         capture_ratio: see `teacher.summary.Summary`; None if not measured.
         stopped_by: the signal after which units were left undone.
+        workers: at work at once.
     """
 
     counts: Counts
     seconds: float
     capture_ratio: float | None = None
     stopped_by: str | None = None
+    workers: int = 1
 
 
 def engine_for(job: Job, executor: str | None = None) -> TeacherEngine:

@@ -175,6 +175,8 @@ class _Pool:
                             log.warning("%s died (%s); another one takes its place", one.worker, error)
                             self._start(one.group)
                     self._poll()
+                    if not self._counts().responses:  # the engines are being loaded
+                        started = time.monotonic()
                     display.units_done(committed)
                     display.show(self._counts())
             finally:
@@ -183,7 +185,7 @@ class _Pool:
                     end_worker(self._writer.store.storage, one.worker)
                 for group in groups:
                     remove_placement_group(group)
-        return Outcome(self._counts(), time.monotonic() - started, stopped_by=stop.name)
+        return Outcome(self._counts(), time.monotonic() - started, stopped_by=stop.name, workers=self._workers)
 
     def _start(self, group: Any) -> None:
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy

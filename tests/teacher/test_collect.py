@@ -363,7 +363,8 @@ def test_the_summary_counts_what_is_on_disk(make_config: Maker) -> None:
     list(collector.collect_units(units))
     writer.finish([unit.name for unit in units])
     dataset = Dataset.open(config.shards_dir)
-    summary = summarize(config, dataset, Summary(tokens_per_s=100.0))
+    summary = summarize(config, dataset, Summary(tokens_per_s=100.0, workers=2))
+    assert summary.workers == 2
     assert (summary.responses, summary.tokens) == (len(dataset), 6 * len(dataset))
     assert summary.mean_topk_mass == pytest.approx(0.9, abs=1e-3)
     assert summary.bytes_per_token == pytest.approx(dataset.manifest.bytes / summary.tokens)
@@ -433,6 +434,9 @@ def test_a_plan_takes_the_rates_of_an_earlier_session(make_config: Maker) -> Non
     assert found.hours == pytest.approx(45 / 6 / 3600)
     assert found.bytes == pytest.approx(45 * 150)
     assert "measured" in found.sources["hours"]
+    # The rate of a session on Ray is that of all its workers.
+    (config.run_dir / "collect.json").write_text(measured.model_copy(update={"workers": 3}).model_dump_json())
+    assert estimate(config, Assumptions(workers=2)).hours == pytest.approx(45 / (6 / 3) / 2 / 3600)
 
 
 def test_a_buffer_of_rows_grows_and_keeps_them() -> None:
