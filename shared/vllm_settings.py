@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from shared.config import TeacherConfig
@@ -89,7 +90,8 @@ def server_command(arguments: Mapping[str, Any]) -> list[str]:
     # The `vllm` command of the CPU build fails: it looks for the metadata of a package of that name.
     program = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
     if not is_cpu_build():
-        program = ["vllm", "serve", model]
+        # Of this environment, activated or not; PATH may name another one's, or none.
+        program = [str(Path(sys.executable).with_name("vllm")), "serve", model]
     stated = {name: value for name, value in arguments.items() if name != "model" and value is not None}
     return [*program, *(word for name, value in stated.items() for word in _flag(name, value))]
 

@@ -75,7 +75,8 @@ class Job:
         passes: by name.
         compare_with: result files of other engines over the same prompts. Where the outputs of one of their greedy
             passes differ from those of a pass of this job with as many in flight, both candidates are scored here.
-            Their sampled passes, and this job's own, are held to this engine's rows.
+            Their sampled passes, and this job's own, are held to this engine's rows. A job that compares with none
+            reads no rows: beside a draft, vLLM takes [prompt tokens, vocabulary] of memory for them, in float32.
     """
 
     engine: dict[str, Any]
@@ -133,7 +134,8 @@ class Result:
     Attributes:
         passes: by name.
         async_scheduling: whether vLLM schedules a step while the one before it runs, which a custom proposer rules out.
-        tallies: of the sampled passes, own and others, by file and pass; the own file is "".
+        tallies: of the sampled passes, own and others, by file and pass; the own file is "". Empty where the job
+            compares with no other.
     """
 
     passes: dict[str, Decoded]
@@ -157,8 +159,9 @@ def decode(job: Job) -> Result:
     passes: dict[str, Decoded] = {}
     for name, each in job.passes.items():
         passes[name] = _decode_pass(llm, job, each, sum(len(made.outputs) for made in passes.values()), total)
-    differences, tallies = [], {"": _tallies(llm, job, passes)}
+    differences, tallies = [], {}
     if job.compare_with:
+        tallies[""] = _tallies(llm, job, passes)
         _wait_for(OTHERS)
     for file in job.compare_with:
         others = read_result(Path(file)).passes

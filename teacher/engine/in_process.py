@@ -79,9 +79,11 @@ class Engine:
         check_engine_args(teacher, {field.name for field in dataclasses.fields(EngineArgs)})
         if not is_cpu_build():
             import torch
+            from vllm.platforms import current_platform
 
             check_devices(teacher, torch.cuda.device_count())
-            check_memory(teacher, Path(model), torch.cuda.get_device_properties(0).total_memory)
+            # Asked of the driver: torch would open a CUDA context here, half a GB of GPU 0 for the whole collection.
+            check_memory(teacher, Path(model), current_platform.get_device_total_memory(0))
         self._sampling_params = SamplingParams
         self._final_only = RequestOutputKind.FINAL_ONLY
         self._top_k = top_k

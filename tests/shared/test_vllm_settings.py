@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ from pydantic import ValidationError
 from shared import vllm_settings
 from shared.config import TeacherConfig
 from shared.errors import ConfigError
-from shared.vllm_settings import check_devices, check_engine_args, engine_arguments
+from shared.vllm_settings import check_devices, check_engine_args, engine_arguments, server_command
 
 
 def teacher(**settings: Any) -> TeacherConfig:
@@ -40,6 +42,16 @@ def test_on_a_cpu_no_prompt_is_read_in_parts(monkeypatch: pytest.MonkeyPatch) ->
         arguments = engine_arguments(teacher(prefill_tokens=prefill_tokens, max_sequence_tokens=1000))
         assert arguments["enable_chunked_prefill"] is False
         assert arguments["max_num_batched_tokens"] == most
+
+
+@pytest.mark.parametrize("cpu", [True, False])
+def test_the_server_is_this_environments(monkeypatch: pytest.MonkeyPatch, cpu: bool) -> None:
+    monkeypatch.setattr(vllm_settings, "is_cpu_build", lambda: cpu)
+    monkeypatch.setenv("PATH", "/nowhere")
+    program, *rest = server_command({"model": "someone/model", "port": 8000})
+    assert Path(program).parent == Path(sys.executable).parent
+    assert Path(program).name == (Path(sys.executable).name if cpu else "vllm")
+    assert rest[-3:] == ["someone/model", "--port", "8000"]
 
 
 def test_all_arguments_are_vllms_own() -> None:

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from shared.config import TeacherConfig
 from shared.errors import ConfigError
+from teacher.engine import in_process
 from teacher.engine.memory import check_memory
 
 H100 = 80 * 10**9
@@ -69,3 +71,19 @@ def test_what_is_not_stated_is_not_checked(llama: Path) -> None:
         check_memory(teacher(llama), llama, 1)
     (llama / "config.json").write_text("{}")
     check_memory(teacher(llama), llama, 1)
+
+
+def test_the_engine_learns_a_gpus_memory_without_a_context_on_it(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own question would open one, which stays."""
+    platform = pytest.importorskip("vllm.platforms").current_platform
+
+    def context(*_: Any) -> None:
+        raise AssertionError("a CUDA context")
+
+    monkeypatch.setattr(in_process, "is_cpu_build", lambda: False)
+    monkeypatch.setattr(in_process, "prepare_environment", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "_lazy_init", context)
+    monkeypatch.setattr(platform, "get_device_total_memory", {0: H100}.__getitem__)
+    with pytest.raises(ConfigError, match="of 80 GB a GPU"):
+        in_process.Engine(teacher(llama, tensor_parallel=2, max_sequence_tokens=16_384), str(llama), top_k=4)
