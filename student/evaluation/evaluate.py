@@ -28,6 +28,7 @@ from student.model.export import load_student
 from student.model.generate import answer, default_settings
 from student.training import launch
 from student.training.engine import agreed, initialize_process_group, training_device, training_dtype
+from student.training.skipping import finite
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +112,7 @@ def evaluate_rank(config: PipelineConfig) -> dict[str, Any]:
                 parts = gathered(shown, ranks)
                 result["answers"] = [parts[number % ranks][number // ranks] for number in range(sum(map(len, parts)))]
         if rank == 0:
+            result = finite(result)  # what there is no text for is NaN
             write_json(config.run_dir / RESULT, result)
             for name in _directories(config):
                 logger.info("%s: %s", name, headline(result[name], config.evaluate.rule))

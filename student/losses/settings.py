@@ -82,20 +82,22 @@ def resolve_loss(train: TrainConfig, has_distributions: bool, *, records_without
             cross-entropy at their own positions; an explicit `kl` or `hybrid` refuses them.
 
     Raises:
-        ConfigError: if `kl`, `hybrid`, a temperature, or a TV weight needs distributions that are not there.
+        ConfigError: if `kl`, `hybrid`, a TV or a path weight needs distributions that are not there, or blocks, which
+            alone see nothing to the right of a token, as the teacher does not.
     """
+    blocks = train.objectives.blocks > 0
     missing = f"{records_without} training records hold" if has_distributions else "the training records hold"
-    collect = "collect them with `teacher collect` or `teacher score`"
-    if train.loss in ("kl", "hybrid") and (not has_distributions or records_without):
-        raise ConfigError(
-            f"train.loss is {train.loss!r}, but {missing} no teacher distributions: {collect}, "
-            "or set train.loss to ce or auto"
-        )
-    if train.tv_weight > 0 and not has_distributions:
-        raise ConfigError(
-            f"train.tv_weight is {train.tv_weight}, but {missing} no teacher distributions: {collect}, or set it to 0"
-        )
+    without = f"{missing} no teacher distributions: collect them with `teacher collect` or `teacher score`"
+    if not blocks:
+        without = "train.objectives trains no blocks, and random masking learns the text alone: train blocks too"
+    if train.loss in ("kl", "hybrid") and (not has_distributions or records_without or not blocks):
+        raise ConfigError(f"train.loss is {train.loss!r}, but {without}, or set train.loss to ce or auto")
+    for name in ("tv_weight", "path_weight"):
+        if getattr(train, name) > 0 and not (has_distributions and blocks):
+            raise ConfigError(f"train.{name} is {getattr(train, name)}, but {without}, or set it to 0")
     if train.loss == "auto":
+        if not blocks:
+            return LossChoice("ce", "auto chose ce: train.objectives trains random masking alone")
         if not has_distributions:
             return LossChoice("ce", "auto chose ce: the training records hold no teacher distributions")
         elsewhere = f"; {records_without} records without them train with ce" if records_without else ""

@@ -203,7 +203,8 @@ class TrainingRun:
         if self.metrics is not None:
             self.metrics.close()
             name = self.stop.name or "a signal to another rank"
-            logger.warning("%s: saved after step %d of %d; the same command goes on", name, step, self.loader.steps)
+            said = "%s: saved after step %d of %d; the same command, without --fresh, goes on"
+            logger.warning(said, name, step, self.loader.steps)
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
         sys.exit(REQUEUE_EXIT_CODE)

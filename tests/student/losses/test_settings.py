@@ -44,9 +44,20 @@ def test_kl_on_records_without_distributions_is_refused(loss, has_distributions,
     assert not without or "3 training records" in str(caught.value)
 
 
-def test_tv_on_records_without_distributions_is_refused():
-    with pytest.raises(ConfigError, match=r"tv_weight is 0\.5"):
-        resolve_loss(train(loss="auto", tv_weight=0.5), False)
+@pytest.mark.parametrize("weight", ["tv_weight", "path_weight"])
+def test_a_term_on_records_without_distributions_is_refused(weight):
+    with pytest.raises(ConfigError, match=rf"{weight} is 0\.5"):
+        resolve_loss(train(loss="auto", **{weight: 0.5}), False)
+
+
+def test_random_masking_alone_is_trained_by_cross_entropy_alone():
+    alone = {"objectives": {"blocks": 0, "random_masking": 1}}
+    choice = resolve_loss(train(loss="auto", **alone), True)
+    assert choice.name == "ce"
+    assert "random masking alone" in choice.reason
+    for changes in ({"loss": "kl"}, {"loss": "hybrid"}, {"tv_weight": 1}, {"path_weight": 1}):
+        with pytest.raises(ConfigError, match="trains no blocks"):
+            resolve_loss(train(**alone, **changes), True)
 
 
 def test_settings_carry_every_weight():
