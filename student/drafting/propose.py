@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from student.model.modeling_llada import LladaForMaskedDiffusion
 
 _FORWARD_TOKENS = 8192  # of one forward, padding included: bounds the memory that long prompts take
+_READ_BYTES = 256 << 20  # of the keys and values that a layer copies together, padding included
+_STEADY_TOKENS = 64  # more than a step adds to a request: above, new tokens are a prompt
 _MOST_IDLE = 256  # requests that are not being served, remembered at most
 _DEFAULT_CONTEXTS, _DEFAULT_SHARE = 16, 0.1
 
@@ -279,16 +281,21 @@ class Drafter:
         return request.context.student_ids[self.cache.length(request.slot) :]
 
     def _groups(self, requests: list[_Request]) -> Iterator[list[_Request]]:
-        """Rows of one forward: all in the steady state; long new contexts go apart, and pad no short ones."""
+        """Rows of one forward: all in the steady state; long new contexts go apart, and pad no short ones, and so do
+        long contexts where a layer's keys and values, padded to the longest, would take too much memory."""
+        page_bytes = self.forward.page_bytes // self.forward.config.n_layers
+        sized = [(len(self._new(request)), self._pages_of(request), request) for request in requests]
+        sized.sort(key=lambda row: (max(row[0] - _STEADY_TOKENS, 0).bit_length(), row[1], row[0], row[2].slot))
         group: list[_Request] = []
-        shortest = 0
-        for new, _, request in sorted((len(self._new(request)), request.slot, request) for request in requests):
-            too_many = (len(group) + 1) * (new + self.block_length) > _FORWARD_TOKENS
-            if group and (too_many or new > 2 * shortest + 64):
+        least = most = longest = 0
+        for new, pages, request in sized:
+            rows, least, most, longest = len(group) + 1, min(least, new), max(most, new), max(longest, pages)
+            full = rows * (most + self.block_length) > _FORWARD_TOKENS or rows * longest * page_bytes > _READ_BYTES
+            if group and (full or most > 2 * least + _STEADY_TOKENS):
                 yield group
                 group = []
             if not group:
-                shortest = new
+                least, most, longest = new, new, pages
             group.append(request)
         if group:
             yield group

@@ -138,6 +138,7 @@ class LladaProposer:
         self.max_model_len = int(vllm_config.model_config.max_model_len)
         self.rows = int(vllm_config.scheduler_config.max_num_seqs)
         self.teacher_tokenizer = self.options.teacher_tokenizer or str(vllm_config.model_config.tokenizer)
+        self.tokenizer_revision = vllm_config.model_config.tokenizer_revision
         self.drafter: Drafter | None = None
         self.ranks: GroupCoordinator | None = None
         """Tensor-parallel ranks that share the student's weights out; None where there is one rank."""
@@ -204,7 +205,7 @@ class LladaProposer:
         """Load the student. Raises as `load_model` does."""
         model, _ = load_student(self.options.student)
         model = model.to(device).eval()  # type: ignore[arg-type]
-        tokenizer = _local_tokenizer(self.teacher_tokenizer)
+        tokenizer = _local_tokenizer(self.teacher_tokenizer, self.tokenizer_revision)
         teacher = Vocabulary.from_tokenizer(tokenizer, self.options.teacher_roles)
         warn_of_another_teacher(Path(self.options.student), teacher)
         self.drafter = Drafter.from_student(
@@ -363,14 +364,15 @@ class LladaProposer:
             logger.error("drafting failed; serving goes on, and this is logged once", exc_info=error)
 
 
-def _local_tokenizer(name: str) -> Path:
-    """The directory of a tokenizer given as a directory or as a hub name that vLLM has already fetched."""
+def _local_tokenizer(name: str, revision: str | None) -> Path:
+    """The directory of a tokenizer given as a directory or as a hub name that vLLM has already fetched, at `revision`,
+    null for the hub's newest."""
     if Path(name).exists():
         return Path(name)
     from transformers.utils.hub import cached_file
 
     try:
-        file = cached_file(name, "tokenizer.json")
+        file = cached_file(name, "tokenizer.json", revision=revision)
     except OSError as error:
         raise CheckpointError(
             f"the teacher's tokenizer {name!r} is neither a directory nor in the local hub cache ({error}); "

@@ -210,6 +210,31 @@ def test_the_company_changes_nothing(
     assert all(len(draft) <= 4 for draft in together)
 
 
+def test_long_contexts_go_apart_where_they_would_pad_many_short_ones(
+    forward: DraftForward,
+    small_bridge: ByteBridge,
+    conversations: dict[str, np.ndarray],
+    fed: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All are in the steady state; a layer may copy as many pages as four short contexts and one long one have."""
+    texts = list(conversations.values())
+    contexts = [texts[0][:60], *(text[:20] for text in texts[1:5])]
+    drafter = Drafter(forward, small_bridge, 4, BLOCK)
+    drafter.propose(range(5), [context[:-2] for context in contexts])
+    fed.clear()
+    together = drafter.propose(range(5), contexts)
+    assert [len(rows) for rows in fed] == [5]
+    pages = sorted(map(drafter._pages_of, drafter._requests.values()))
+    assert pages[-1] > pages[-2]
+    monkeypatch.setattr(propose, "_READ_BYTES", sum(pages) * forward.page_bytes // forward.config.n_layers)
+    drafter = Drafter(forward, small_bridge, 4, BLOCK)
+    drafter.propose(range(5), [context[:-2] for context in contexts])
+    fed.clear()
+    assert drafter.propose(range(5), contexts) == together
+    assert [len(rows) for rows in fed] == [4, 1]
+
+
 def test_a_context_longer_than_the_model_gets_no_draft(
     model: LladaForMaskedDiffusion, small_bridge: ByteBridge, conversations: dict[str, np.ndarray]
 ) -> None:

@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from transformers.utils import hub
 
 from shared.errors import ConfigError
+from student.drafting import vllm_proposer
 from student.drafting.lookup import Lookup
 from student.drafting.policy import FIRST_PLAIN
 from student.drafting.vllm_proposer import OPTIONS_KEY, DrafterOptions, LladaProposer
@@ -24,7 +26,7 @@ def vllm_config(options: Any, max_num_seqs: int = 4, draft_tokens: int = 3) -> A
     return SimpleNamespace(
         additional_config=options,
         speculative_config=SimpleNamespace(num_speculative_tokens=draft_tokens),
-        model_config=SimpleNamespace(max_model_len=MAX_LENGTH, tokenizer="teacher"),
+        model_config=SimpleNamespace(max_model_len=MAX_LENGTH, tokenizer="teacher", tokenizer_revision="abc"),
         scheduler_config=SimpleNamespace(max_num_seqs=max_num_seqs),
     )
 
@@ -252,3 +254,13 @@ def test_options_are_read() -> None:
         DrafterOptions.parse({"student": "runs/x", "denoising_order": "right_to_left"}, "speculate.drafter")
     with pytest.raises(ConfigError, match=r"\['acceptance_by_confidence'\] is \[0.5\]: .* at least 13 items"):
         DrafterOptions.parse({"student": "runs/x", "acceptance_by_confidence": [0.5]}, "speculate.drafter")
+
+
+def test_a_tokenizer_of_the_hub_is_that_of_the_served_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cached_file(name: str, file: str, *, revision: str | None) -> str:
+        return str(tmp_path / name / str(revision) / file)
+
+    monkeypatch.setattr(hub, "cached_file", cached_file)
+    proposer = LladaProposer(vllm_config({"llada_drafter": {"student": "student"}}))
+    found = vllm_proposer._local_tokenizer("of/someone", proposer.tokenizer_revision)
+    assert found == tmp_path / "of/someone/abc"
