@@ -27,7 +27,13 @@ from student.lineage import IDENTITY, differences, evaluation_identity, read_jso
 from student.model.export import load_student
 from student.model.generate import answer, default_settings
 from student.training import launch
-from student.training.engine import agreed, initialize_process_group, training_device, training_dtype
+from student.training.engine import (
+    agreed,
+    initialize_process_group,
+    require_gpu_build,
+    training_device,
+    training_dtype,
+)
 from student.training.skipping import finite
 
 logger = logging.getLogger(__name__)
@@ -58,7 +64,7 @@ def evaluate(config: PipelineConfig) -> dict[str, Any]:
 
     Raises:
         DatasetError: if the dataset or its prepared form is missing or holds no held-out text.
-        CheckpointError: if either student is missing.
+        CheckpointError: if either student is missing. ConfigError: as `require_gpu_build`.
         StaleError: if dataset, start, prepared targets and trained student do not belong together.
     """
     ranks = launch.ranks_here(config.train)
@@ -72,6 +78,7 @@ def evaluate(config: PipelineConfig) -> dict[str, Any]:
 
 def outstanding(config: PipelineConfig) -> Work:
     """What is to be measured. Raises as `evaluate` does."""
+    require_gpu_build()
     for directory in _directories(config).values():
         if not (directory / "config.json").exists():
             raise CheckpointError(

@@ -30,6 +30,7 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
+DRIVERS_GPUS = Path("/proc/driver/nvidia/gpus")
 LONGEST_WAIT = timedelta(hours=6)
 """For which ranks wait for what one does alone: converting a checkpoint of LLaDA-8B moves some 400 GB, which the ten
 minutes of NCCL do not cover. A step that hangs ends earlier (`train.hang_minutes`)."""
@@ -70,6 +71,21 @@ def agreed(decide: Callable[[], T]) -> T:
     if not said[0]:
         sys.exit(USER_ERROR_EXIT_CODE)  # rank 0 says why
     return said[1]
+
+
+def require_gpu_build() -> None:
+    """Refuse to compute on CPUs by mistake: beside GPUs, with a torch that cannot use them.
+
+    Raises:
+        ConfigError: if NVIDIA's driver has GPUs and torch is a CPU build. `CUDA_VISIBLE_DEVICES=` says it is meant so.
+    """
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
+    if torch.version.cuda is None and torch.version.hip is None and not hidden and any(DRIVERS_GPUS.glob("*")):
+        raise ConfigError(
+            f"this machine has GPUs and torch {torch.__version__} is a CPU build: run `make setup` here, or "
+            "`make setup GPUS=1` where no GPU is seen; to compute on the CPU all the same, set CUDA_VISIBLE_DEVICES "
+            "to nothing"
+        )
 
 
 def training_device() -> torch.device:

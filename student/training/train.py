@@ -37,6 +37,7 @@ from student.training.engine import (
     deepspeed_config,
     initialize_process_group,
     partitioned_loading,
+    require_gpu_build,
     require_nvme,
     training_dtype,
     zero_stage,
@@ -157,6 +158,7 @@ def check(config: PipelineConfig, world_size: int) -> TrainingDataLoader:
     """
     if not (config.student_init_dir / "config.json").exists():
         raise CheckpointError(f"{config.student_init_dir} holds no model; run `student init` with this config first")
+    require_gpu_build()
     loader = TrainingDataLoader.open(config, world_size)
     settings = deepspeed_config(config.train, loader.sampler.accumulation)
     require_nvme(settings)

@@ -10,8 +10,9 @@ from deepspeed.ops.op_builder import AsyncIOBuilder
 
 from shared.config import PipelineConfig, StudentConfig, TrainConfig
 from shared.errors import ConfigError
+from student.training import engine
 from student.training.checkpoint import run_identity
-from student.training.engine import deepspeed_config, require_nvme, training_dtype
+from student.training.engine import deepspeed_config, require_gpu_build, require_nvme, training_dtype
 
 
 def config(path: Path) -> TrainConfig:
@@ -141,3 +142,20 @@ def test_what_cannot_be_offloaded_to_nvme_is_refused_with_the_fix(
     monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda *_, **__: True)
     require_nvme(settings(3))
     assert "no test of this program has trained so" in caplog.text
+
+
+def test_a_cpu_build_beside_gpus_is_refused_unless_they_are_hidden(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(engine, "DRIVERS_GPUS", tmp_path)
+    require_gpu_build()
+    (tmp_path / "0000:01:00.0").mkdir()
+    with pytest.raises(ConfigError, match="is a CPU build: run `make setup` here"):
+        require_gpu_build()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    require_gpu_build()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    require_gpu_build()
