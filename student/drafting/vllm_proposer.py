@@ -19,7 +19,9 @@ target's probability of it (one-hot verification), so the output follows the tar
 Each step, `policy.py` decides for which requests a draft pays, and whether LLaDA or the lookup makes it. Nothing that
 goes wrong in here reaches vLLM: a request that fails is drafted for no more, the others go on. Every outcome is counted
 (`counters.py`). Tensor-parallel ranks share the student's weights out (`parallel.py`). The rank whose drafts vLLM takes
-plans, and tells the others for which rows; they see the same batch, so what fails on one fails on all.
+plans, and tells the others for which rows; they see the same batch, so what fails on one for its tokens fails on all.
+What one rank alone fails at, such as memory, leaves the others in a collective until vLLM's timeout ends the server:
+the cache is allocated at the start, and what a forward takes beside it is bounded (`propose.py`).
 """
 
 from __future__ import annotations
