@@ -237,6 +237,20 @@ def require_model_of_run(run: Path) -> None:
     _require_model(config, {}, f"give {config.student_final_dir} itself to export this model all the same")
 
 
+def require_start_of_run(run: Path, checkpoint: Path, made: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of the run at `run` whose start, which completes it, is there no more.
+
+    Args:
+        made: the identity that the checkpoint records.
+
+    Raises:
+        StaleError: naming what differs.
+    """
+    config = PipelineConfig.model_construct(runs=run.parent, name=run.name)  # type: ignore[call-arg]  # for its paths
+    fix = "restore the start that it was trained from, or train anew"
+    require_same(checkpoint, made, present(config, "tokenizer", "start"), fix, config)
+
+
 def _require_model(config: PipelineConfig, settings: dict[str, Any], way_out: str) -> None:
     directory = config.student_final_dir
     record = read_json(directory / RECORD)

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from shared.config import LoraConfig
 from shared.errors import CheckpointError
-from shared.files import new_directory
-from student.lineage import RECORD, read_json, require_model_of_run
+from shared.files import new_directory, write_json
+from student.lineage import IDENTITY, RECORD, read_json, require_model_of_run, require_start_of_run
 from student.model.lora import add_lora, merge_lora
 from student.model.tokenizer import pretrained_tokenizer
 
@@ -126,7 +126,8 @@ def export_student(
 
     Raises:
         CheckpointError: if there is no model, or `to` holds anything but an earlier export, which is replaced.
-        StaleError: if the run's dataset, start or prepared data are no longer those that its model was trained from.
+        StaleError: if the run's dataset, start or prepared data are no longer those that its model was trained from; of
+            a checkpoint, if the start is not.
     """
     import torch
 
@@ -182,15 +183,17 @@ def _export_checkpoint(run: Path, step: int, target: Path, dtype: ExportDtype | 
     if found is None:
         there = sorted(path.name for path in folder.parent.glob("step-*")) or ["none"]
         raise CheckpointError(f"{folder} is no whole checkpoint; there are {', '.join(there)} in {folder.parent}")
+    require_start_of_run(run, folder, found.identity)
     model, tokenizer = load_student(run / "student" / "init")
     if (lora := found.identity.get("student.lora")) is not None:
         add_lora(model, LoraConfig(**lora))
-    if found.identity["train.objectives"]["blocks"]:
-        model.config.draft_block_length = found.identity["train.block_length"]
+    blocks = found.identity["train.objectives"]["blocks"]
+    model.config.draft_block_length = found.identity["train.block_length"] if blocks else None
     kind = getattr(torch, dtype or found.identity["train.dtype"])
     weights = {name: value.to(kind) for name, value in whole_weights(found).items()}
     with new_directory(target) as partial:
         save_student(model, tokenizer, partial, state_dict=weights, max_shard_size=max_shard_size)
+        write_json(partial / RECORD, {"published_step": step, IDENTITY: found.identity})
     _logger.info("%s: the checkpoint of step %d, %s", target, step, kind)
     return target
 

@@ -20,11 +20,11 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from shared.config import PipelineConfig, load_config
-from shared.errors import CheckpointError
+from shared.errors import CheckpointError, StaleError
 from shared.stopping import REQUEUE_EXIT_CODE
 from student.alignment.prepare import prepare
 from student.evaluation.evaluate import evaluate
@@ -439,6 +439,13 @@ def test_the_average_is_what_is_measured_and_exported_and_dropout_survives_an_in
     assert measured["ce"] == pytest.approx(figures["after"]["ratio"]["ce"], rel=1e-6)
     target = export_student(config.run_dir, tmp_path / "exported", checkpoint=8)
     assert all(torch.equal(load_file(target / "model.safetensors")[name], value) for name, value in trained.items())
+    assert json.loads((target / "training.json").read_text())["published_step"] == 8
+    start = config.student_init_dir / "model.safetensors"
+    kept = start.read_bytes()
+    save_file({name: value + 1 for name, value in load_file(start).items()}, start, {"format": "pt"})
+    with pytest.raises(StaleError, match=r"step-8.*start"):
+        export_student(config.run_dir, tmp_path / "exported", checkpoint=8)
+    start.write_bytes(kept)
 
     forget(config)
     interrupt(run, overrides, step=4)
