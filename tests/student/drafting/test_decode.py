@@ -19,7 +19,8 @@ from student.drafting.goodness_of_fit import CANDIDATES
 def test_only_the_engine_that_compares_reads_rows_its_own_and_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    llm = SimpleNamespace(vllm_config=SimpleNamespace(scheduler_config=SimpleNamespace(async_scheduling=False)))
+    scheduler, model = SimpleNamespace(async_scheduling=False), SimpleNamespace(max_model_len=16)
+    llm = SimpleNamespace(vllm_config=SimpleNamespace(scheduler_config=scheduler, model_config=model))
     engine = SimpleNamespace(LLM=lambda **_: SimpleNamespace(llm_engine=llm))
     row = {token: SimpleNamespace(rank=token + 1, logprob=-3.0) for token in range(CANDIDATES)}
     read: list[list[int]] = []
