@@ -233,8 +233,13 @@ def require_current_model(config: PipelineConfig) -> None:
 
 def require_model_of_run(run: Path) -> None:
     """`require_current_model` of the run at `run`, whatever its config."""
-    config = PipelineConfig.model_construct(runs=run.parent, name=run.name)  # type: ignore[call-arg]  # for its paths
+    config = _config_at(run)
     _require_model(config, {}, f"give {config.student_final_dir} itself to export this model all the same")
+
+
+def _config_at(run: Path) -> PipelineConfig:
+    """A config that knows the paths of the run at `run`, and nothing else."""
+    return PipelineConfig.model_construct(runs=run.parent, name=run.name)  # type: ignore[call-arg]
 
 
 def require_start_of_run(run: Path, checkpoint: Path, made: Mapping[str, Any]) -> None:
@@ -246,7 +251,7 @@ def require_start_of_run(run: Path, checkpoint: Path, made: Mapping[str, Any]) -
     Raises:
         StaleError: naming what differs.
     """
-    config = PipelineConfig.model_construct(runs=run.parent, name=run.name)  # type: ignore[call-arg]  # for its paths
+    config = _config_at(run)
     fix = "restore the start that it was trained from, or train anew"
     require_same(checkpoint, made, present(config, "tokenizer", "start"), fix, config)
 

@@ -40,6 +40,7 @@ from student.drafting.bridge import BridgedContext, ByteBridge
 from student.drafting.denoising import Denoising
 from student.drafting.frequencies import frequent_tokens
 from student.drafting.products import Way, fastest_way
+from student.model.prefix_cache import pages_for
 
 if TYPE_CHECKING:
     from student.drafting.forward import DraftForward
@@ -272,8 +273,6 @@ class Drafter:
         return admitted, others
 
     def _pages_of(self, request: _Request) -> int:
-        from student.model.prefix_cache import pages_for
-
         return pages_for(len(request.context.student) + self.block_length)
 
     def _new(self, request: _Request) -> NDArray[np.int32]:
@@ -314,8 +313,6 @@ class Drafter:
 
 def _pages(forward: DraftForward, memory_bytes: int | None) -> int:
     """Pages of the cache within the budget, as many on every rank of the group."""
-    from student.model.prefix_cache import pages_for
-
     if memory_bytes is None:
         if forward.device.type == "cuda":
             free = torch.cuda.mem_get_info(forward.device)[0]
