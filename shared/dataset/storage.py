@@ -367,7 +367,9 @@ class ObjectStorage(Storage):
             except FileNotFoundError:
                 return {}
             prefix = len(self._root.rstrip("/")) + 1
-            return {path[prefix:]: int(info["size"]) for path, info in sorted(found.items())}
+            # Asked for a folder that is empty, and has a file a moment later, s3fs answers with the folder itself.
+            files = {path: info for path, info in sorted(found.items()) if info["type"] != "directory"}
+            return {path[prefix:]: int(info["size"]) for path, info in files.items()}
 
     def _path(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}"

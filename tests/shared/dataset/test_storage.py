@@ -144,3 +144,21 @@ def test_urls_and_paths_find_their_storage(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'llada-drafter\[gcs\]'"):
         open_storage("gs://bucket/x")
+
+
+def test_a_store_whose_folder_gets_its_first_file_while_it_is_listed(s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """s3fs looks twice where a listing is empty; the folder that it finds then is no file of the dataset."""
+    from s3fs import S3FileSystem
+
+    list_once = S3FileSystem._lsdir
+
+    async def listed(self: Any, path: str, *args: Any, **kwargs: Any) -> Any:
+        found = await list_once(self, path, *args, **kwargs)
+        s3.put_object(Bucket=BUCKET, Key="first/commits/unit-0.json", Body=b"{}")
+        return found
+
+    storage = open_storage(f"s3://{BUCKET}/first")
+    monkeypatch.setattr(S3FileSystem, "_lsdir", listed)
+    assert storage.list("commits") == {}
+    monkeypatch.undo()
+    assert storage.list("commits") == {"commits/unit-0.json": 2}
