@@ -54,10 +54,11 @@ from student.training.monitor import peak_flops
 from tests.benchmarks.bench_losses import make_targets
 from tests.fixtures import dense_loss
 from tests.fixtures.aligned_samples import make_sample
-from tests.fixtures.served_run import pipeline, save_prompts, save_run, save_teacher, texts
+from tests.fixtures.served_run import pipeline, save_prompts, save_run, save_teacher, special_ids, texts
 from tests.fixtures.toy_run import toy_config, write_toy_shards
 
 Figures = dict[str, Any]
+IN_FLIGHT = 8
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content }}"
     "<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
@@ -466,7 +467,7 @@ def draft_cost_in_vllm(shapes: Shapes) -> Figures:
     for layers in (shapes.pruned_layers, shapes.layers):
         with tempfile.TemporaryDirectory() as folder:
             result = speculate(large_pipeline(Path(folder), shapes, layers))
-        for in_flight, found in ((1, result["latency"]), (8, result)):
+        for in_flight, found in ((1, result["latency"]), (IN_FLIGHT, result)):
             name = f"{layers} layers, {in_flight} in flight"
             figures[f"{name}: tokens/s"] = found["tokens_per_s"]
             figures[f"{name}: without a draft"] = found["baseline_tokens_per_s"]
@@ -481,16 +482,16 @@ def large_pipeline(directory: Path, shapes: Shapes, layers: int) -> PipelineConf
     teacher, run = save_large_teacher(directory / "teacher", shapes), directory / "random"
     save_prompts(run / "shards", teacher)
     tokenizer = train_tokenizer(texts(), 1500)
-    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("mask", "bos", "eos", "pad")}
     limits = {"max_sequence_length": 2048, "draft_block_length": shapes.block_length}
-    model = shapes.model(layers, torch.bfloat16, **ids | {"vocab_size": max(shapes.vocabulary, 1500)} | limits)
+    limits["vocab_size"] = max(shapes.vocabulary, 1500)
+    model = shapes.model(layers, torch.bfloat16, **limits, **special_ids(tokenizer))
     save_student(model, tokenizer, run / "student" / "final")
     del model
     clear()
     served = {"dtype": "bfloat16", "fp32_head": False, "enforce_eager": False, "max_sequence_tokens": 1024}
     served["engine_args"] = {"load_format": "dummy"}
     tokens, prompts = (48, 3) if shapes.device == "cuda" else (4, 1)
-    measured = {"draft_tokens": 8, "max_response_tokens": tokens, "latency_prompts": prompts, "max_num_seqs": 8}
+    measured = {"draft_tokens": 8, "max_response_tokens": tokens, "latency_prompts": prompts, "max_num_seqs": IN_FLIGHT}
     always = {"compare": [], "policy": False, "lookup": False}
     train = {"block_length": shapes.block_length}
     return pipeline(run, teacher, teacher=served, speculate=measured | always, train=train)

