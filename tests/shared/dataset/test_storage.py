@@ -154,10 +154,10 @@ def test_a_store_whose_folder_gets_its_first_file_while_it_is_listed(s3: Any, mo
 
     async def listed(self: Any, path: str, *args: Any, **kwargs: Any) -> Any:
         found = await list_once(self, path, *args, **kwargs)
-        s3.put_object(Bucket=BUCKET, Key="first/commits/unit-0.json", Body=b"{}")
+        s3.put_object(Bucket=BUCKET, Key="racing/commits/unit-0.json", Body=b"{}")
         return found
 
-    storage = open_storage(f"s3://{BUCKET}/first")
+    storage = open_storage(f"s3://{BUCKET}/racing")
     monkeypatch.setattr(S3FileSystem, "_lsdir", listed)
     assert storage.list("commits") == {}
     monkeypatch.undo()
