@@ -80,7 +80,7 @@ class PlainForward:
     group = None
 
     def __init__(self, model: Any, draftable: np.ndarray, max_tokens: int) -> None:
-        self.model, self.max_tokens, self.device = model, max_tokens, model.device
+        self.model, self.max_tokens, self.device, self.config = model, max_tokens, model.device, model.config
         self.page_bytes = page_bytes(model.config, model.dtype)
         self.undraftable_V = torch.ones(model.head_weight.shape[0], dtype=torch.bool, device=model.device)
         self.undraftable_V[torch.from_numpy(draftable).to(model.device)] = False
@@ -91,15 +91,14 @@ class PlainForward:
     @torch.inference_mode()
     def __call__(
         self, cache: PrefixCache, slots: Sequence[int], new: Sequence[np.ndarray], block: int
-    ) -> list[list[int]]:
+    ) -> tuple[list[list[int]], list[list[float]]]:
         ids_BxC = np.zeros((len(slots), max(map(len, new))), np.int64)
         for row, ids in enumerate(new):
             ids_BxC[row, : len(ids)] = ids
         clean = torch.from_numpy(ids_BxC).to(self.device)
         hidden = self.model.draft_hidden_states(cache, slots, clean, [len(ids) for ids in new], block)
-        logits = self.model.logits(hidden).masked_fill_(self.undraftable_V, -torch.inf)
-        drafted: list[list[int]] = logits.argmax(-1).tolist()
-        return drafted
+        chances, drafted = self.model.logits(hidden).masked_fill_(self.undraftable_V, -torch.inf).softmax(-1).max(-1)
+        return drafted.tolist(), chances.tolist()
 
 
 def synchronize(device: torch.device) -> None:

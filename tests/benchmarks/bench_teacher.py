@@ -5,7 +5,8 @@ rows, and so cut into units that are written to disk, at several k; through vLLM
 lists, which nothing reads. Then a server of the same teacher answers them over HTTP. Plain generation stands between
 all ways, so that a drift of the machine's speed cancels: a ratio is to the mean of the plain runs before and after, for
 the server to the median of all. Figures are medians of the rounds. The writer's own cost is the processor time of the
-threads that write, per token.
+threads that write, per token: beside decoding, which takes both their cores and caches, and alone, when the engine is
+closed and the last round's units are written again.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "configs" / "demo.yaml"
 K = 64
 WRITTEN = (20, 64, 128)
+AGAIN = 15
 VARIANTS = {
     "float32": ("float32", True),
     "bfloat16, float32 head": ("bfloat16", True),
@@ -71,7 +73,9 @@ def measure(
     found: dict[str, Any] = {"load_s": time.monotonic() - started, "captured": engine.capture}
     rates: dict[str, list[float]] = {}
     ratios: dict[str, list[float]] = {}
-    writing: dict[str, list[float]] = {}
+    beside: dict[int, list[float]] = {}
+    units: dict[int, list[Any]] = {}
+    """What `write_unit` was given, by k."""
 
     def asked() -> Iterator[Request]:
         return (Request(str(i), ids, sampling) for i, ids in enumerate(rendered))
@@ -102,9 +106,10 @@ def measure(
                 began = time.thread_time()
                 entry = super().write_unit(*arguments)
                 seconds.append(time.thread_time() - began)
+                units[k].append(arguments)
                 return entry
 
-        engine._top_k = k
+        engine._top_k, units[k] = k, []
         with tempfile.TemporaryDirectory() as folder:
             provenance = provenance_of(config, vocabulary, renderer, "benchmark", "collect")
             writer = Timed(folder, provenance, vocabulary, Path(checkpoint))
@@ -114,8 +119,17 @@ def measure(
             for _ in collector.collect_units(cut):
                 pass
         engine._top_k = K
-        writing.setdefault(str(k), []).append(1e6 * sum(seconds) / collector.counts.tokens)
+        beside.setdefault(k, []).append(1e6 * sum(seconds) / collector.counts.tokens)
         return collector.counts.tokens
+
+    def written_again(k: int) -> float:
+        """Microseconds a token of writing the last round's units with nothing beside it."""
+        with tempfile.TemporaryDirectory() as folder:
+            provenance = provenance_of(config, vocabulary, renderer, "benchmark", "collect")
+            writer = DatasetWriter(folder, provenance, vocabulary, Path(checkpoint))
+            began = time.thread_time()
+            entries = [writer.write_unit(*arguments) for arguments in units[k]]
+            return 1e6 * (time.thread_time() - began) / sum(entry.tokens for entry in entries)
 
     def rate(way: str, run: Callable[[], int]) -> float:
         began = time.monotonic()
@@ -155,7 +169,12 @@ def measure(
     found["ratio"] = {
         way: median(ratios[way]) if way in ratios else value / plain for way, value in found["tokens_per_s"].items()
     }
-    return found | {"writer_us_per_token": {k: median(values) for k, values in writing.items()}}
+    alone = {k: [written_again(k) for _ in range(AGAIN)] for k in WRITTEN}
+    found["writer_us_per_token"] = {
+        way: {str(k): median(values) for k, values in costs.items()}
+        for way, costs in (("beside decoding", beside), ("alone", alone))
+    }
+    return found
 
 
 @contextmanager
@@ -200,8 +219,9 @@ def main() -> None:
         for way, value in found["tokens_per_s"].items():
             table.add_row(way, f"{value:.0f}", f"{found['ratio'][way]:.3f}")
         Console().print(table)
-        costs = ", ".join(f"{value:.1f} at k = {k}" for k, value in found["writer_us_per_token"].items())
-        Console().print(f"the writer's own cost, microseconds a token: {costs}")
+        for way, costs in found["writer_us_per_token"].items():
+            values = ", ".join(f"{value:.1f} at k = {k}" for k, value in costs.items())
+            Console().print(f"the writer's own cost {way}, microseconds a token: {values}")
     if options.json is not None:
         options.json.write_text(json.dumps(results, indent=2) + "\n")
 
