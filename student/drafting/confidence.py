@@ -24,11 +24,18 @@ def bins(confidence: NDArray[np.floating[Any]]) -> NDArray[np.int64]:
     return np.digitize(confidence, EDGES)
 
 
-def count(confidence: Sequence[float], accepted: int) -> NDArray[np.int64]:
-    """[2, BINS]: of a draft of which the first `accepted` tokens were accepted, those verified and those accepted. A
-    token behind a rejected one was not verified."""
-    verified = bins(np.asarray(confidence[: accepted + 1]))
-    return np.stack([np.bincount(verified[:most], minlength=BINS) for most in (accepted + 1, accepted)])
+def count(confidence_NxK: NDArray[np.floating[Any]], accepted_N: NDArray[np.int64]) -> NDArray[np.int64]:
+    """[2, BINS]: of N drafts of which the first `accepted` tokens each were accepted, the tokens verified and accepted.
+    A token behind a rejected one was not verified.
+
+    Args:
+        confidence_NxK: 0 where a draft has no token.
+    """
+    bin_NxK = bins(confidence_NxK)
+    depths_K = np.arange(confidence_NxK.shape[1])
+    verified = (depths_K <= accepted_N[:, None]) & (confidence_NxK > 0)
+    accepted = depths_K < accepted_N[:, None]
+    return np.stack([np.bincount(bin_NxK[which], minlength=BINS) for which in (verified, accepted)])
 
 
 class Calibration:
@@ -46,8 +53,9 @@ class Calibration:
         self._start = np.array([own if chance is None else chance for chance, own in zip(known, middle, strict=True)])
         self._counts = np.zeros((2, BINS))
 
-    def record(self, confidence: Sequence[float], accepted: int) -> None:
-        self._counts = self._counts * self._FADE + count(confidence, accepted)
+    def record(self, confidence_NxK: NDArray[np.floating[Any]], accepted_N: NDArray[np.int64]) -> None:
+        """What came of N drafts, as `count` takes them."""
+        self._counts = self._counts * self._FADE ** len(accepted_N) + count(confidence_NxK, accepted_N)
 
     def __call__(self, confidence: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
         """The chance of each token, where those before it are accepted."""

@@ -39,7 +39,8 @@ class Fit:
     def record(self, seconds: float, *x: float, group: int = 0) -> None:
         self._seen_GxWx[group, self.counts[group] % WINDOW] = (seconds, *x)
         self.counts[group] += 1
-        if (8 * (self.counts - self._fitted_G) >= np.minimum(self._fitted_G, WINDOW)).any():
+        new_G = self.counts - self._fitted_G
+        if ((new_G > 0) & (8 * new_G >= np.minimum(self._fitted_G, WINDOW))).any():
             self._coefficients = None
 
     def __call__(self, *x: Any) -> Any:

@@ -133,6 +133,8 @@ class Policy:
         """LLaDA's confidence in its last drafts."""
         self._survival_RxMxK = np.zeros((0, len(MAKERS), draft_tokens))
         """Of the last plan."""
+        self._step_seconds_D = np.zeros(0)
+        """Of the last plan: expected time of the next step with 0, 1, 2 … drafted tokens."""
         self._rows, self._going = 0, 0
         self._budget, self._explored = 0.0, 0
         self._plain, self._since_plain = 0, 0
@@ -164,8 +166,9 @@ class Policy:
         if len(asked):
             # A token that was asked for and not given counts as one that was not accepted: it was paid for.
             self.acceptance.record(asked, LLADA, self._asked_R[asked], accepted_R[asked])
-        for row in verified[self._confidence_RxK[verified, 0] > 0]:
-            self.calibration.record(self._confidence_RxK[row, : self._given_R[row]].tolist(), int(accepted_R[row]))
+        sure = verified[self._confidence_RxK[verified, 0] > 0]
+        if len(sure):
+            self.calibration.record(self._confidence_RxK[sure], accepted_R[sure])
         self._compare_found(new_R, lengths_R, tokens_RxL)
         if rows and (source_R >= 0).all() and (new_R > 0).all():  # nothing but decoding
             drafted = int(self._given_R[:rows].sum())
@@ -234,7 +237,7 @@ class Policy:
             self.draft.record(seconds, float(self._unread(rows).sum()), float(len(rows)))
             self._read_R[rows] = self._length_R[rows]
         if plan.explores:
-            self._budget -= seconds + self._added(int(given_R.sum()))
+            self._budget -= seconds + self._added_seconds(int(given_R.sum()))
         self._given_R[: len(given_R)] = given_R
         self._asked_R[: len(given_R)] = plan.tokens_R
         self._asked_R[rows] = self.draft_tokens  # what is not worth verifying was paid for, too
@@ -271,8 +274,9 @@ class Policy:
             return measuring
         if self.acceptance.tries(LLADA) < FIRST_DRAFTS and open_R.any():
             return self._with_whole_draft(measuring, open_R)
+        self._step_seconds_D = self._step_seconds(np.arange(rows * self.draft_tokens + 1))
         plan, rate = self._best(survival_RxMxK, expected_RxM)
-        plain = going / self._step_seconds(0)
+        plain = going / self._step_seconds_D[0]
         if rate < WORTHWHILE * plain:
             plan = Plan(longer_R, np.zeros(rows, np.int64))
         elif plan.tokens_R.any() and rate < CLEAR * plain and self._since_plain >= PLAIN_EVERY:
@@ -290,32 +294,32 @@ class Policy:
         """
         if not self.enabled or plan.explores or plan.reason == "measuring" or not confidence_RxK.any():
             return plan.tokens_R
-        rows = len(plan.tokens_R)
         survival_RxK = np.where((plan.maker_R == LOOKUP)[:, None], self._survival_RxMxK[:, LOOKUP], 0)
         survival_RxK[np.arange(self.draft_tokens) >= plan.tokens_R[:, None]] = 0
         drafted_R = confidence_RxK[:, 0] > 0
         chances_RxK = np.where(confidence_RxK > 0, self.calibration(confidence_RxK), 0)
         survival_RxK[drafted_R] = chances_RxK[drafted_R].cumprod(1)
-        step = self._step_seconds(np.arange(rows * self.draft_tokens + 1))
-        return best_lengths(survival_RxK, self._going, step, 0.0)[0]
+        return best_lengths(survival_RxK, self._going, self._step_seconds_D, 0.0)[0]
 
     def _best(self, survival_RxMxK: Floats, expected_RxM: Floats) -> tuple[Plan, float]:
         """The fastest of: the lookup alone, and with it LLaDA for the rows where it is expected to gain most."""
         rows = len(survival_RxMxK)
-        step = self._step_seconds(np.arange(rows * self.draft_tokens + 1))
         lookup_RxK = survival_RxMxK[:, LOOKUP]
-        lengths, rate = best_lengths(lookup_RxK, self._going, step, 0.0)
+        lengths, rate = best_lengths(lookup_RxK, self._going, self._step_seconds_D, 0.0)
         plan = Plan(np.full(rows, LOOKUP), lengths)
         gain_R = expected_RxM[:, LLADA] - expected_RxM[:, LOOKUP]
         by_gain = np.argsort(-gain_R, kind="stable")[: int((gain_R > 0).sum())]
+        chosen_lately = self._chosen_lately() if len(by_gain) and len(self._recent_WxK) else None
         while len(by_gain):
             draft = self._draft_seconds(by_gain)
             survival_RxK = lookup_RxK.copy()
             survival_RxK[by_gain] = survival_RxMxK[by_gain, LLADA]
-            lengths, found = best_lengths(survival_RxK, self._going, step, draft)
-            chosen, chosen_rate = self._choosing(by_gain, lookup_RxK, expected_RxM[:, LLADA], step, draft)
-            if chosen_rate > found:
-                lengths, found = chosen, chosen_rate
+            lengths, found = best_lengths(survival_RxK, self._going, self._step_seconds_D, draft)
+            if chosen_lately is not None:
+                expected = float(expected_RxM[by_gain, LLADA].sum())
+                chosen, chosen_rate = self._choosing(by_gain, lookup_RxK, expected, chosen_lately, draft)
+                if chosen_rate > found:
+                    lengths, found = chosen, chosen_rate
             if found > rate and lengths[by_gain].any():
                 maker_R = np.full(rows, LOOKUP)
                 maker_R[by_gain] = LLADA
@@ -324,24 +328,31 @@ class Policy:
         return plan, rate
 
     def _choosing(
-        self, drafting: Ints, lookup_RxK: Floats, expected_R: Floats, step: Floats, draft: float
+        self, drafting: Ints, lookup_RxK: Floats, expected: float, chosen_lately: tuple[float, float], draft: float
     ) -> tuple[Ints, float]:
-        """As `best_lengths`, where LLaDA drafts whole for some rows and only what is worth it is verified: as much as
-        of its last drafts, more for requests that have accepted more."""
+        """As `best_lengths`, where LLaDA drafts whole for some rows and only what is worth it is verified.
+
+        Args:
+            expected: accepted tokens of all these rows' whole drafts. chosen_lately: `_chosen_lately`.
+        """
         others_RxK = lookup_RxK.copy()
         others_RxK[drafting] = 0
-        lengths, _ = best_lengths(others_RxK, self._going, step, draft)
+        lengths, _ = best_lengths(others_RxK, self._going, self._step_seconds_D, draft)
+        share, verified_each = chosen_lately
+        emitted = share * expected + others_RxK[np.arange(self.draft_tokens) < lengths[:, None]].sum()
+        verified = verified_each * len(drafting) + lengths.sum()  # which are zero for those that draft
         lengths[drafting] = self.draft_tokens
-        if not len(self._recent_WxK):
-            return lengths, 0.0
+        return lengths, float((self._going + emitted) / (self._step_seconds(verified) + draft))
+
+    def _chosen_lately(self) -> tuple[float, float]:
+        """Had only what is worth it been verified of LLaDA's last drafts: the accepted tokens, as a share of what a
+        usual draft has, and the verified tokens of one."""
+        step = self._step_seconds_D
         survival_WxK = self.calibration(self._recent_WxK).cumprod(1)
         price = self._going / step[0] * (step[2] - step[1]) if len(step) > 2 else 0.0  # in tokens, of verifying one
         worth_WxK = (self._recent_WxK > 0) & (survival_WxK > price)
         usual = max(float(self.acceptance.overall(LLADA).sum()), 1e-9)
-        emitted = (survival_WxK * worth_WxK).sum(1).mean() * float(expected_R[drafting].sum()) / usual
-        emitted += others_RxK[np.arange(self.draft_tokens) < lengths[:, None]].sum()  # zero for those that draft
-        verified = worth_WxK.sum(1).mean() * len(drafting) + lengths.sum() - self.draft_tokens * len(drafting)
-        return lengths, float((self._going + emitted) / (self._step_seconds(verified) + draft))
+        return float((survival_WxK * worth_WxK).sum(1).mean()) / usual, float(worth_WxK.sum(1).mean())
 
     def _exploring(self, plan: Plan, open_R: NDArray[np.bool_]) -> Plan | None:
         """The plan with a whole draft of LLaDA, if the budget has it and no draft of LLaDA in it is whole. Every fourth
@@ -352,7 +363,7 @@ class Policy:
             tried = Plan(np.full(len(open_R), LLADA), np.where(open_R, self.draft_tokens, 0), plan.reason, True)
         else:
             tried = self._with_whole_draft(plan, open_R, explores=True)
-        whole = self._added(int(tried.tokens_R.sum())) + self._draft_seconds(tried.llada_rows, HORIZON)
+        whole = self._added_seconds(int(tried.tokens_R.sum())) + self._draft_seconds(tried.llada_rows, HORIZON)
         # Not what is saved up while nothing could be tried: one try, and then the next from new savings.
         self._budget = min(self._budget, 2 * whole)
         if self._budget < whole:
@@ -380,9 +391,9 @@ class Policy:
             kind = np.where(kind == 0, 0, 1 if some else 2)
         return self.step(self._going + drafted, (kind == 1).astype(float), (kind == 2).astype(float))
 
-    def _added(self, tokens: int) -> float:
-        """Seconds that so many drafted tokens add to a step."""
-        return float(self._step_seconds(tokens) - self._step_seconds(0))
+    def _added_seconds(self, tokens: int) -> float:
+        """That so many drafted tokens add to the next step."""
+        return float(self._step_seconds_D[tokens] - self._step_seconds_D[0])
 
     def _unread(self, rows: Ints) -> Ints:
         unread: Ints = self._length_R[rows] - self._read_R[rows]
@@ -396,7 +407,7 @@ class Policy:
             horizon: `HORIZON` counts the contexts whole.
         """
         if not len(self.draft):
-            return float(self._step_seconds(0))
+            return float(self._step_seconds_D[0])
         unread = self._unread(rows)
         usual = np.minimum(unread, self.draft_tokens + 1)
         tokens = usual + (unread - usual) * horizon / HORIZON

@@ -97,7 +97,8 @@ def draft_along(
             skills.append(record.skill)
             proposed.append(len(draft))
             accepted.append(matches)
-            by_confidence += confidence.count(drafter.confidence.get(record.sample_id, []), matches)
+            sure = np.array([drafter.confidence.get(record.sample_id, [])])
+            by_confidence += confidence.count(sure, np.array([matches]))
         advance(len(group))
     return OfflineAcceptance(
         np.array(skills, np.str_),

@@ -264,6 +264,20 @@ def test_times_are_fitted_and_outliers_move_little() -> None:
     assert flat(32, 1.0) == pytest.approx(0.05)
 
 
+def test_a_fit_is_made_anew_after_an_eighth_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever groups were never measured, such as whole drafts for all of many requests."""
+    made = []
+    solve = Fit._solve
+    monkeypatch.setattr(Fit, "_solve", lambda fit: made.append(fit) or solve(fit))
+    fit = Fit(1, groups=3)
+    for tokens in range(80):
+        fit.record(0.05, tokens)
+        fit(1)
+        if tokens == 63:
+            made.clear()
+    assert len(made) == 2
+
+
 def test_requests_are_followed_when_rows_move() -> None:
     policy = Policy(4, K)
     tokens = np.arange(4 * 50).reshape(4, 50)
