@@ -230,15 +230,6 @@ class Encoder:
         """
         return self._verified(self._tokenize(list(map(_whole, texts))), texts, partial)
 
-    def begin_with(self, path: Sequence[int], texts: Sequence[bytes]) -> list[bool]:
-        """Whether the ids of each fragment, as `encode_fragments` gives them, begin with `path`. Those of a text with
-        bytes that the vocabulary has no tokens for do not."""
-        first, length = list(path), len(path)
-        tokenized = self._tokenize(list(map(_whole, texts)))
-        return [
-            ids[:length] == first and self._bytes_of(ids) == text for ids, text in zip(tokenized, texts, strict=True)
-        ]
-
     def _tokenize(self, pieces: Sequence[str | bytes]) -> list[list[int]]:
         """Ids of every piece: of text by the tokenizer, all in one call, of other bytes by its merges alone."""
         texts = [piece for piece in pieces if isinstance(piece, str)]

@@ -125,8 +125,8 @@ class PairTables:
         """{s : s starts with `start`, and T(before + s) starts with `path`}, rising."""
         tokens, ids = self.sorted_student
         first, stop = range_of(tokens, start)
-        found = self.teacher_encoder.begin_with(path, [before + token for token in tokens[first:stop]])
-        return np.sort(ids[first:stop][found])
+        encoded = self.teacher_encoder.encode_fragments([before + token for token in tokens[first:stop]], partial=True)
+        return np.sort(ids[first:stop][[tuple(row[: len(path)]) == path for row in encoded]])
 
     def _count_longer(self, fixed: int, teacher_id: int) -> int:
         """How many of the teacher's tokens start with the first `fixed` bytes of v and go on after them."""

@@ -307,13 +307,3 @@ def test_a_fragment_without_tokens_is_refused_or_left_out(tmp_path: Path) -> Non
     with pytest.raises(VocabularyError, match="no tokens for"):
         encoder.encode_fragments([b"ab", b"c"])
     assert encoder.encode_fragments([b"ab", b"c", b"a\xff"], partial=True) == [[0, 1], [], []]
-    assert encoder.begin_with([0], [b"ab", b"c", b"a\xff"]) == [True, False, False]
-
-
-def test_fragments_that_begin_with_a_path(llama3: tuple[Vocabulary, Encoder]) -> None:
-    _, encoder = llama3
-    texts = [text.encode() for text in TEXTS]
-    encoded = encoder.encode_fragments(texts)
-    for length in (0, 1, 3):
-        path = encoded[1][:length]
-        assert encoder.begin_with(path, texts) == [ids[:length] == path for ids in encoded]
