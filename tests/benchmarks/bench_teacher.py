@@ -68,6 +68,7 @@ def measure(
     prompts = load_prompts(ROOT / config.collect.prompts)[:requests]
     rendered = [renderer.render(prompt).ids for prompt in prompts]
     sampling = Sampling(0, 1, 0, tokens, None)
+    provenance = provenance_of(config, vocabulary, renderer, "benchmark", "collect")
     started = time.monotonic()
     engine = Engine(config.teacher, str(checkpoint), K)
     found: dict[str, Any] = {"load_s": time.monotonic() - started, "captured": engine.capture}
@@ -111,7 +112,6 @@ def measure(
 
         engine._top_k, units[k] = k, []
         with tempfile.TemporaryDirectory() as folder:
-            provenance = provenance_of(config, vocabulary, renderer, "benchmark", "collect")
             writer = Timed(folder, provenance, vocabulary, Path(checkpoint))
             collector = Collector(config, renderer, vocabulary, writer, engine)
             tasks = [Task(prompt.id, prompt, "train", sampling) for prompt in prompts]
@@ -125,7 +125,6 @@ def measure(
     def written_again(k: int) -> float:
         """Microseconds a token of writing the last round's units with nothing beside it."""
         with tempfile.TemporaryDirectory() as folder:
-            provenance = provenance_of(config, vocabulary, renderer, "benchmark", "collect")
             writer = DatasetWriter(folder, provenance, vocabulary, Path(checkpoint))
             began = time.thread_time()
             entries = [writer.write_unit(*arguments) for arguments in units[k]]
