@@ -5,8 +5,8 @@ rows, and so cut into units that are written to disk, at several k; through vLLM
 lists, which nothing reads. Then a server of the same teacher answers them over HTTP. Plain generation stands between
 all ways, so that a drift of the machine's speed cancels: a ratio is to the mean of the plain runs before and after, for
 the server to the median of all. Figures are medians of the rounds. The writer's own cost is the processor time of the
-threads that write, per token: beside decoding, which takes both their cores and caches, and alone, when the engine is
-closed and the last round's units are written again.
+threads that write, per token: beside decoding, which takes both their cores and caches, and alone, where a process that
+has no engine writes the last round's units again.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ from rich.console import Console
 from rich.table import Table
 
 from shared.config import PipelineConfig, ServiceConfig, TeacherConfig, dump_config, load_config
+from shared.dataset.manifest import Provenance
+from shared.dataset.writer import DatasetWriter
+from shared.tokenizer.vocabulary import Vocabulary
 from teacher.engine import Answer
 from teacher.engine.service import ServiceEngine
 from tests.fixtures.teacher_server import Server
@@ -51,8 +54,6 @@ def measure(
     from vllm.sampling_params import RequestOutputKind
 
     from shared.dataset.records import Sampling
-    from shared.dataset.writer import DatasetWriter
-    from shared.tokenizer.vocabulary import Vocabulary
     from teacher.checkpoints import ensure_checkpoint, load_tokenizer
     from teacher.collect import provenance_of
     from teacher.collector import Collector
@@ -122,14 +123,6 @@ def measure(
         beside.setdefault(k, []).append(1e6 * sum(seconds) / collector.counts.tokens)
         return collector.counts.tokens
 
-    def written_again(k: int) -> float:
-        """Microseconds a token of writing the last round's units with nothing beside it."""
-        with tempfile.TemporaryDirectory() as folder:
-            writer = DatasetWriter(folder, provenance, vocabulary, Path(checkpoint))
-            began = time.thread_time()
-            entries = [writer.write_unit(*arguments) for arguments in units[k]]
-            return 1e6 * (time.thread_time() - began) / sum(entry.tokens for entry in entries)
-
     def rate(way: str, run: Callable[[], int]) -> float:
         began = time.monotonic()
         count = run()
@@ -168,12 +161,25 @@ def measure(
     found["ratio"] = {
         way: median(ratios[way]) if way in ratios else value / plain for way, value in found["tokens_per_s"].items()
     }
-    alone = {k: [written_again(k) for _ in range(AGAIN)] for k in WRITTEN}
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        alone = {k: pool.submit(written_again, provenance, vocabulary, units[k]).result() for k in WRITTEN}
     found["writer_us_per_token"] = {
         way: {str(k): median(values) for k, values in costs.items()}
         for way, costs in (("beside decoding", beside), ("alone", alone))
     }
     return found
+
+
+def written_again(provenance: Provenance, vocabulary: Vocabulary, units: list[Any]) -> list[float]:
+    """Microseconds a token of writing `units`, which `DatasetWriter.write_unit` takes, several times over."""
+    costs = []
+    for _ in range(AGAIN):
+        with tempfile.TemporaryDirectory() as folder:
+            writer = DatasetWriter(folder, provenance, vocabulary, None)
+            began = time.thread_time()
+            entries = [writer.write_unit(*arguments) for arguments in units]
+            costs.append(1e6 * (time.thread_time() - began) / sum(entry.tokens for entry in entries))
+    return costs
 
 
 @contextmanager
