@@ -115,7 +115,7 @@ def _stored_units(dataset: Dataset, size: int) -> tuple[list[Unit], int]:
     longest = 0
     for stored in dataset.manifest.units:
         counts: Counter[str] = Counter()
-        for table in dataset.tables(["split", "prompt_ids", "response_ids"], unit=stored.unit):
+        for table in dataset.tables(["split", "prompt_ids", "response_ids"], [stored]):
             responses = pc.list_value_length(table["response_ids"]).to_numpy()
             texts = responses + pc.list_value_length(table["prompt_ids"]).to_numpy()
             longest = max(longest, int(texts[responses > 0].max(initial=0)))

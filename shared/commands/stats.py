@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -16,9 +17,13 @@ from rich.table import Table
 from shared.console import progress
 from shared.dataset.columns import flat_list, is_present
 from shared.dataset.encoding import decode_logprobs, row_matches
+from shared.dataset.manifest import UnitEntry
 from shared.dataset.reader import Dataset
 from shared.dataset.records import offsets_of
 from shared.errors import DatasetError, MissingExtraError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 DEPTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _LENGTH_BINS = tuple(2**i for i in range(32))
@@ -30,7 +35,7 @@ _COLUMNS = (
 
 @dataclass(slots=True)
 class Statistics:
-    """Counts over a dataset.
+    """Counts over a dataset, or over some of its units.
 
     Attributes:
         retained: k → mean mass of a token's first k candidates, over tokens whose tail is known.
@@ -39,7 +44,6 @@ class Statistics:
     """
 
     rows: int = 0
-    prompts: int = 0
     tokens: int = 0
     soft_tokens: int = 0
     bytes: int = 0
@@ -58,7 +62,12 @@ class Statistics:
         return self.bytes / self.tokens if self.tokens else None
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "bytes_per_token": self.bytes_per_token}
+        return {
+            **asdict(self),
+            "retained": {str(k): mass for k, mass in self.retained.items()},
+            "lengths": {str(bound): count for bound, count in self.lengths.items()},
+            "bytes_per_token": self.bytes_per_token,
+        }
 
 
 def measure(path: str | Path) -> Statistics:
@@ -68,34 +77,51 @@ def measure(path: str | Path) -> Statistics:
         DatasetError: if there is none, or it is damaged.
     """
     dataset = Dataset.open(path)
-    result = Statistics(dataset.manifest.rows, 0, dataset.manifest.tokens, bytes=dataset.manifest.bytes)
-    result.counts = dataset.manifest.counts
+    with progress() as bar:
+        task = bar.add_task("reading", total=dataset.manifest.tokens, note="")
+        return _counted(dataset, dataset.manifest.units, lambda tokens: bar.update(task, advance=tokens))
+
+
+def sample(path: str | Path, tokens: int) -> Statistics:
+    """Statistics of units of the dataset at `path` that lie evenly apart and hold about `tokens` response tokens.
+
+    Raises:
+        DatasetError: if there is none, or it is damaged.
+    """
+    dataset = Dataset.open(path)
+    apart = -(-dataset.manifest.tokens // tokens) or 1
+    return _counted(dataset, dataset.manifest.units[::apart], lambda _: None)
+
+
+def _counted(dataset: Dataset, units: Sequence[UnitEntry], done: Callable[[int], None]) -> Statistics:
+    """Statistics of these units; `done` is told how many response tokens more have been read."""
+    rows, tokens, size = (sum(getattr(unit, name) for unit in units) for name in ("rows", "tokens", "bytes"))
+    counts = dict(sorted(sum((Counter(unit.counts) for unit in units), Counter[str]()).items()))
+    result = Statistics(rows, tokens, bytes=size, counts=counts)
     skills, reasons, lengths = Counter[str](), Counter[str](), Counter[int]()
     mass, inside, logprob, logprobs, widest, outside = np.zeros(len(DEPTHS)), 0, 0.0, 0, 0, 0.0
-    with progress() as bar:
-        task = bar.add_task("reading", total=result.tokens, note="")
-        for table in dataset.tables(_COLUMNS):
-            skills.update(table["skill"].to_pylist())
-            reasons.update(table["finish_reason"].to_pylist())
-            size = np.asarray(pc.list_value_length(table["response_ids"]))
-            lengths.update(np.searchsorted(_LENGTH_BINS, size).tolist())
-            has = is_present(table["width"])
-            response, _ = flat_list(table["response_ids"])
-            owners = response[np.repeat(has, size)]
-            widths, ids, gaps, tail, sampled = (
-                flat_list(table[name])[0]
-                for name in ("width", "candidate_ids", "candidate_gaps", "tail_mass", "sampled_logprob")
-            )
-            result.soft_tokens += len(widths)
-            result.candidates += len(ids)
-            result.unknown_tails += int(np.isnan(tail).sum())
-            widest = max(widest, int(widths.max(initial=0)))
-            mass += _retained(widths, np.exp(decode_logprobs(widths, gaps, tail)), ~np.isnan(tail))
-            inside += len(row_matches(widths, ids, owners)[0])
-            logprob += float(np.nansum(sampled.astype(np.float64)))
-            logprobs += int((~np.isnan(sampled)).sum())
-            outside += float(np.nansum(tail.astype(np.float64)))
-            bar.update(task, advance=int(size.sum()))
+    for table in dataset.tables(_COLUMNS, units):
+        skills.update(table["skill"].to_pylist())
+        reasons.update(table["finish_reason"].to_pylist())
+        length = np.asarray(pc.list_value_length(table["response_ids"]))
+        lengths.update(np.searchsorted(_LENGTH_BINS, length).tolist())
+        has = is_present(table["width"])
+        response, _ = flat_list(table["response_ids"])
+        owners = response[np.repeat(has, length)]
+        widths, ids, gaps, tail, sampled = (
+            flat_list(table[name])[0]
+            for name in ("width", "candidate_ids", "candidate_gaps", "tail_mass", "sampled_logprob")
+        )
+        result.soft_tokens += len(widths)
+        result.candidates += len(ids)
+        result.unknown_tails += int(np.isnan(tail).sum())
+        widest = max(widest, int(widths.max(initial=0)))
+        mass += _retained(widths, np.exp(decode_logprobs(widths, gaps, tail)), ~np.isnan(tail))
+        inside += len(row_matches(widths, ids, owners)[0])
+        logprob += float(np.nansum(sampled.astype(np.float64)))
+        logprobs += int((~np.isnan(sampled)).sum())
+        outside += float(np.nansum(tail.astype(np.float64)))
+        done(int(length.sum()))
     result.skills = dict(skills.most_common())
     result.finish_reasons = dict(reasons.most_common())
     result.lengths = {_LENGTH_BINS[i]: lengths[i] for i in sorted(lengths)}
@@ -146,23 +172,30 @@ def draw(statistics: Statistics, path: Path) -> None:
         DatasetError: if the picture cannot be written.
     """
     try:
-        from matplotlib.figure import Figure
+        figure = drawn(statistics)
     except ImportError as error:
         raise MissingExtraError("--picture needs matplotlib; pip install 'llada-drafter[student]'") from error
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
-    mass, reasons, lengths = figure.subplots(1, 3)
-    mass.plot(list(statistics.retained), list(statistics.retained.values()), marker="o")
-    mass.set(xscale="log", xlabel="k", ylabel="mean retained mass", ylim=(0, 1.02), title="retained mass by k")
-    mass.set_xticks(list(statistics.retained), [str(k) for k in statistics.retained], minor=False)
-    mass.minorticks_off()
-    reasons.bar(list(statistics.finish_reasons), list(statistics.finish_reasons.values()))
-    reasons.set(title="finish reasons", ylabel="responses")
-    lengths.bar([str(bound) for bound in statistics.lengths], list(statistics.lengths.values()))
-    lengths.set(title="response lengths", xlabel="tokens up to", ylabel="responses")
     try:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:
         raise DatasetError(f"cannot write the picture {path}: {error}; name a .png or .svg file") from error
+
+
+def drawn(statistics: Statistics) -> Figure:
+    """Retained mass by k, finish reasons and lengths, one below the other; raises `ImportError` without matplotlib."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 7.2), layout="tight")
+    mass, reasons, lengths = figure.subplots(3, 1)
+    mass.plot(list(statistics.retained), list(statistics.retained.values()), marker="o")
+    mass.set(xscale="log", xlabel="k", ylabel="mean retained mass", ylim=(0, 1.02), title="Retained mass by k")
+    mass.set_xticks(list(statistics.retained), [str(k) for k in statistics.retained], minor=False)
+    mass.minorticks_off()
+    reasons.barh(list(statistics.finish_reasons), list(statistics.finish_reasons.values()))
+    reasons.set(title="Finish reasons", xlabel="responses")
+    lengths.bar([str(bound) for bound in statistics.lengths], list(statistics.lengths.values()))
+    lengths.set(title="Response lengths", xlabel="tokens up to", ylabel="responses")
+    return figure
 
 
 def _retained(

@@ -120,9 +120,11 @@ class Dataset:
                 if split in (None, record.split) and rule in (None, record.sampling.rule):
                     yield record
 
-    def tables(self, columns: Sequence[str] | None = None, unit: str | None = None) -> Iterator[pa.Table]:
-        """Row groups as Arrow tables with only the columns named (of that unit only), checked like everything else."""
-        yield from self._groups([u for u in self.manifest.units if unit in (None, u.unit)], columns)
+    def tables(
+        self, columns: Sequence[str] | None = None, units: Sequence[UnitEntry] | None = None
+    ) -> Iterator[pa.Table]:
+        """Row groups (of these units only) as Arrow tables of the columns named, checked like everything else."""
+        yield from self._groups(self.manifest.units if units is None else units, columns)
 
     def _groups(self, units: Sequence[UnitEntry], columns: Sequence[str] | None) -> Iterator[pa.Table]:
         for unit in units:

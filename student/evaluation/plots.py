@@ -44,13 +44,14 @@ def _smooth(values: Sequence[float], window: int) -> np.ndarray:
     return (sums[ends] - sums[starts]) / (ends - starts)
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
+    """The figure as the page holds it."""
     figure.tight_layout()
     drawn = io.StringIO()
     figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
     plt.close(figure)
-    svg = drawn.getvalue()
-    return svg[svg.index("<svg") :].replace(INK, "currentColor").replace("<defs>", f"{_SCHEME}<defs>", 1)
+    text = drawn.getvalue()
+    return text[text.index("<svg") :].replace(INK, "currentColor").replace("<defs>", f"{_SCHEME}<defs>", 1)
 
 
 def loss_curve(entries: Sequence[dict[str, Any]]) -> str:
@@ -63,7 +64,7 @@ def loss_curve(entries: Sequence[dict[str, Any]]) -> str:
     axes.plot(steps, _smooth(losses, max(len(losses) // 40, 1)), color=AFTER, linewidth=1.8, label="trailing mean")
     axes.set(xlabel="step", ylabel="loss per target token [nats]", title="Training loss")
     axes.legend()
-    return _svg(figure)
+    return svg(figure)
 
 
 def acceptance_curve(entries: Sequence[dict[str, Any]]) -> str:
@@ -79,7 +80,36 @@ def acceptance_curve(entries: Sequence[dict[str, Any]]) -> str:
         xlabel="step", ylabel="share of blocks", ylim=(0, None), title="Leading student tokens right, training text"
     )
     axes.legend(ncol=2, fontsize=8)
-    return _svg(figure)
+    return svg(figure)
+
+
+PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
+    ("Terms of the loss", "log", {"ce": "CE, nats", "kl": "KL, nats", "tv": "total variation", "path": "path"}),
+    ("Gradient norm", "log", {"grad_norm": ""}),
+    ("Learning rate", "linear", {"learning_rate": ""}),
+    ("Tokens a second", "linear", {"tokens_per_s": ""}),
+    ("Share of a step that waits for data", "linear", {"data_wait": ""}),
+    ("Memory, GiB", "linear", {"device_gib": "device", "host_gib": "process"}),
+)
+"""Title, scale, and the journal's key → label of each curve."""
+
+
+def training_curves(entries: Sequence[dict[str, Any]]) -> str:
+    """What the journal says of each step, a panel for each subject; what was not measured has no curve."""
+    steps = [entry["step"] for entry in entries]
+    figure, panels = plt.subplots(len(PANELS), figsize=(6.4, 1.7 * len(PANELS)), sharex=True)
+    for axes, (title, scale, curves) in zip(panels, PANELS, strict=True):
+        for key, label in curves.items():
+            values = [np.nan if entry.get(key) is None else entry[key] for entry in entries]
+            if not np.isnan(values).all():
+                axes.plot(steps, values, linewidth=0.9, label=label)
+        axes.set(title=title, yscale=scale)
+        if scale == "linear":
+            axes.set_ylim(0, None)
+        if len(axes.lines) > 1:
+            axes.legend(fontsize=8, ncol=2)
+    panels[-1].set_xlabel("step")
+    return svg(figure)
 
 
 def depth_bars(before: Sequence[float], after: Sequence[float], served: Sequence[float] | None) -> str:
@@ -97,7 +127,7 @@ def depth_bars(before: Sequence[float], after: Sequence[float], served: Sequence
     )
     axes.set_xticks(np.arange(1, len(after) + 1))
     axes.legend()
-    return _svg(figure)
+    return svg(figure)
 
 
 def skill_bars(before: dict[str, float], after: dict[str, float]) -> str:
@@ -110,7 +140,7 @@ def skill_bars(before: dict[str, float], after: dict[str, float]) -> str:
     axes.set_yticks(rows, skills)
     axes.set(xlabel="acceptance length tau", title="By skill, held-out prompts")
     axes.legend(loc="lower right")
-    return _svg(figure)
+    return svg(figure)
 
 
 def speed_bars(speeds: dict[str, dict[str, float]]) -> str:
@@ -123,7 +153,7 @@ def speed_bars(speeds: dict[str, dict[str, float]]) -> str:
         axes.bar_label(bars, [f"{speed:.1f}  ({speed / plain:.2f} ×)" for speed in by_draft.values()], padding=3)
         axes.set(xlim=(0, 1.35 * max(by_draft.values())), title=title)
     panels[-1, 0].set_xlabel("tokens a second")
-    return _svg(figure)
+    return svg(figure)
 
 
 def break_even(result: dict[str, Any], student: dict[str, Any]) -> str:
@@ -143,4 +173,4 @@ def break_even(result: dict[str, Any], student: dict[str, Any]) -> str:
         )
     axes.set(xlabel="acceptance length", ylabel="times the speed without a draft", title="What a draft is worth here")
     axes.legend()
-    return _svg(figure)
+    return svg(figure)

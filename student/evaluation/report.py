@@ -2,8 +2,8 @@
 
 The page is one file: it needs no other and no network.
 
-Nothing is computed here. A figure whose stage has not run is null, and so is one that was measured on other inputs or
-with other settings than those of now; page and screen say which, and why.
+Nothing is computed here but what some units of the dataset hold. A figure whose stage has not run is null, and so is
+one that was measured on other inputs or with other settings than those of now; page and screen say which, and why.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from shared.commands.stats import Statistics, drawn, sample
 from shared.config import PipelineConfig, dump_config
 from shared.console import stdout
 from shared.errors import UserError
@@ -61,6 +62,10 @@ SPECULATE = (
     "baseline_tokens_per_s",
 )
 _COMMANDS = {"collect": "teacher collect", "break_even": "student speculate --break-even"}
+SAMPLE_TOKENS = 1_000_000
+"""Response tokens of the dataset that are read for its picture: some ten seconds."""
+MOST_STEPS = 2_000
+"""Of the journal that are drawn, evenly apart: the page would have megabytes of 30,000."""
 LATENCY = ("tokens_per_s", "baseline_tokens_per_s", "speedup")
 LLADA_ALONE = ("tokens_per_s", "speedup")
 
@@ -145,8 +150,12 @@ def write_report(config: PipelineConfig) -> dict[str, Any]:
     if not any(report["details"].values()) and not report["stale"]:
         raise UserError(f"{config.run_dir} holds no result of any stage; run `make collect-logits` first")
     entries = [] if "train" in report["stale"] else list(read_metrics(config.run_dir / "metrics.jsonl"))
+    there = manifest_of(config) is not None and "collect" not in report["stale"]
+    statistics = sample(config.shards_dir, SAMPLE_TOKENS) if there else None
+    report["dataset"] = None if statistics is None else statistics.to_json()
     write_json(config.report_dir / "report.json", report)
-    pictures = list(_pictures(report, entries))
+    entries = entries[:: len(entries) // MOST_STEPS + 1]
+    pictures = list(_pictures(report, entries, statistics))
     for name, _, svg in pictures:
         write_text(config.report_dir / name, svg)
     write_text(config.report_dir / "index.html", _page(config, report, pictures))
@@ -155,7 +164,9 @@ def write_report(config: PipelineConfig) -> dict[str, Any]:
     return report
 
 
-def _pictures(report: dict[str, Any], entries: list[dict[str, Any]]) -> Iterator[tuple[str, str, str]]:
+def _pictures(
+    report: dict[str, Any], entries: list[dict[str, Any]], statistics: Statistics | None
+) -> Iterator[tuple[str, str, str]]:
     """(file name, caption, SVG) of every picture that there is data for."""
     from student.evaluation import plots
 
@@ -166,6 +177,11 @@ def _pictures(report: dict[str, Any], entries: list[dict[str, Any]]) -> Iterator
         yield "loss.svg", caption, plots.loss_curve(entries)
         caption = "Share of blocks whose first d student tokens are all the teacher's, on training text."
         yield "acceptance.svg", caption, plots.acceptance_curve(entries)
+        caption = "Training, by step: the loss's parts, gradients, learning rate, speed, waiting and memory."
+        yield "training.svg", caption, plots.training_curves(entries)
+    if statistics is not None:
+        caption = f"What was collected, from {statistics.tokens:,} of its response tokens."
+        yield "dataset.svg", caption, plots.svg(drawn(statistics))
     before, after = evaluated.get("before"), evaluated.get("after")
     if before and after and "tau" in before:
         caption = f"Held-out prompts, {evaluated['rule']} decoding: drafts whose first d tokens are accepted."
@@ -203,6 +219,9 @@ def _page(config: PipelineConfig, report: dict[str, Any], pictures: list[tuple[s
     import jinja2
     from markupsafe import Markup
 
+    from student.alignment.prepare import REASONS
+
+    counts = report["details"]["prepare"].get("counts", {})
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("student.evaluation", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -214,6 +233,7 @@ def _page(config: PipelineConfig, report: dict[str, Any], pictures: list[tuple[s
         config=dump_config(config),
         stages=_stages(config, report),
         identical=_identical(report["details"]["speculate"]),
+        met=[(reason, counts[key]) for key, reason in REASONS.items() if counts.get(key)],
         speeds=_cards(config, report),
         provenance=_provenance(config, report),
         certificate=report["details"]["certify"].get("passed"),

@@ -8,17 +8,26 @@ from xml.etree import ElementTree
 
 import pytest
 
+from shared.commands.stats import measure
 from shared.config import PipelineConfig
+from shared.dataset.manifest import Manifest
+from shared.dataset.reader import Dataset
 from shared.errors import UserError
 from shared.files import write_json
+from student.evaluation import report as report_module
 from student.evaluation.plots import INK
 from student.evaluation.report import figure, write_report
-from student.lineage import evaluation_identity, speculation_identity
-from tests.fixtures.toy_run import load_toy
+from student.lineage import IDENTITY, evaluation_identity, prepared_identity, present, speculation_identity
+from tests.fixtures.toy_run import load_toy, write_toy_shards
 
 STEP = {
     "step": 1,
     "loss": 3.0,
+    "ce": 3.5,
+    "kl": 2.5,
+    "grad_norm": 1.0,
+    "learning_rate": 0.001,
+    "data_wait": None,
     "match_by_depth": [0.2, None],
 }
 MEASURED = {"tau": 1.25, "accepted_one_hot": 0.25, "by_depth": [0.2, 0.05], "alpha_low": 0.1, "alpha_high": 0.3}
@@ -37,6 +46,17 @@ def finished(config: PipelineConfig, **speculate: Any) -> None:
     write_json(config.run_dir / "speculate.json", figures | speculate)
     lines = [json.dumps(STEP | {"step": step}) for step in (1, 2, 3)]
     (config.run_dir / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def collected(config: PipelineConfig) -> Manifest:
+    """A dataset, what its collection and the mapping of its rows left behind."""
+    write_toy_shards(config)
+    manifest = Dataset.open(config.shards_dir).manifest
+    write_json(config.run_dir / "collect.json", {"responses": manifest.rows, "tokens": manifest.tokens})
+    made_from = prepared_identity(config.prepare, present(config, "dataset", "teacher vocabulary", "tokenizer"))
+    write_json(config.prepared_dir / "manifest.json", {IDENTITY: made_from})
+    write_json(config.prepared_dir / "summary.json", {"counts": {"cut_character": 5, "changed_text": 0}})
+    return manifest
 
 
 def test_every_key_is_there_and_what_was_not_measured_is_null(tmp_path: Path) -> None:
@@ -67,7 +87,7 @@ def test_the_page_shows_its_pictures_and_says_what_was_not_measured(tmp_path: Pa
     finished(config)
     write_report(config)
     page = (config.report_dir / "index.html").read_text()
-    for picture in ("loss.svg", "acceptance.svg", "depth.svg", "skills.svg"):
+    for picture in ("loss.svg", "acceptance.svg", "training.svg", "depth.svg", "skills.svg"):
         drawn = (config.report_dir / picture).read_text()
         assert ElementTree.fromstring(drawn).tag.endswith("svg")
         assert drawn in page
@@ -80,6 +100,38 @@ def test_the_page_shows_its_pictures_and_says_what_was_not_measured(tmp_path: Pa
     pieces = (("own", "Yes"), ("accepted", ", 1 &lt;"), ("rejected", " 3"), ("own", " 2."))
     said = "".join(f'<span class="{kind}">{text}</span>' for kind, text in pieces)
     assert f"<td>1 &lt; 2?</td><td>{said}</td><td>Yes.</td>" in page
+
+
+def test_what_was_collected_and_how_it_was_mapped_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_toy(tmp_path)
+    finished(config)
+    manifest = collected(config)
+    report = write_report(config)
+    assert json.loads((config.report_dir / "report.json").read_text()) == report
+    whole = measure(config.shards_dir).to_json()
+    assert report["dataset"] == whole
+    page = (config.report_dir / "index.html").read_text()
+    assert "responses cut inside a character</td><td>5</td>" in page
+    assert (config.report_dir / "dataset.svg").read_text() in page
+    assert f"from {manifest.tokens:,} of its response tokens" in page
+    monkeypatch.setattr(report_module, "SAMPLE_TOKENS", manifest.tokens // 2)
+    assert 0 < write_report(config)["dataset"]["tokens"] < manifest.tokens
+    # A dataset that is another than collect.json speaks of is not mixed into the page.
+    write_json(config.run_dir / "collect.json", {"responses": 1, "tokens": 2})
+    assert write_report(config)["dataset"] is None
+
+
+def test_a_long_training_is_drawn_in_some_of_its_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_toy(tmp_path)
+    finished(config)
+    monkeypatch.setattr(report_module, "MOST_STEPS", 50)
+    journal, sizes = config.run_dir / "metrics.jsonl", []
+    for steps in (50, 5000):
+        noisy = (STEP | {"step": step, "kl": 1 + step * 7919 % 101} for step in range(steps))
+        journal.write_text("".join(f"{json.dumps(line)}\n" for line in noisy))
+        write_report(config)
+        sizes.append((config.report_dir / "training.svg").stat().st_size)
+    assert sizes[1] < 1.2 * sizes[0]
 
 
 def test_speeds_are_shown_by_kind_of_draft(tmp_path: Path) -> None:

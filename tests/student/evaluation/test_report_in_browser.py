@@ -12,7 +12,7 @@ import pytest
 
 from student.evaluation.report import write_report
 from tests.fixtures.toy_run import load_toy
-from tests.student.evaluation.test_report import finished
+from tests.student.evaluation.test_report import collected, finished
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DARK = ["--force-dark-mode", "--blink-settings=preferredColorScheme=0"]
@@ -38,6 +38,7 @@ def test_the_page_is_drawn_without_a_complaint(tmp_path: Path) -> None:
     config = load_toy(tmp_path)
     speed = {"tokens_per_s": 25.0, "baseline_tokens_per_s": 20.0, "speedup": 1.25, "acceptance_length": 1.5}
     finished(config, **speed, latency=speed | {"llada_alone": speed})
+    collected(config)
     write_report(config)
     page = (config.report_dir / "index.html").absolute().as_uri()
     paper = {}
@@ -66,6 +67,6 @@ def test_the_page_is_drawn_without_a_complaint(tmp_path: Path) -> None:
     title = re.search(r"<title>(.*?)</title>", browse("--window-size=500,900", "--dump-dom", probe.as_uri()).stdout)
     assert title is not None
     widths, page_width = title[1].split("|")
-    assert len(widths.split()) == 5
+    assert len(widths.split()) == 7
     assert min(map(int, widths.split())) > 200
     assert int(page_width) <= 500
