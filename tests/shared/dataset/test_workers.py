@@ -387,6 +387,7 @@ def stress(path: Any, failures: Path, units: int) -> dict[str, Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(60 * STARTS)
 def test_four_workers_that_start_write_and_die(tmp_path: Path) -> None:
     ends = stress(tmp_path / "d", tmp_path / "failures", units=4 * STARTS)
     assert ends["tracebacks"] == 0, ends
@@ -395,6 +396,7 @@ def test_four_workers_that_start_write_and_die(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(60 * STARTS)
 @pytest.mark.usefixtures("s3")
 def test_four_workers_that_start_write_and_die_on_a_store(tmp_path: Path) -> None:
     ends = stress(f"s3://{BUCKET}/stress", tmp_path / "failures", units=4 * STARTS)
