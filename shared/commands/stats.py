@@ -17,7 +17,7 @@ from rich.table import Table
 from shared.console import progress
 from shared.dataset.columns import flat_list, is_present
 from shared.dataset.encoding import decode_logprobs, row_matches
-from shared.dataset.manifest import UnitEntry
+from shared.dataset.manifest import UnitEntry, counts_of
 from shared.dataset.reader import Dataset
 from shared.dataset.records import offsets_of
 from shared.errors import DatasetError, MissingExtraError
@@ -96,8 +96,7 @@ def sample(path: str | Path, tokens: int) -> Statistics:
 def _counted(dataset: Dataset, units: Sequence[UnitEntry], done: Callable[[int], None]) -> Statistics:
     """Statistics of these units; `done` is told how many response tokens more have been read."""
     rows, tokens, size = (sum(getattr(unit, name) for unit in units) for name in ("rows", "tokens", "bytes"))
-    counts = dict(sorted(sum((Counter(unit.counts) for unit in units), Counter[str]()).items()))
-    result = Statistics(rows, tokens, bytes=size, counts=counts)
+    result = Statistics(rows, tokens, bytes=size, counts=counts_of(units))
     skills, reasons, lengths = Counter[str](), Counter[str](), Counter[int]()
     mass, inside, logprob, logprobs, widest, outside = np.zeros(len(DEPTHS)), 0, 0.0, 0, 0, 0.0
     for table in dataset.tables(_COLUMNS, units):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
@@ -183,11 +184,16 @@ class Manifest(Document):
     @property
     def counts(self) -> dict[str, int]:
         """Records by `split/rule`."""
-        total: dict[str, int] = {}
-        for unit in self.units:
-            for key, count in unit.counts.items():
-                total[key] = total.get(key, 0) + count
-        return dict(sorted(total.items()))
+        return counts_of(self.units)
+
+
+def counts_of(units: Iterable[UnitEntry]) -> dict[str, int]:
+    """Records of these units by `split/rule`."""
+    total: dict[str, int] = {}
+    for unit in units:
+        for key, count in unit.counts.items():
+            total[key] = total.get(key, 0) + count
+    return dict(sorted(total.items()))
 
 
 def dump(document: BaseModel) -> bytes:
