@@ -58,7 +58,7 @@ def read_tokenizer_file(path: Path) -> TokenizerFile:
     """
     file = _find(path)
     tree = _read_object(file, "pass a tokenizer.json or tekken.json")
-    if "model" in tree and "added_tokens" in tree:
+    if isinstance(tree.get("model"), dict) and isinstance(tree.get("added_tokens"), list):
         settings = _read_settings(file.parent)
         return of_tree(file, tree, settings, _read_chat_template(file.parent, settings))
     if "vocab" in tree and "config" in tree:

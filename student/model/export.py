@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from shared.config import LoraConfig
+from shared.dataset.manifest import MANIFEST
 from shared.errors import CheckpointError
 from shared.files import new_directory, write_json
+from student.alignment.prepared import PreparedDataset
 from student.lineage import IDENTITY, RECORD, read_json, require_model_of_run, require_start_of_run
 from student.model.lora import add_lora, merge_lora
 from student.model.tokenizer import pretrained_tokenizer
@@ -122,7 +124,8 @@ def export_student(
     Args:
         checkpoint: the step whose checkpoint is exported, in place of the trained student.
 
-    What the model was trained from, and its tokens' counts, go along with it (training.json, token_counts.npy).
+    What the model was trained from, and its tokens' counts, go along with it (training.json, token_counts.npy; of a
+    checkpoint, where the prepared data that it was trained from are still there).
 
     Raises:
         CheckpointError: if there is no model, or `to` holds anything but an earlier export, which is replaced.
@@ -176,6 +179,7 @@ def _require_replaceable(target: Path, run: Path) -> None:
 def _export_checkpoint(run: Path, step: int, target: Path, dtype: ExportDtype | None, max_shard_size: str) -> Path:
     import torch
 
+    from student.drafting.frequencies import count_tokens, write_counts
     from student.training.checkpoint import Checkpoint, whole_weights
 
     folder = run / "student" / "checkpoints" / f"step-{step}"
@@ -194,6 +198,9 @@ def _export_checkpoint(run: Path, step: int, target: Path, dtype: ExportDtype | 
     with new_directory(target) as partial:
         save_student(model, tokenizer, partial, state_dict=weights, max_shard_size=max_shard_size)
         write_json(partial / RECORD, {"published_step": step, IDENTITY: found.identity})
+        prepared = PreparedDataset.open(run / "prepared") if (run / "prepared" / MANIFEST).exists() else None
+        if prepared is not None and prepared.fingerprint == found.identity["prepared data"]:
+            write_counts(partial, count_tokens(prepared, model.config.vocab_size))
     _logger.info("%s: the checkpoint of step %d, %s", target, step, kind)
     return target
 

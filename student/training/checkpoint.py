@@ -47,6 +47,7 @@ WITHOUT_EFFECT = {
     "micro_batch", "trackers", "world_size",
 }  # fmt: skip
 COMPLETE, AVERAGE = "complete.json", "average.safetensors"
+_UNIVERSAL = "-universal"
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,12 +159,16 @@ def save(
 
 
 def prune(directory: Path, keep: int) -> None:
-    """Delete all but the newest `keep` and the best."""
-    whole = [path for path in _folders(directory) if (path / COMPLETE).exists()]
+    """Delete all but the newest `keep` and the best, and what was begun before and did not come to its end."""
+    folders = _folders(directory)
+    whole = [path for path in folders if (path / COMPLETE).exists()]
     leader = best(directory)
-    for old in whole[keep:]:
-        if leader is None or old != leader.directory:
+    kept = whole[:keep] + ([] if leader is None else [leader.directory])
+    for old in folders[folders.index(whole[0]) :] if whole else ():
+        if old not in kept:
             shutil.rmtree(old)
+    for conversion in directory.glob(f"step-*{_UNIVERSAL}"):
+        shutil.rmtree(conversion)
 
 
 def complete(
@@ -282,7 +287,7 @@ def reshard(checkpoint: Checkpoint, ranks: int, zero_stage: int) -> Path:
             f"there are {ranks} under ZeRO-{zero_stage}: DeepSpeed converts the states of AdamW, not those of Muon; "
             "restore both, or pass --fresh to train anew"
         )
-    target = checkpoint.directory.with_name(f"{checkpoint.directory.name}-universal")
+    target = checkpoint.directory.with_name(checkpoint.directory.name + _UNIVERSAL)
     shutil.rmtree(target, ignore_errors=True)
     logger.info(
         "converting %s: saved by %d ranks under ZeRO-%d, resumed by %d under ZeRO-%d",

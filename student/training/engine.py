@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from shared.config import TrainConfig
@@ -154,8 +155,10 @@ def read_settings(source: Path | dict[str, Any]) -> tuple[dict[str, Any], str]:
     """A copy of the settings in a file or in the config itself, and what a message calls their place.
 
     Raises:
-        ConfigError: if the file is missing or is not a JSON object, or a section is none.
+        ConfigError: if the file is missing or is not a JSON object, a section is none, or ZeRO's is not DeepSpeed's.
     """
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
     if isinstance(source, dict):
         settings, where = copy.deepcopy(source), "train.deepspeed"
     else:
@@ -171,6 +174,12 @@ def read_settings(source: Path | dict[str, Any]) -> tuple[dict[str, Any], str]:
     for name in ("zero_optimization", "bf16", "fp16", "data_types", "checkpoint"):
         if not isinstance(settings.get(name, {}), dict):
             raise ConfigError(f"{where}: {name} is {settings[name]!r}, expected a mapping of its settings")
+    try:
+        DeepSpeedZeroConfig(**settings.get("zero_optimization", {}))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(map(str, problem["loc"]))
+        raise ConfigError(f"{where}: zero_optimization.{key} is {problem['input']!r}: {problem['msg']}") from error
     return settings, where
 
 

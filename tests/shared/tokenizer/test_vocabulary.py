@@ -240,6 +240,7 @@ def test_what_cannot_be_recovered_is_refused_with_the_token(tmp_path: Path) -> N
         ("absent.json", None, "does not exist"),
         ("tokenizer.json", "{", "not valid JSON"),
         ("tokenizer.json", "{}", "neither a tokenizer.json"),
+        ("tokenizer.json", '{"model": 5, "added_tokens": 3}', "neither a tokenizer.json"),
         ("tokenizer.json", "[1]", "holds list, expected a JSON object"),
         ("tokenizer.model", "\x0a\x05<unk>", "convert it first: .* from a SentencePiece"),
         ("qwen.tiktoken", "IQ== 0", "convert it first: .* or a tiktoken file"),

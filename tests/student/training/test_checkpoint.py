@@ -14,7 +14,7 @@ import torch.distributed
 from shared.config import load_config
 from shared.errors import CheckpointError
 from shared.files import write_json
-from student.training.checkpoint import COMPLETE, complete, damage, require_same_run, run_identity, save
+from student.training.checkpoint import COMPLETE, complete, damage, prune, require_same_run, run_identity, save
 
 DEMO = Path("configs/demo.yaml")
 
@@ -72,6 +72,18 @@ def test_the_newest_whole_one_comes_first_and_an_interrupted_save_is_named(
     assert [found.step for found in complete(tmp_path, IDENTITY)] == [20, 9]
     assert f"step-100 has no {COMPLETE}: its save was interrupted or" in caplog.text
     assert complete(tmp_path / "nothing", IDENTITY) == []
+
+
+def test_what_interrupted_saves_and_conversions_left_goes_with_the_checkpoints_that_are_not_kept(
+    tmp_path: Path,
+) -> None:
+    for step, score in ((10, 1.2), (20, 1.4), (30, 1.3), (35, None), (40, 1.1), (50, 1.0), (60, None)):
+        write_checkpoint(tmp_path, step, score=score)
+    for step in (35, 60):  # 60 is after the newest whole one: a run that goes on may be writing it
+        (tmp_path / f"step-{step}" / COMPLETE).unlink()
+    (tmp_path / "step-30-universal").mkdir()
+    prune(tmp_path, keep=2)
+    assert {path.name for path in tmp_path.iterdir()} == {"step-20", "step-40", "step-50", "step-60"}
 
 
 def test_a_checkpoint_of_another_run_is_refused_before_it_is_loaded(tmp_path: Path) -> None:

@@ -61,6 +61,8 @@ def test_the_files_that_ship_are_accepted(name: str) -> None:
             '{"optimizer": {"type": "Adam"}}',
             "optimizer is {'type': 'Adam'} there, None by train.optimizer, which makes",
         ),
+        ('{"zero_optimization": {"stage": "two"}}', "zero.json: zero_optimization.stage is 'two': Input should be"),
+        ('{"zero_optimization": {"stage": 4}}', "zero.json: zero_optimization.stage is 4: Input should be"),
         ('{"bf16": true}', "zero.json: bf16 is True, expected a mapping"),
         ("{", "is not JSON"),
         ("[]", "holds list, expected an object"),

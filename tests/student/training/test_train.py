@@ -440,6 +440,7 @@ def test_the_average_is_what_is_measured_and_exported_and_dropout_survives_an_in
     target = export_student(config.run_dir, tmp_path / "exported", checkpoint=8)
     assert all(torch.equal(load_file(target / "model.safetensors")[name], value) for name, value in trained.items())
     assert json.loads((target / "training.json").read_text())["published_step"] == 8
+    assert (target / "token_counts.npy").read_bytes() == (config.student_final_dir / "token_counts.npy").read_bytes()
     start = config.student_init_dir / "model.safetensors"
     kept = start.read_bytes()
     save_file({name: value + 1 for name, value in load_file(start).items()}, start, {"format": "pt"})
