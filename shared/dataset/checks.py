@@ -70,7 +70,7 @@ def stack_rows(records: Sequence[Record]) -> Rows:
 
     return Rows(
         joined((ids for ids, _ in every), np.int32),
-        joined((np.diff(d.offsets) for _, d in every), np.int32),
+        joined((d.offsets[1:] - d.offsets[:-1] for _, d in every), np.int32),
         joined((d.ids for _, d in every), np.int32),
         joined((d.logprobs for _, d in every), np.float32),
         joined((d.tail for _, d in every), np.float32),

@@ -6,12 +6,15 @@ lists, which nothing reads. Then a server of the same teacher answers them over 
 all ways, so that a drift of the machine's speed cancels: a ratio is to the mean of the plain runs before and after, for
 the server to the median of all. Figures are medians of the rounds. The writer's own cost is the processor time of the
 threads that write, per token: beside decoding, which takes both their cores and caches, and alone, where a process that
-has no engine writes the last round's units again.
+has no engine writes the last round's units again, as they are and in units of as many responses as the 70B config has
+prompts. Those repeat the round's records, further apart than the compression looks back at k = 64: their bytes a token
+show whether that makes them cheaper.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import tempfile
@@ -19,6 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,6 +32,7 @@ from rich.table import Table
 
 from shared.config import PipelineConfig, ServiceConfig, TeacherConfig, dump_config, load_config
 from shared.dataset.manifest import Provenance
+from shared.dataset.records import Record
 from shared.dataset.writer import DatasetWriter
 from shared.tokenizer.vocabulary import Vocabulary
 from teacher.engine import Answer
@@ -36,6 +41,7 @@ from tests.fixtures.teacher_server import Server
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "configs" / "demo.yaml"
+PRODUCTION = ROOT / "configs" / "llama-3.3-70b.yaml"
 K = 64
 WRITTEN = (20, 64, 128)
 AGAIN = 15
@@ -161,25 +167,36 @@ def measure(
     found["ratio"] = {
         way: median(ratios[way]) if way in ratios else value / plain for way, value in found["tokens_per_s"].items()
     }
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        alone = {k: pool.submit(written_again, provenance, vocabulary, units[k]).result() for k in WRITTEN}
-    found["writer_us_per_token"] = {
-        way: {str(k): median(values) for k, values in costs.items()}
-        for way, costs in (("beside decoding", beside), ("alone", alone))
-    }
+    size = load_config(PRODUCTION).collect.unit_prompts
+    found["writer_us_per_token"] = {"beside decoding": {str(k): median(costs) for k, costs in beside.items()}}
+    found["bytes_per_token"] = {}
+    for way, is_large in (("alone", False), (f"alone, {size} responses a unit", True)):
+        costs, sizes = {}, {}
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            for k in WRITTEN:
+                given = [enlarged(units[k], size)] if is_large else units[k]
+                costs[str(k)], sizes[str(k)] = pool.submit(written_again, provenance, vocabulary, given).result()
+        found["writer_us_per_token"][way], found["bytes_per_token"][way] = costs, sizes
     return found
 
 
-def written_again(provenance: Provenance, vocabulary: Vocabulary, units: list[Any]) -> list[float]:
-    """Microseconds a token of writing `units`, which `DatasetWriter.write_unit` takes, several times over."""
+def enlarged(units: list[Any], size: int) -> tuple[str, list[Record]]:
+    """One unit of `size` records: those of `units`, repeated under sample ids of their own."""
+    records = itertools.cycle(record for _, records, *_ in units for record in records)
+    return "large", [replace(next(records), sample_id=str(i)) for i in range(size)]
+
+
+def written_again(provenance: Provenance, vocabulary: Vocabulary, units: list[Any]) -> tuple[float, float]:
+    """Of writing `units`, which `DatasetWriter.write_unit` takes: microseconds a token, a median, and bytes a token."""
     costs = []
     for _ in range(AGAIN):
         with tempfile.TemporaryDirectory() as folder:
             writer = DatasetWriter(folder, provenance, vocabulary, None)
             began = time.thread_time()
             entries = [writer.write_unit(*arguments) for arguments in units]
-            costs.append(1e6 * (time.thread_time() - began) / sum(entry.tokens for entry in entries))
-    return costs
+            seconds, tokens = time.thread_time() - began, sum(entry.tokens for entry in entries)
+            costs.append(1e6 * seconds / tokens)
+    return median(costs), sum(entry.bytes for entry in entries) / tokens
 
 
 @contextmanager
@@ -227,6 +244,9 @@ def main() -> None:
         for way, costs in found["writer_us_per_token"].items():
             values = ", ".join(f"{value:.1f} at k = {k}" for k, value in costs.items())
             Console().print(f"the writer's own cost {way}, microseconds a token: {values}")
+        for way, sizes in found["bytes_per_token"].items():
+            values = ", ".join(f"{value:.1f} at k = {k}" for k, value in sizes.items())
+            Console().print(f"bytes a token {way}: {values}")
     if options.json is not None:
         options.json.write_text(json.dumps(results, indent=2) + "\n")
 
