@@ -1,6 +1,7 @@
 """`make bench`: every benchmark in turn, each in a process of its own; tables on the screen, JSON in `runs/bench/`.
 
-The ablation of training takes a night and is started by itself: `python -m tests.benchmarks.bench_training`.
+Two take a night and are started by themselves: `python -m tests.benchmarks.bench_training` (the ablation) and
+`python -m tests.benchmarks.bench_learning_curve`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-OVERNIGHT = {"bench_training"}
+OVERNIGHT = {"bench_learning_curve", "bench_training"}
 
 
 def main() -> int:

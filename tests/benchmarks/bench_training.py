@@ -57,16 +57,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of training; the config's by default")
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
-    shards = load_config(arguments.config).shards_dir.resolve()
+    shards = load_config(arguments.config).shards_dir
     if not (shards / "manifest.json").exists():
         sys.exit(f"{shards} holds no dataset: run `make collect-logits CONFIG={arguments.config}` first")
     results: dict[str, list[dict[str, Any]]] = {}
     for seed in range(arguments.seeds):  # seed after seed, so that a night that ends early has all arms
         for arm in arguments.arms:
             changes = ARMS[arm] + ([f"train.steps={arguments.steps}"] if arguments.steps else [])
-            found = train(
-                arguments.config, f"{arm}-{arguments.steps or 'all'}-{seed}", [*changes, f"seed={seed}"], shards
-            )
+            name = f"{arm}-{arguments.steps or 'all'}-{seed}".replace(" ", "_").replace(",", "")
+            found = train(arguments.config, RUNS / name, [*changes, f"seed={seed}"], shards)
             results.setdefault(arm, []).append(found)
             stdout.print(arm, f"seed {seed}", found)
             if arguments.json:
@@ -74,22 +73,26 @@ def main() -> None:
     stdout.print(table(results))
 
 
-def train(config: Path, name: str, changes: list[str], shards: Path) -> dict[str, Any]:
+def train(config: Path, run: Path, changes: list[str], shards: Path) -> dict[str, float]:
     """The figures of one run: τ by rule, and the seconds that `student train` took."""
-    run = RUNS / name.replace(" ", "_").replace(",", "")
     figures, clock = run / "evaluate.json", run / "train_seconds.json"
     run.mkdir(parents=True, exist_ok=True)
     if not (run / "shards").exists():
-        (run / "shards").symlink_to(shards)
-    settings = [f"runs={RUNS}", f"name={run.name}", *changes]
+        (run / "shards").symlink_to(shards.resolve())
+    settings = [f"runs={run.parent}", f"name={run.name}", *changes]
     overrides = [part for setting in settings for part in ("--set", setting)]
     for command in ("init", "prepare", "train", "evaluate") if not figures.exists() else ():
         started = time.monotonic()
         subprocess.run([sys.executable, "-m", "student.cli", command, str(config), *overrides], check=True)
         if command == "train" and not clock.exists():
             clock.write_text(json.dumps(time.monotonic() - started))
-    rules = json.loads(figures.read_text())["after"]["rules"]
-    return {rule: rules[rule]["tau"] for rule in rules} | {"seconds": json.loads(clock.read_text())}
+    return acceptance(run) | {"seconds": json.loads(clock.read_text())}
+
+
+def acceptance(run: Path) -> dict[str, float]:
+    """τ by decoding rule of the trained student of a run."""
+    rules = json.loads((run / "evaluate.json").read_text())["after"]["rules"]
+    return {rule: rules[rule]["tau"] for rule in rules}
 
 
 def table(results: dict[str, list[dict[str, Any]]]) -> Table:
