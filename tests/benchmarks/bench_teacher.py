@@ -6,9 +6,8 @@ lists, which nothing reads. Then a server of the same teacher answers them over 
 all ways, so that a drift of the machine's speed cancels: a ratio is to the mean of the plain runs before and after, for
 the server to the median of all. Figures are medians of the rounds. The writer's own cost is the processor time of the
 threads that write, per token: beside decoding, which takes both their cores and caches, and alone, where a process that
-has no engine writes the last round's units again, as they are and in units of as many responses as the 70B config has
-prompts. Those repeat the round's records, further apart than the compression looks back at k = 64: their bytes a token
-show whether that makes them cheaper.
+has no engine writes the last round's units again. Where `make demo` has run, so many of its records as the 70B config
+has prompts in a unit are written so, too.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,8 +29,8 @@ from rich.console import Console
 from rich.table import Table
 
 from shared.config import PipelineConfig, ServiceConfig, TeacherConfig, dump_config, load_config
-from shared.dataset.manifest import Provenance
-from shared.dataset.records import Record
+from shared.dataset.manifest import MANIFEST, Provenance
+from shared.dataset.reader import Dataset
 from shared.dataset.writer import DatasetWriter
 from shared.tokenizer.vocabulary import Vocabulary
 from teacher.engine import Answer
@@ -167,36 +165,33 @@ def measure(
     found["ratio"] = {
         way: median(ratios[way]) if way in ratios else value / plain for way, value in found["tokens_per_s"].items()
     }
-    size = load_config(PRODUCTION).collect.unit_prompts
     found["writer_us_per_token"] = {"beside decoding": {str(k): median(costs) for k, costs in beside.items()}}
-    found["bytes_per_token"] = {}
-    for way, is_large in (("alone", False), (f"alone, {size} responses a unit", True)):
-        costs, sizes = {}, {}
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            for k in WRITTEN:
-                given = [enlarged(units[k], size)] if is_large else units[k]
-                costs[str(k)], sizes[str(k)] = pool.submit(written_again, provenance, vocabulary, given).result()
-        found["writer_us_per_token"][way], found["bytes_per_token"][way] = costs, sizes
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        alone = {str(k): pool.submit(written_again, provenance, vocabulary, units[k]).result() for k in WRITTEN}
+    found["writer_us_per_token"]["alone"] = alone
     return found
 
 
-def enlarged(units: list[Any], size: int) -> tuple[str, list[Record]]:
-    """One unit of `size` records: those of `units`, repeated under sample ids of their own."""
-    records = itertools.cycle(record for _, records, *_ in units for record in records)
-    return "large", [replace(next(records), sample_id=str(i)) for i in range(size)]
-
-
-def written_again(provenance: Provenance, vocabulary: Vocabulary, units: list[Any]) -> tuple[float, float]:
-    """Of writing `units`, which `DatasetWriter.write_unit` takes: microseconds a token, a median, and bytes a token."""
+def written_again(provenance: Provenance, vocabulary: Vocabulary, units: list[Any]) -> float:
+    """Microseconds a token of writing `units`, which `DatasetWriter.write_unit` takes; the median of several times."""
     costs = []
     for _ in range(AGAIN):
         with tempfile.TemporaryDirectory() as folder:
             writer = DatasetWriter(folder, provenance, vocabulary, None)
             began = time.thread_time()
             entries = [writer.write_unit(*arguments) for arguments in units]
-            seconds, tokens = time.thread_time() - began, sum(entry.tokens for entry in entries)
-            costs.append(1e6 * seconds / tokens)
-    return median(costs), sum(entry.bytes for entry in entries) / tokens
+            costs.append(1e6 * (time.thread_time() - began) / sum(entry.tokens for entry in entries))
+    return median(costs)
+
+
+def production_unit() -> float | None:
+    """`written_again` of as many of the demo's own records as the 70B config has in a unit, where there is a demo."""
+    shards = load_config(DEMO).shards_dir
+    if not (shards / MANIFEST).exists():
+        return None
+    dataset = Dataset.open(shards)
+    records = [*itertools.islice(dataset.records(), load_config(PRODUCTION).collect.unit_prompts)]
+    return written_again(dataset.provenance, dataset.vocabulary, [("large", records)])
 
 
 @contextmanager
@@ -224,7 +219,7 @@ def main() -> None:
     parser.add_argument("--written-only", action="store_true", help="plain generation and what is written, only")
     parser.add_argument("--variants", nargs="*", default=["float32"], choices=list(VARIANTS))
     options = parser.parse_args()
-    results = {}
+    results: dict[str, Any] = {}
     for name in options.variants:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             arguments = (
@@ -244,9 +239,10 @@ def main() -> None:
         for way, costs in found["writer_us_per_token"].items():
             values = ", ".join(f"{value:.1f} at k = {k}" for k, value in costs.items())
             Console().print(f"the writer's own cost {way}, microseconds a token: {values}")
-        for way, sizes in found["bytes_per_token"].items():
-            values = ", ".join(f"{value:.1f} at k = {k}" for k, value in sizes.items())
-            Console().print(f"bytes a token {way}: {values}")
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        results["production_unit_us_per_token"] = large = pool.submit(production_unit).result()
+    if large is not None:
+        Console().print(f"the same of the demo's records in a unit of the 70B config's size: {large:.1f}")
     if options.json is not None:
         options.json.write_text(json.dumps(results, indent=2) + "\n")
 
