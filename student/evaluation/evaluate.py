@@ -98,7 +98,7 @@ def outstanding(config: PipelineConfig) -> Work:
 
 def evaluate_rank(config: PipelineConfig) -> dict[str, Any]:
     """This process's part. Raises as `evaluate` does, on rank 0; the others leave the message to it."""
-    rank, ranks = initialize_process_group() if launch.is_rank() else (0, 1)
+    rank, ranks = initialize_process_group(with_deepspeed=False) if launch.is_rank() else (0, 1)
     work = agreed(lambda: outstanding(config)) if launch.is_rank() else outstanding(config)
     result: dict[str, Any] = work.earlier
     if work.students:

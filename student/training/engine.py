@@ -37,14 +37,12 @@ LONGEST_WAIT = timedelta(hours=6)
 minutes of NCCL do not cover. A step that hangs ends earlier (`train.hang_minutes`)."""
 
 
-def initialize_process_group() -> tuple[int, int]:
-    """Join the job's process group; (rank, world size). A process that no launcher started is a world of one."""
-    import deepspeed
-    import deepspeed.ops
+def initialize_process_group(*, with_deepspeed: bool = True) -> tuple[int, int]:
+    """Join the job's process group; (rank, world size). A process that no launcher started is a world of one.
 
-    if not torch.cuda.is_available():
-        # Without this, DeepSpeed compiles an all-reduce of its own for minutes; gloo's serves two ranks as well.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    Args:
+        with_deepspeed: for DeepSpeed's use too, which takes seconds to import.
+    """
     if "RANK" not in os.environ:
         import socket
 
@@ -54,10 +52,19 @@ def initialize_process_group() -> tuple[int, int]:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # collectives of objects use the current device
-    # DeepSpeed calls names that this torch already calls old.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, timeout=LONGEST_WAIT)
+    if with_deepspeed:
+        import deepspeed
+        import deepspeed.ops
+
+        if not torch.cuda.is_available():
+            # Without this, DeepSpeed compiles an all-reduce of its own for minutes; gloo's serves two ranks as well.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # DeepSpeed calls names that this torch already calls old.
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+        deepspeed.init_distributed(dist_backend=backend, timeout=LONGEST_WAIT)
+    else:
+        torch.distributed.init_process_group(backend, timeout=LONGEST_WAIT)
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
