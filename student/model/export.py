@@ -19,7 +19,6 @@ from shared.config import LoraConfig
 from shared.dataset.manifest import MANIFEST
 from shared.errors import CheckpointError
 from shared.files import new_directory, write_json
-from student.alignment.prepared import PreparedDataset
 from student.lineage import IDENTITY, RECORD, read_json, require_model_of_run, require_start_of_run
 from student.model.lora import add_lora, merge_lora
 from student.model.tokenizer import pretrained_tokenizer
@@ -179,6 +178,7 @@ def _require_replaceable(target: Path, run: Path) -> None:
 def _export_checkpoint(run: Path, step: int, target: Path, dtype: ExportDtype | None, max_shard_size: str) -> Path:
     import torch
 
+    from student.alignment.prepared import PreparedDataset
     from student.drafting.frequencies import count_tokens, write_counts
     from student.training.checkpoint import Checkpoint, whole_weights
 
@@ -198,9 +198,10 @@ def _export_checkpoint(run: Path, step: int, target: Path, dtype: ExportDtype | 
     with new_directory(target) as partial:
         save_student(model, tokenizer, partial, state_dict=weights, max_shard_size=max_shard_size)
         write_json(partial / RECORD, {"published_step": step, IDENTITY: found.identity})
-        prepared = PreparedDataset.open(run / "prepared") if (run / "prepared" / MANIFEST).exists() else None
-        if prepared is not None and prepared.fingerprint == found.identity["prepared data"]:
-            write_counts(partial, count_tokens(prepared, model.config.vocab_size))
+        prepared = run / "prepared"
+        # Other prepared data, or none, are no reason to refuse the weights.
+        if (read_json(prepared / MANIFEST) or {}).get("fingerprint", "") == found.identity.get("prepared data"):
+            write_counts(partial, count_tokens(PreparedDataset.open(prepared), model.config.vocab_size))
     _logger.info("%s: the checkpoint of step %d, %s", target, step, kind)
     return target
 

@@ -185,8 +185,8 @@ def read_settings(source: Path | dict[str, Any]) -> tuple[dict[str, Any], str]:
         DeepSpeedZeroConfig(**settings.get("zero_optimization", {}))
     except ValidationError as error:
         problem = error.errors()[0]
-        key = ".".join(map(str, problem["loc"]))
-        raise ConfigError(f"{where}: zero_optimization.{key} is {problem['input']!r}: {problem['msg']}") from error
+        key = ".".join(["zero_optimization", *map(str, problem["loc"])])  # a rule over several keys has no place
+        raise ConfigError(f"{where}: {key} is {problem['input']!r}: {problem['msg']}") from error
     return settings, where
 
 

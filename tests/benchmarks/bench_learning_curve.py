@@ -28,7 +28,7 @@ from shared.config import PipelineConfig, load_config
 from shared.console import stdout
 from shared.dataset.reader import Dataset
 from student.evaluation import plots
-from tests.benchmarks.bench_training import acceptance, train
+from tests.benchmarks.bench_training import acceptance, execute, train
 
 RUNS = Path("runs/learning_curve")
 TIMES = (1 / 9, 1 / 3, 1.0, 3.0, 9.0)
@@ -86,21 +86,16 @@ def grown(file: Path, config: PipelineConfig, sizes: list[float]) -> Path:
         asked = written.with_name(f"asked-{size:g}.jsonl")
         if not written.exists():
             drafts = {"path": str(written), "count": round((size - before) * trained), "temperature": 0.8}
-            run("teacher", "write-prompts", file, {"collect.write_prompts": drafts, "seed": round(size)})
+            settings = [f"collect.write_prompts={json.dumps(drafts)}", f"seed={round(size)}"]
+            execute("teacher", "write-prompts", file, settings)
         lines = [line for line in written.read_text().splitlines() if json.loads(line)["prompt"] not in known]
         known |= {json.loads(line)["prompt"] for line in lines}
         asked.write_text("".join(f"{line}\n" for line in lines))
-        settings = {"collect.prompts": str(asked), "collect.held_out": 0, "collect.decoding": decoding}
-        run("teacher", "collect", file, {"runs": str(RUNS), "name": name, **settings})
+        settings = [f"runs={RUNS}", f"name={name}", f"collect.prompts={asked}", "collect.held_out=0"]
+        execute("teacher", "collect", file, [*settings, f"collect.decoding={json.dumps(decoding)}"])
         parts.append(RUNS / name / "shards")
     subprocess.run([sys.executable, "-m", "shared.commands.cli", "merge", *map(str, parts), str(whole)], check=True)
     return whole
-
-
-def run(package: str, command: str, file: Path, settings: dict[str, Any]) -> None:
-    """One of the commands, with these settings over the config's."""
-    overrides = [word for key, value in settings.items() for word in ("--set", f"{key}={json.dumps(value)}")]
-    subprocess.run([sys.executable, "-m", f"{package}.cli", command, str(file), *overrides], check=True)
 
 
 def curve(points: list[dict[str, Any]]) -> str:

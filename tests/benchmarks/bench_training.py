@@ -80,13 +80,18 @@ def train(config: Path, run: Path, changes: list[str], shards: Path) -> dict[str
     if not (run / "shards").exists():
         (run / "shards").symlink_to(shards.resolve())
     settings = [f"runs={run.parent}", f"name={run.name}", *changes]
-    overrides = [part for setting in settings for part in ("--set", setting)]
     for command in ("init", "prepare", "train", "evaluate") if not figures.exists() else ():
         started = time.monotonic()
-        subprocess.run([sys.executable, "-m", "student.cli", command, str(config), *overrides], check=True)
+        execute("student", command, config, settings)
         if command == "train" and not clock.exists():
             clock.write_text(json.dumps(time.monotonic() - started))
     return acceptance(run) | {"seconds": json.loads(clock.read_text())}
+
+
+def execute(package: str, command: str, config: Path, settings: list[str]) -> None:
+    """One of the commands that a user has, with these settings over the config's."""
+    overrides = [part for setting in settings for part in ("--set", setting)]
+    subprocess.run([sys.executable, "-m", f"{package}.cli", command, str(config), *overrides], check=True)
 
 
 def acceptance(run: Path) -> dict[str, float]:
