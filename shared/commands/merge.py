@@ -14,7 +14,7 @@ from pathlib import Path
 import pyarrow.compute as pc
 
 from shared.console import progress
-from shared.dataset.columns import repeated
+from shared.dataset.columns import on_both_sides, repeated
 from shared.dataset.manifest import DATA, Manifest, Provenance, UnitEntry
 from shared.dataset.reader import Dataset
 from shared.dataset.writer import DatasetWriter, read_shard, shard_bytes, unit_entry
@@ -29,14 +29,14 @@ def merge(sources: Sequence[str | Path], destination: str | Path) -> Manifest:
 
     Raises:
         DatasetError: if fewer than two are given, they are of different teachers (naming what differs), two hold the
-            same sample, or one is damaged.
+            same sample, one holds out a prompt that another trains on, or one is damaged.
     """
     if len(sources) < 2:
         raise DatasetError(f"{len(sources)} dataset to merge, expected two or more and then the new directory")
     datasets = [Dataset.open(source) for source in sources]
     provenance = _merged_provenance(sources, datasets)
     units = _merged_units(datasets, provenance)
-    _check_disjoint(units, datasets)
+    _check_disjoint(sources, datasets)
     writer = DatasetWriter(destination, provenance, datasets[0].vocabulary, datasets[0].tokenizer_dir)
     with progress() as bar:
         task = bar.add_task("merging", total=len(units), note="")
@@ -111,10 +111,25 @@ def _splits(unit: UnitEntry) -> list[str]:
     return sorted({key.partition("/")[0] for key in unit.counts})
 
 
-def _check_disjoint(units: dict[str, tuple[int, UnitEntry, UnitEntry]], datasets: Sequence[Dataset]) -> None:
-    twice = repeated([t["sample_id"].combine_chunks() for dataset in datasets for t in dataset.tables(["sample_id"])])
+def _check_disjoint(sources: Sequence[str | Path], datasets: Sequence[Dataset]) -> None:
+    """Refuse a sample that comes twice, and a prompt that is held out here and trained on there."""
+    columns = ["sample_id", "prompt_id", "split"]
+    tables = [(source, t) for source, dataset in zip(sources, datasets, strict=True) for t in dataset.tables(columns)]
+    twice = repeated([chunk for _, table in tables for chunk in table["sample_id"].chunks])
     if twice:
         raise DatasetError(
-            f"{len(twice)} samples are in more than one of the {len(datasets)} datasets ({len(units)} units), such as "
-            f"{twice[0][0]!r}; merge parts that were collected from different prompts or seeds"
+            f"{len(twice)} samples are in more than one of the {len(datasets)} datasets, such as {twice[0][0]!r}; "
+            "merge parts that were collected from different prompts or seeds"
+        )
+    both = on_both_sides([table for _, table in tables])
+    if both:
+        sides: dict[str, str | Path] = {}
+        for source, table in tables:
+            for split in pc.unique(table.filter(pc.equal(table["prompt_id"], both[0]))["split"]).to_pylist():
+                sides.setdefault(split, source)
+        where = " and ".join(f"{split} in {source}" for split, source in sorted(sides.items()))
+        raise DatasetError(
+            f"{len(both)} prompts are on both sides of the split, such as {both[0]!r}: {where}; expected one side for "
+            "each, or training would see what is held out: leave these prompts out of one of the datasets, and collect "
+            "or import that one again"
         )

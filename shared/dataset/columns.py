@@ -189,6 +189,15 @@ def repeated(sample_ids: Sequence[pa.Array]) -> list[tuple[str, int]]:
     return [(entry["values"], entry["counts"]) for entry in twice.to_pylist()]
 
 
+def on_both_sides(tables: Sequence[pa.Table]) -> list[str]:
+    """Prompts that are in two splits of tables with the columns `prompt_id` and `split`."""
+    if not tables:
+        return []
+    sides = pa.concat_tables([table.select(["prompt_id", "split"]) for table in tables])
+    once = sides.group_by(["prompt_id", "split"], use_threads=False).aggregate([])
+    return [prompt for prompt, _ in repeated(once["prompt_id"].chunks)]
+
+
 def is_present(column: pa.ChunkedArray) -> NDArray[np.bool_]:
     """bool [rows], where a column is not null."""
     return _numpy(_one_chunk(column).is_valid().cast(pa.uint8())).astype(np.bool_)

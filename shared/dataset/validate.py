@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from shared.dataset.checks import SHIFTED, Rows, id_problems, row_problems, size_problems
-from shared.dataset.columns import flat_list, is_present, repeated
+from shared.dataset.columns import flat_list, is_present, on_both_sides, repeated
 from shared.dataset.encoding import decode_logprobs
 from shared.dataset.manifest import COMMITS, DATA, MANIFEST, TOKENIZER, UnitEntry
 from shared.dataset.reader import Dataset, open_shard, read_manifest
@@ -74,16 +74,20 @@ def validate_dataset(path: str | Path) -> ValidationReport:
     with report.gathering():
         dataset = Dataset(storage, read_manifest(storage))
         vocabulary = _check_files(dataset, report)
-        sample_ids: list[pa.Array] = []
+        names: list[pa.Table] = []
         for unit in dataset.manifest.units:
             with report.gathering():
-                report.problems.extend(_unit_problems(storage, unit, vocabulary, sample_ids))
+                report.problems.extend(_unit_problems(storage, unit, vocabulary, names))
             report.units += 1
             report.rows += unit.rows
             report.tokens += unit.tokens
         report.problems.extend(
             f"sample id {sample!r} comes {count} times; delete one of its units and collect it again"
-            for sample, count in repeated(sample_ids)[:_MOST_PER_UNIT]
+            for sample, count in repeated([c for t in names for c in t["sample_id"].chunks])[:_MOST_PER_UNIT]
+        )
+        report.problems.extend(
+            f"prompt {prompt!r} is on both sides of the split, expected one; collect or import it again"
+            for prompt in on_both_sides(names)[:_MOST_PER_UNIT]
         )
     return report
 
@@ -119,7 +123,7 @@ def _check_files(dataset: Dataset, report: ValidationReport) -> Vocabulary | Non
 
 
 def _unit_problems(
-    storage: Storage, unit: UnitEntry, vocabulary: Vocabulary | None, sample_ids: list[pa.Array]
+    storage: Storage, unit: UnitEntry, vocabulary: Vocabulary | None, names: list[pa.Table]
 ) -> Iterator[str]:
     file, where = open_shard(storage, unit, again=True), storage.join(unit.file)
     seen: list[UnitEntry] = []
@@ -135,7 +139,7 @@ def _unit_problems(
             if found <= _MOST_PER_UNIT:
                 yield f"{where}: {problem}"
         seen.append(unit_entry(unit.unit, table, b"", unit.provenance))
-        sample_ids.append(table["sample_id"].combine_chunks())
+        names.append(table.select(["sample_id", "prompt_id", "split"]))
     if found > _MOST_PER_UNIT:
         yield f"{where}: … and {found - _MOST_PER_UNIT} more problems"
     totals: dict[str, Any] = {what: sum(getattr(e, what) for e in seen) for what in ("rows", "tokens", "candidates")}

@@ -122,6 +122,28 @@ def test_merge_joins_parts_of_one_teacher(
     assert not (tmp_path / "n").exists()
 
 
+def test_merge_keeps_each_prompt_on_its_side(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of more prompts the same share holds out other ones."""
+    tokenizer = save_byte_tokenizer(tmp_path / "tokenizer")
+    for name, rule, side in (
+        ("greedy", "greedy", "held_out"),
+        ("sampled", "sample", "held_out"),
+        ("moved", "sample", "train"),
+    ):
+        units = {"a": make_records(3, rule=rule), "b": make_records(2, seed=1, rule=rule, split=side)}
+        write_dataset(tmp_path / name, units, tokenizer=tokenizer)
+    assert shards(monkeypatch, "merge", tmp_path / "greedy", tmp_path / "sampled", tmp_path / "m") == 0
+    assert shards(monkeypatch, "validate", tmp_path / "m") == 0
+    capsys.readouterr()
+    assert shards(monkeypatch, "merge", tmp_path / "greedy", tmp_path / "moved", tmp_path / "n") == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert "2 prompts are on both sides of the split, such as 'prompt-1-0'" in message
+    assert f"held_out in {tmp_path / 'greedy'} and train in {tmp_path / 'moved'}" in message
+    assert not (tmp_path / "n").exists()
+
+
 def test_merge_refuses_a_dataset_without_its_tokenizer(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

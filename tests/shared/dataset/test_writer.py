@@ -7,6 +7,7 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,12 @@ def test_a_sample_comes_once_in_a_unit_and_once_in_a_dataset(tmp_path: Path) -> 
     assert target.committed == set()
     write_dataset(tmp_path / "e", {"a": records, "b": records[1:2]})
     assert any("comes 2 times" in problem for problem in validate_dataset(tmp_path / "e").problems)
+
+
+def test_a_prompt_on_both_sides_of_the_split_is_found(tmp_path: Path) -> None:
+    record = make_record("p", 1)
+    write_dataset(tmp_path, {"a": [record], "b": [replace(record, sample_id="p/greedy/1", split="held_out")]})
+    assert any("prompt 'p' is on both sides of the split" in problem for problem in validate_dataset(tmp_path).problems)
 
 
 def test_finish_names_what_is_missing_and_what_is_too_much(tmp_path: Path) -> None:
