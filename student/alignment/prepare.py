@@ -221,8 +221,11 @@ def _align_units(
     arguments = (str(config.shards_dir), config.student_init_dir, config.prepare)
     with ProcessPoolExecutor(workers, context, _start_worker, arguments) as pool:
         futures = [pool.submit(_work, unit, keys[unit], store) for unit in pending]
-        for future in as_completed(futures):
-            yield future.result()
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)  # after an error, no unit is begun any more
 
 
 def _start_worker(dataset: str, tokenizer: Path, settings: PrepareConfig) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -197,6 +198,30 @@ def test_two_workers_prepare_what_one_does(config: PipelineConfig) -> None:
     assert_same_samples(PreparedDataset.open(config.prepared_dir), PreparedDataset.open(shared.prepared_dir))
 
 
+def fail_first(unit: str, directory: str, store: object) -> None:
+    """A worker's unit that takes its time and leaves a file; the first one fails at once."""
+    if unit == "unit-0":
+        raise AlignmentError("the first unit")
+    (Path(directory) / unit).touch()
+    time.sleep(0.2)
+
+
+@pytest.mark.slow
+def test_an_error_in_a_worker_does_not_wait_for_the_other_units(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import student.alignment.prepare as module
+
+    monkeypatch.setattr(module, "_work", fail_first)
+    monkeypatch.setattr(module, "_start_worker", print)
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    units = dict.fromkeys((f"unit-{n}" for n in range(60)), str(begun))
+    with pytest.raises(AlignmentError, match="the first unit"):
+        list(module._align_units(pipeline(tmp_path, workers=2), None, list(units), units))  # type: ignore[arg-type]
+    assert len(list(begun.iterdir())) < 30
+
+
 def test_what_is_missing_is_named(tmp_path: Path, config: PipelineConfig, tokenizers: tuple[Path, Path]) -> None:
     with pytest.raises(DatasetError, match="holds no prepared targets"):
         PreparedDataset.open(tmp_path / "nowhere")
@@ -284,23 +309,6 @@ def test_shifted_rows_are_refused_by_training_and_by_the_audit(
     with pytest.raises(AlignmentError, match="do not belong together"):
         audit(wrong.shards_dir, tokenizers[1], console)
     assert "rows and tokens may be shifted" in console.export_text(), "the figures come before the verdict"
-
-
-@pytest.mark.slow
-def test_training_refuses_shifted_rows_before_it_starts(
-    tmp_path: Path, records: list[Record], tokenizers: tuple[Path, Path]
-) -> None:
-    from student.training.train import check
-
-    wrong = pipeline(tmp_path)
-    write_records(wrong.shards_dir, [shifted(record, -1) for record in records], tokenizers[0], check=False)
-    shutil.copytree(tokenizers[1], wrong.student_init_dir)
-    prepare(wrong)
-    (wrong.student_init_dir / "config.json").write_text("{}")
-    with pytest.raises(AlignmentError, match="do not belong together"):
-        check(
-            wrong.model_copy(update={"train": wrong.train.model_copy(update={"global_batch": 1, "micro_batch": 1})}), 1
-        )
 
 
 # --- the audit ------------------------------------------------------------------------------------------
