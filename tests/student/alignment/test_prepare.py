@@ -198,7 +198,7 @@ def test_two_workers_prepare_what_one_does(config: PipelineConfig) -> None:
     assert_same_samples(PreparedDataset.open(config.prepared_dir), PreparedDataset.open(shared.prepared_dir))
 
 
-def fail_first(unit: str, directory: str, store: object) -> None:
+def fail_first(unit: str, directory: str, _store: object) -> None:
     """A worker's unit that takes its time and leaves a file; the first one fails at once."""
     if unit == "unit-0":
         raise AlignmentError("the first unit")
