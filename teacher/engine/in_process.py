@@ -46,7 +46,6 @@ class Engine:
     Args:
         model: checkpoint directory; of a hub name, its snapshot, whose weights vLLM fetches.
         top_k: candidates per token, K.
-        executor: vLLM's `distributed_executor_backend`, where vLLM's own choice is not the right one.
         score_tokens: set for scoring: tokens per forward. Each needs a float32 row of the vocabulary, several times
             over: 1,024 tokens of a vocabulary of 128k take about 2 GB.
 
@@ -62,7 +61,6 @@ class Engine:
         model: str,
         top_k: int,
         score_tokens: int | None = None,
-        executor: str | None = None,
     ) -> None:
         engine_version()
         if teacher.data_parallel > 1:
@@ -92,7 +90,6 @@ class Engine:
         arguments = capturing_arguments(teacher, model) | {
             "disable_log_stats": True,
             "use_tqdm_on_load": False,
-            "distributed_executor_backend": executor,
         }
         if score_tokens is not None:
             arguments |= {"max_num_batched_tokens": score_tokens, "max_num_seqs": min(8, score_tokens)}
@@ -171,14 +168,14 @@ class Engine:
         self._engine.add_request(request.key, {"prompt_token_ids": prompt}, parameters)
 
     def _answer(self, request: Request, output: Any, capture: bool) -> Answer:
-        if request.response_ids is not None:
-            length = len(request.prompt_ids) + len(request.response_ids)
-            columns = _as_columns(output.prompt_logprobs, length - 1)
-            return Answer(request.key, request.response_ids, "unknown", columns)
         completion = output.outputs[0]
         if completion.finish_reason in ("abort", "error"):
             reason = f"vLLM ended it with finish_reason {completion.finish_reason!r}"
             return Answer(request.key, np.zeros(0, np.int32), "unknown", None, error=reason)
+        if request.response_ids is not None:
+            length = len(request.prompt_ids) + len(request.response_ids)
+            columns = _as_columns(output.prompt_logprobs, length - 1)
+            return Answer(request.key, request.response_ids, "unknown", columns)
         ids = np.asarray(completion.token_ids, dtype=np.int32)
         ended: FinishReason = completion.finish_reason if completion.finish_reason in ("stop", "length") else "unknown"
         return Answer(request.key, ids, ended, _as_columns(completion.logprobs, len(ids)) if capture else None)

@@ -12,12 +12,11 @@ from teacher.engine.in_process import Engine
 from teacher.engine.requests import TeacherEngine
 
 
-def open_engine(config: PipelineConfig, score: bool = False, executor: str | None = None) -> TeacherEngine:
+def open_engine(config: PipelineConfig, score: bool = False) -> TeacherEngine:
     """The servers of `teacher.service`, checked, or the teacher loaded into this process.
 
     Args:
         score: for scoring given responses.
-        executor: vLLM's `distributed_executor_backend`, of an engine in this process.
 
     Raises:
         ServiceError, CheckpointError, ConfigError, MissingExtraError: as the engines.
@@ -27,7 +26,7 @@ def open_engine(config: PipelineConfig, score: bool = False, executor: str | Non
         engine: TeacherEngine = _service().ServiceEngine(teacher, collect.top_k, score)
         return engine
     directory = ensure_checkpoint(teacher)
-    return Engine(teacher, str(directory), collect.top_k, collect.score_tokens if score else None, executor)
+    return Engine(teacher, str(directory), collect.top_k, collect.score_tokens if score else None)
 
 
 def version_of(teacher: TeacherConfig) -> str:

@@ -86,10 +86,10 @@ class Outcome:
     workers: int = 1
 
 
-def engine_for(job: Job, executor: str | None = None) -> TeacherEngine:
+def engine_for(job: Job) -> TeacherEngine:
     """The teacher, as the job wants it; arguments and errors as `open_engine`."""
     started = time.monotonic()
-    engine = open_engine(job.config, job.kind == "score", executor)
+    engine = open_engine(job.config, job.kind == "score")
     log.info(
         "vLLM %s is up after %.0f s: %s, head in %s, rows captured through %s",
         version_of(job.config.teacher),

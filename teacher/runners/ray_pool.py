@@ -15,7 +15,7 @@ import logging
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from typing import Any
 
 from shared.console import configure_logging
@@ -36,15 +36,16 @@ log = logging.getLogger(__name__)
 
 _MOST_DEATHS = 3
 """Actors that may die one after the other, with no unit done in between."""
+_BACKEND = "distributed_executor_backend"
 
 
 class Replica:
     """One engine on the cluster; `work` runs in a thread, so that the other methods answer meanwhile."""
 
-    def __init__(self, job: Job, worker: str, executor: str | None, log_level: int) -> None:
+    def __init__(self, job: Job, worker: str, log_level: int) -> None:
         configure_logging(logging.getLevelName(log_level))
         prepare_environment(job.config.teacher)
-        self._job, self._worker, self._executor = job, worker, executor
+        self._job, self._worker = job, worker
         self._counts = Counts()
         self._stopped = False
 
@@ -66,7 +67,7 @@ class Replica:
 
     def open_engine(self) -> TeacherEngine:
         """The teacher, with the GPUs of this actor's placement group."""
-        return engine_for(self._job, self._executor)
+        return engine_for(self._job)
 
     def counts(self) -> Counts:
         """So far."""
@@ -116,7 +117,7 @@ def run_on_ray(job: Job, writer: DatasetWriter, units: Sequence[Unit], workers: 
 
 class _Pool:
     def __init__(self, ray: Any, job: Job, writer: DatasetWriter, units: Sequence[Unit], workers: int | None) -> None:
-        self._ray, self._job, self._writer, self._units = ray, job, writer, units
+        self._ray, self._writer, self._units = ray, writer, units
         self._missing = [unit for unit in units if unit.name not in writer.committed]
         teacher, cluster = job.config.teacher, ray.cluster_resources()
         gpus, cpus = int(cluster.get("GPU", 0)), int(cluster.get("CPU", 1))
@@ -136,7 +137,7 @@ class _Pool:
                     f"{teacher.pipeline_parallel} need {need} GPUs, the Ray cluster has {gpus}; ask for fewer --workers"
                 )
         self._strategy = "STRICT_PACK" if teacher.pipeline_parallel == 1 else "PACK"
-        self._executor = "ray" if len(self._bundles) > 1 else None
+        self._job = _placed(job, "ray" if len(self._bundles) > 1 else None)
         self._ended = Counts()  # of actors that are gone
         self._working: dict[Any, _Started] = {}
         self._units_ref = ray.put(self._missing)
@@ -202,7 +203,7 @@ class _Pool:
                     group, placement_group_bundle_index=0 if alone else -1, placement_group_capture_child_tasks=True
                 ),
             )
-            .remote(self._job, worker, self._executor, logging.getLogger().level)
+            .remote(self._job, worker, logging.getLogger().level)
         )
         self._working[actor.work.remote(self._units_ref)] = _Started(worker, group, actor)
 
@@ -215,6 +216,8 @@ class _Pool:
         try:
             one.counts = self._ray.get(future)
         except self._ray.exceptions.RayActorError as error:
+            # It may only be out of reach: alive, it would keep the place of the one that follows it.
+            self._ray.kill(one.actor)
             end_worker(self._writer.store.storage, one.worker)
             self._ended = _sum([self._ended, one.counts])
             return error
@@ -235,6 +238,14 @@ class _Pool:
 
     def _counts(self) -> Counts:
         return _sum([self._ended, *(one.counts for one in self._working.values())])
+
+
+def _placed(job: Job, executor: str | None) -> Job:
+    """The job with vLLM's `distributed_executor_backend` for a replica here, whatever the config has for other runs."""
+    teacher = job.config.teacher
+    given = {name: value for name, value in teacher.engine_args.items() if name.replace("-", "_") != _BACKEND}
+    placed = teacher.model_copy(update={"engine_args": given | {_BACKEND: executor}})
+    return replace(job, config=job.config.model_copy(update={"teacher": placed}))
 
 
 def _sum(all_counts: Sequence[Counts]) -> Counts:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ from teacher.units import Unit
 from tests.teacher.test_collect import ScriptedEngine
 
 ray = pytest.importorskip("ray")
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]
+pytestmark = pytest.mark.slow
 
 Maker = Callable[..., PipelineConfig]
 
@@ -140,6 +141,27 @@ def test_what_an_actor_finds_wrong_is_said_here(make_config: Maker, monkeypatch:
     monkeypatch.setattr(ray_pool, "Replica", ShiftedReplica)
     with pytest.raises(AlignmentError, match="the rows are shifted against the text"):
         pool(*started(make_config()), workers=1).run(StopRequest())
+
+
+def test_an_actor_out_of_reach_is_ended_before_another_takes_its_place(make_config: Maker) -> None:
+    """After a hiccup of the network it may be at work still, and hold its place on the cluster."""
+    running = pool(*started(make_config()), workers=1)
+    killed: list[str] = []
+
+    def unavailable(_future: object) -> None:
+        raise ray.exceptions.ActorUnavailableError("the connection is gone", None)
+
+    running._ray = SimpleNamespace(get=unavailable, kill=killed.append, exceptions=ray.exceptions)
+    one = ray_pool._Started("ray-1", group=None, actor="the old one")
+    assert "the connection is gone" in str(running._result(None, one))
+    assert killed == ["the old one"]
+
+
+def test_a_replica_of_several_gpus_is_ray_s_and_one_of_one_gpu_is_not(make_config: Maker) -> None:
+    job, _, _ = started(make_config(teacher__engine_args={"distributed-executor-backend": "ray", "seed": 1}))
+    for executor in ("ray", None):
+        arguments = ray_pool._placed(job, executor).config.teacher.engine_args
+        assert arguments == {"distributed_executor_backend": executor, "seed": 1}
 
 
 def test_more_workers_than_the_cluster_has_room_for_are_refused(make_config: Maker) -> None:
