@@ -264,7 +264,6 @@ exit $highest
 
 
 @pytest.mark.slow
-@pytest.mark.distributed
 def test_a_signal_to_the_tasks_of_the_training_script_requeues_its_job(tmp_path: Path) -> None:
     """As with `--signal=USR1@…`: every task of the step is signaled, neither the script nor srun is."""
     config = load_config(toy_config(tmp_path))

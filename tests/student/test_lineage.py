@@ -295,7 +295,6 @@ def test_speculation_wants_the_dataset_that_the_student_learned_from(config: Pip
 
 
 @pytest.mark.slow
-@pytest.mark.distributed
 @pytest.mark.usefixtures("warm_training")
 def test_whoever_starts_the_ranks_the_checks_are_the_same(config: PipelineConfig) -> None:
     trained = weights_fingerprint(config.student_final_dir)

@@ -140,7 +140,6 @@ def losses(config: PipelineConfig) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.distributed
 @pytest.mark.usefixtures("warm_training")
 def test_logits_become_a_trained_and_tested_student(tmp_path: Path, smollm2: Path) -> None:
     run = migrated(SAMPLE, "--config", toy_config(tmp_path), "--set", f"teacher.model={smollm2}", "--run")
@@ -157,7 +156,6 @@ def test_logits_become_a_trained_and_tested_student(tmp_path: Path, smollm2: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.distributed
 @pytest.mark.usefixtures("warm_training")
 def test_conversations_become_a_trained_and_tested_student(tmp_path: Path) -> None:
     script = edited(tmp_path, "USE_LOGITS=", "USE_LOGITS=false")

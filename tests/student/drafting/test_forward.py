@@ -192,7 +192,6 @@ def test_nothing_of_the_forward_is_left_off_the_device() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.distributed
 @pytest.mark.timeout(300)
 def test_two_ranks_draft_what_one_does(tmp_path: Path) -> None:
     run_ranks("tests.student.drafting.parallel_worker", [str(tmp_path)], 2, tmp_path / "log", timeout_s=240)

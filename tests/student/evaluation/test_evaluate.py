@@ -32,7 +32,6 @@ from tests.fixtures.toy_run import toy_config, write_toy_shards
 
 
 @pytest.mark.slow
-@pytest.mark.distributed
 @pytest.mark.usefixtures("warm_training")
 def test_two_ranks_measure_what_one_does(tmp_path: Path) -> None:
     path = toy_config(tmp_path)

@@ -49,7 +49,6 @@ def plain() -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.distributed
 @pytest.mark.usefixtures("warm_training")
 @pytest.mark.parametrize("world", [1, 2])
 def test_every_zero_stage_sees_the_same_loss_and_gradients(world, plain, tmp_path):

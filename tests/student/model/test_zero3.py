@@ -108,7 +108,6 @@ def train_a_rank(mode: str, output: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.distributed
 @pytest.mark.usefixtures("warm_training")
 @pytest.mark.parametrize("mode", ["untied,reentrant,from_pretrained", "tied,not,zero.Init"])
 def test_two_ranks_learn_what_one_learns(mode: str, tmp_path: Path) -> None:

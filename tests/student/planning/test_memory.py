@@ -151,7 +151,6 @@ CASES = [
 
 
 @pytest.mark.slow
-@pytest.mark.distributed
 @pytest.mark.usefixtures("warm_training")
 def test_two_ranks_allocate_what_the_model_says(tmp_path: Path) -> None:
     """Real DeepSpeed, two accumulating steps of a scaled-down LLaDA: within 15 % (seen: 13 %)."""

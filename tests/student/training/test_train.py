@@ -36,7 +36,7 @@ from tests.fixtures.conversations import conversations, teacher_tokenizer
 from tests.fixtures.toy_run import toy_config, write_toy_shards
 from tests.fixtures.warm import COLD
 
-pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.usefixtures("warm_training")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("warm_training")]
 
 KILLS = int(os.environ.get("TRAINING_KILLS", "1"))
 """SIGKILLs per launcher; TRAINING_KILLS=20 is the run of the record."""
@@ -162,7 +162,6 @@ def assert_as_never_stopped(path: Path, whole: tuple[list[dict[str, Any]], dict[
         assert torch.equal(resumed[name], value), name
 
 
-@pytest.mark.xdist_group("training_whole")
 def test_killed_damaged_and_resumed_equals_never_killed(
     run: Path, whole: tuple[list[dict[str, Any]], dict[str, Any]]
 ) -> None:
@@ -488,7 +487,6 @@ def test_a_signal_in_the_step_in_which_patience_ends_changes_nothing(run: Path) 
         complete(config.checkpoints_dir, run_identity(load_config(run, [*overrides, "evaluate.draft_tokens=2"]), {}))
 
 
-@pytest.mark.xdist_group("training_whole")
 def test_a_signal_saves_and_ends_with_the_code_for_requeue(
     run: Path, whole: tuple[list[dict[str, Any]], dict[str, Any]]
 ) -> None:
@@ -561,7 +559,6 @@ def test_what_cannot_be_measured_or_tracked_is_refused(run: Path) -> None:
 
 
 @pytest.mark.timeout(900 + 120 * KILLS)
-@pytest.mark.xdist_group("training_whole")
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_killed_at_any_moment_and_started_again_ends_as_if_nothing_had_happened(
     run: Path, whole: tuple[list[dict[str, Any]], dict[str, Any]], launcher: str

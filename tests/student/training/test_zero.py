@@ -14,7 +14,7 @@ from student.model.initialize import initialize_student
 from tests.fixtures.ranks import run_ranks
 from tests.fixtures.toy_run import toy_config, write_toy_shards
 
-pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.usefixtures("warm_training")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("warm_training")]
 
 
 @pytest.fixture(scope="module")
