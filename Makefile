@@ -35,11 +35,12 @@ WHY := $(if $(filter command line,$(origin CONFIG)),CONFIG given,$(FOUND))
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .NOTPARALLEL:
-.PHONY: help setup demo test test-fast lint bench collect-logits train evaluate speculate report lock clean
+.PHONY: help setup demo collect-logits train evaluate speculate report test test-fast test-environments lint bench \
+  gpu-check lock clean
 
 help: ## list the targets
 	@echo "make TARGET [CONFIG=configs/….yaml] [ARGS='--set key.path=value']"
-	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY)$(EXTRAS) ## build .venv for this machine; does nothing when it is up to date
 
@@ -92,16 +93,22 @@ report: setup ## runs/NAME/report/index.html and report.json
 	$(say)
 	@student report $(CONFIG) $(ARGS)
 
+# A file's tests stay together: their fixtures, of which some start vLLM, are then set up once.
+TWO_WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
+
 test: setup ## every test
-	@python -m pytest -n 2 --dist loadgroup --durations=30
+	@python -m pytest $(TWO_WORKERS) --durations=30
 
 test-fast: setup ## the tests that take no more than seconds each
-	@python -m pytest -n 2 --dist loadgroup -m "not slow"
+	@python -m pytest $(TWO_WORKERS) -m "not slow"
+
+test-environments: ## the teacher's and the student's environments apart, in clones of what is committed
+	@tests/environments.sh
 
 lint: setup ## style, types, dead code, dependencies
 	@ruff check . && ruff format --check . && mypy && vulture && deptry .
 
-bench: setup ## the benchmarks, as tables and JSON
+bench: setup ## the benchmarks, as tables and JSON; those of the demo's student only after `make demo`
 	@python -m tests.benchmarks
 
 gpu-check: setup ## on a machine with a GPU: what no CPU can run, each as a row with its figures
@@ -117,5 +124,5 @@ lock: $(BIN)/uv ## resolve constraints-cpu.txt and constraints-cuda.txt anew, on
 	@$(COMPILE) --extra teacher-cpu $(COMMON_EXTRAS) $(CPU_FLAGS) $(ARGS) -o constraints-cpu.txt
 	@$(COMPILE) --extra teacher --extra serve $(COMMON_EXTRAS) $(LOCK_FLAGS) $(ARGS) -o constraints-cuda.txt
 
-clean: ## remove runs and caches, keep .venv
-	@rm -rf runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean: ## remove the caches of tests and linters; .venv and runs are kept
+	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # The two clusters for real, on a machine without a GPU: the extra `teacher-cpu` alone collects, without DeepSpeed, and
 # the extra `student` alone trains on what was collected, without vLLM and without the teacher's files.
-# A job for CI: needs no input, leaves nothing behind, takes some minutes and 6 GB, in clones of what is committed.
+# `make test-environments`: needs no input, leaves nothing behind, takes some minutes and 6 GB, in clones of what is
+# committed.
 set -euo pipefail
-unset PYTHONPATH
+unset PYTHONPATH MAKEFLAGS
 
 root=$(git -C "$(dirname "$0")" rev-parse --show-toplevel)
+PATH=${PATH//"$root/.venv/bin:"/} # which make has put first
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
