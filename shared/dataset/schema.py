@@ -5,8 +5,8 @@ Everything of a response's tokens is a flat list in the response's row: per toke
 `width`, `tail_mass`) or per candidate, token after token (`candidate_ids`, `candidate_gaps`).
 
 Logprobs are stored as gaps (the README of this folder has the formula): mass and tail sum to 1 whatever the rounding
-was, rows stay monotone, and an error of half a step changes the KL by its square only. The choice was measured: `python
--m tests.benchmarks.bench_dataset_encodings`.
+was, rows stay monotone, and an error of half a step changes the KL by its square only. The choice was measured:
+`tests/benchmarks/RESULTS.md`, bytes of the dataset.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def parquet_options() -> dict[str, Any]:
     shuffled = {f"{column.name}.list.element": "BYTE_STREAM_SPLIT" for column in COLUMNS if column.shuffled}
     return {
         "compression": "zstd",
-        # 16 takes fifteen times as long and saves 3 % (`python -m tests.benchmarks.bench_dataset_encodings`).
+        # 16 takes fifteen times as long and saves 3 % (`tests/benchmarks/RESULTS.md`).
         "compression_level": 1,
         "use_dictionary": [
             "prompt_id", "split", "skill", "rule", "finish_reason", "temperature", "top_p", "top_k", "max_tokens",
