@@ -51,8 +51,10 @@ def stats(
 ) -> None:
     """Tokens, bytes per token, retained mass by k, finish reasons and lengths."""
     configure_logging(log_level)
-    from shared.commands.stats import draw, measure, to_table
+    from shared.commands.stats import check_picture, draw, measure, to_table
 
+    if picture is not None:
+        check_picture(picture)
     statistics = measure(directory)
     if picture is not None:
         draw(statistics, picture)
@@ -65,7 +67,9 @@ def stats(
 @app.command()
 def show(
     directory: DirArgument,
-    record: Annotated[str, typer.Argument(metavar="RECORD", help="Its number, or its sample id.")] = "0",
+    record: Annotated[
+        str, typer.Argument(metavar="RECORD", help="Its number; or its sample id, where no record has that number.")
+    ] = "0",
     candidates: Annotated[int, typer.Option(min=1, help="Candidates shown per token.")] = 5,
     tokens: Annotated[int | None, typer.Option(min=1, help="Show only the first tokens.")] = None,
     log_level: LogLevelOption = "info",
@@ -98,6 +102,12 @@ def import_json(
             help="Prompts are rendered text already, or words; without, what is rendered is recognized.",
         ),
     ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Whose rows they are: imports of one name can be merged. Default: the file's."
+        ),
+    ] = None,
     template_argument: Annotated[
         list[str] | None,
         typer.Option(metavar="KEY=VALUE", help="Passed to the chat template, as collect.template_arguments is."),
@@ -115,7 +125,7 @@ def import_json(
     arguments: dict[str, Any] = {}
     for text in template_argument or []:
         apply_override(arguments, text, "--template-argument", "'date_string=26 Jul 2024'")
-    settings = ImportSettings(top_k, values, sampling, held_out, rendered, arguments)
+    settings = ImportSettings(top_k, values, sampling, held_out, rendered, arguments, teacher)
     manifest = import_file(file, directory, tokenizer, settings)
     stdout.print(f"imported {manifest.rows:,} responses, {manifest.tokens:,} tokens to {directory}")
 

@@ -60,10 +60,13 @@ def _merged_provenance(sources: Sequence[str | Path], datasets: Sequence[Dataset
         same = other.model_copy(update={name: getattr(first, name) for name in _FREE})
         differences = same.differences(first)
         if differences:
+            fix = ""
+            if first.engine == other.engine == "import-json" and first.teacher != other.teacher:
+                fix = "; parts of one teacher are imported with the same --teacher"
             raise DatasetError(
                 f"{source} cannot be merged with {sources[0]} (there: {sources[0]}, here: {source}):\n  "
                 + "\n  ".join(differences)
-                + "\ndistributions of different teachers stay in datasets of their own"
+                + f"\ndistributions of different teachers stay in datasets of their own{fix}"
             )
     rules = []
     for dataset in datasets:

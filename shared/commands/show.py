@@ -18,22 +18,25 @@ from shared.tokenizer.vocabulary import Vocabulary
 
 
 def find_record(dataset: Dataset, which: str) -> Record:
-    """The record of that number or sample id.
+    """The record of that number; where there is none, the one of that sample id.
 
     Raises:
         DatasetError: if there is none.
     """
-    if which.removeprefix("-").isdecimal():
-        index = int(which)
-        if not -len(dataset) <= index < len(dataset):
-            raise DatasetError(f"record {index} does not exist: the dataset has records 0 to {len(dataset) - 1}")
-        return dataset[index]
+    is_number = which.removeprefix("-").isdecimal()
+    if is_number and -len(dataset) <= int(which) < len(dataset):
+        return dataset[int(which)]
     base = 0
     for table in dataset.tables(["sample_id"]):
         names = table["sample_id"].to_pylist()
         if which in names:
             return dataset[base + names.index(which)]
         base += len(names)
+    if is_number:
+        raise DatasetError(
+            f"record {which} does not exist: the dataset has records 0 to {len(dataset) - 1}, and none with that "
+            "sample id"
+        )
     example = next((r.sample_id for r in dataset.records(distributions=False)), "none")
     raise DatasetError(f"no record has the sample id {which!r}; ids look like {example!r}, or give a number from 0")
 

@@ -163,21 +163,35 @@ def to_table(statistics: Statistics) -> Group:
     return Group(general, retained, lengths)
 
 
+def check_picture(path: Path) -> None:
+    """Refuse a picture that `draw` cannot make, before a large dataset is read for it.
+
+    Raises:
+        MissingExtraError: without matplotlib.
+        DatasetError: if the suffix names no kind of picture.
+    """
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError as error:
+        raise MissingExtraError("--picture needs matplotlib; pip install 'llada-drafter[student]'") from error
+    kinds = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix and path.suffix[1:].lower() not in kinds:
+        raise DatasetError(
+            f"cannot draw the picture {path}: {path.suffix} is no kind of picture, expected one of "
+            f"{', '.join(sorted(kinds))}; name a .png or .svg file"
+        )
+
+
 def draw(statistics: Statistics, path: Path) -> None:
     """The statistics as a picture; the suffix of `path` (png, svg, pdf) says which kind.
 
     Raises:
-        MissingExtraError: without matplotlib.
         DatasetError: if the picture cannot be written.
     """
     try:
-        figure = drawn(statistics)
-    except ImportError as error:
-        raise MissingExtraError("--picture needs matplotlib; pip install 'llada-drafter[student]'") from error
-    try:
-        figure.savefig(path, dpi=120)
-    except (OSError, ValueError) as error:
-        raise DatasetError(f"cannot write the picture {path}: {error}; name a .png or .svg file") from error
+        drawn(statistics).savefig(path, dpi=120)
+    except OSError as error:
+        raise DatasetError(f"cannot write the picture {path}: {error}; choose another file or free space") from error
 
 
 def drawn(statistics: Statistics) -> Figure:

@@ -153,6 +153,8 @@ def same_content(left: pa.Table, right: pa.Table) -> bool:
 def _stored_rows(rows: Rows) -> dict[str, NDArray[Any]]:
     """The distribution columns of `rows`, flat."""
     gaps, tail = encode_gaps(offsets_of(rows.widths), rows.logprobs), round_tail(rows.tail)
+    # In float32 a tail may round to 1, which would leave the row's candidates the probability 0.
+    tail[(tail == 1) & (rows.widths > 0)] = np.nextafter(np.float32(1), np.float32(0))
     sampled = rows.sampled.copy()
     tokens, entries = rows.matches
     sampled[tokens] = decode_logprobs(rows.widths, gaps, tail)[entries]

@@ -57,7 +57,7 @@ def import_json(source: Path, destination: str | Path, tokenizer_dir: Path, sett
         reader.choose_held_out()
         template = reader.template
         provenance = Provenance(
-            teacher=f"import:{source.name}",
+            teacher=settings.teacher or f"import:{source.name}",
             tokenizer_fingerprint=reader.vocabulary.fingerprint,
             chat_template_fingerprint=template.fingerprint if template else None,
             engine="import-json",

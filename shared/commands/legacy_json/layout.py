@@ -47,6 +47,7 @@ class ImportSettings:
         held_out: share of the prompts that training never sees (`shared.dataset.split`).
         rendered: whether prompts are rendered text already; None recognizes those that are.
         template_arguments: of the tokenizer's chat template.
+        teacher: the name of whose rows these are, for the provenance; None takes the file's.
     """
 
     top_k: int = 64
@@ -55,6 +56,7 @@ class ImportSettings:
     held_out: float = 0.1
     rendered: bool | None = None
     template_arguments: dict[str, Any] = field(default_factory=dict)
+    teacher: str | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.held_out <= 1:

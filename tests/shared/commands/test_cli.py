@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,8 @@ def test_stats_count_what_is_there_and_draw_it(
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     assert shards(monkeypatch, "stats", dataset) == 0
     assert "retained mass by k" in capsys.readouterr().out
+    assert shards(monkeypatch, "stats", tmp_path / "not read", "--picture", tmp_path / "p.foo") == 2
+    assert "p.foo: .foo is no kind of picture, expected one of" in " ".join(capsys.readouterr().err.split())
 
 
 def test_stats_of_plain_conversations(tmp_path: Path) -> None:
@@ -94,6 +97,17 @@ def test_show_spells_tokens_and_candidates(
     assert "record 99 does not exist: the dataset has records 0 to 11" in capsys.readouterr().err
     assert shards(monkeypatch, "show", dataset, "nobody") == 2
     assert "no record has the sample id 'nobody'" in capsys.readouterr().err
+
+
+def test_show_finds_ids_that_are_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A number that a record has wins."""
+    records = [replace(record, sample_id=name) for record, name in zip(make_records(2), ("1", "4711"), strict=True)]
+    write_dataset(tmp_path / "d", {"u": records})
+    for which, prompt in (("4711", "prompt-0-1"), ("1", "prompt-0-1"), ("0", "prompt-0-0")):
+        assert shards(monkeypatch, "show", tmp_path / "d", which) == 0
+        assert prompt in capsys.readouterr().out
 
 
 def test_merge_joins_parts_of_one_teacher(

@@ -112,6 +112,44 @@ def test_candidates_alone_leave_the_tail_unknown_and_say_what_they_know(reader: 
         )
 
 
+def test_candidates_that_hold_next_to_nothing_keep_a_probability(
+    reader: EntryReader, tokenizer: Path, tmp_path: Path
+) -> None:
+    """A tail of 1 - 2e-9 is 1 in float32."""
+    entry = entry_of(reader, "ids")
+    entry |= {"logits": [[-20.0]] * len(entry["logits"]), "tokenID": [row[:1] for row in entry["tokenID"]]}
+    (tmp_path / "in.json").write_text(json.dumps([entry]))
+    import_json(tmp_path / "in.json", tmp_path / "d", tokenizer, ImportSettings(values="logprobs", held_out=0.0))
+    assert validate_dataset(tmp_path / "d").problems == []
+    d = next(Dataset.open(tmp_path / "d").records()).distributions
+    assert d is not None
+    assert (d.logprobs < -16).all()
+    assert (d.tail < 1).all()
+    assert (d.tail > 1 - 1e-7).all()
+
+
+def test_imports_of_one_teacher_can_be_merged(
+    reader: EntryReader,
+    tokenizer: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in "ab":
+        entry = {**entry_of(reader, "plain"), "id": name, "split": "train"}
+        (tmp_path / f"{name}.json").write_text(json.dumps([entry]))
+        for directory, options in ((name, []), (f"named-{name}", ["--teacher", "LLaMA"])):
+            command = ["import-json", tmp_path / f"{name}.json", tmp_path / directory, "--tokenizer", tokenizer]
+            assert shards(monkeypatch, *command, *options) == 0
+    capsys.readouterr()
+    assert shards(monkeypatch, "merge", tmp_path / "a", tmp_path / "b", tmp_path / "m") == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert "teacher: 'import:a.json' there, 'import:b.json' here" in message
+    assert "parts of one teacher are imported with the same --teacher" in message
+    assert shards(monkeypatch, "merge", tmp_path / "named-a", tmp_path / "named-b", tmp_path / "m") == 0
+    assert Dataset.open(tmp_path / "m").provenance.teacher == "LLaMA"
+
+
 def test_plain_conversations_are_records_without_distributions(reader: EntryReader) -> None:
     record = reader.record(entry_of(reader, "plain"), "here", 7)
     assert record.distributions is None
