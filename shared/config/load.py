@@ -10,7 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from shared.config.pipeline import PipelineConfig
-from shared.config.section import SecretError, Section, section_of
+from shared.config.section import Section, section_of
 from shared.errors import ConfigError
 
 CHANGED_KEYS = {
@@ -25,6 +25,8 @@ CHANGED_KEYS = {
     "train.max_length": "now `max_sequence_tokens`",
 }
 """Keys of earlier versions, without the numbers of list items: what became of them and what to do."""
+MAY_HOLD_SECRETS = ("teacher.service", "teacher.engine_args")
+"""Keys whose values no message repeats."""
 
 
 def load_config(path: Path, overrides: list[str] | None = None) -> PipelineConfig:
@@ -91,8 +93,8 @@ def _parse(text: str, what: str) -> Any:
 
 
 def _explain(error: ValidationError) -> list[str]:
-    """One line a problem: the key, the value seen and what was expected. For an unknown key: what became of it, if an
-    earlier version had it, or a near miss."""
+    """One line a problem: the key, the value seen (unless it may hold a secret) and what was expected. For an unknown
+    key: what became of it, if an earlier version had it, or a near miss."""
     lines = []
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"])
@@ -106,7 +108,7 @@ def _explain(error: ValidationError) -> list[str]:
             lines.append(f"  {key}: unknown key; {hint}")
         elif problem["type"] == "missing":
             lines.append(f"  {key}: missing; this key is required")
-        elif isinstance(problem.get("ctx", {}).get("error"), SecretError):
+        elif named.startswith(MAY_HOLD_SECRETS):
             lines.append(f"  {key}: {problem['msg']}")
         else:
             lines.append(f"  {key}: {problem['msg']} (got {problem['input']!r})" if key else f"  {problem['msg']}")

@@ -18,10 +18,3 @@ def section_of(annotation: Any) -> type[Section] | None:
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
     return next((found for part in get_args(annotation) if (found := section_of(part)) is not None), None)
-
-
-class SecretError(ValueError):
-    """A value that may not stand in a config, which is written beside every output; messages do not repeat it."""
-
-    def __init__(self, what: str, instead: str) -> None:
-        super().__init__(f"{what}, and the config is written beside every output; {instead}")

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
-from shared.config.section import SecretError, Section
+from shared.config.section import Section
 
 OWN_ARGUMENTS = {
     "model": "teacher.model",
@@ -30,6 +30,7 @@ FIXED_ARGUMENTS = frozenset(
     {"max_logprobs", "logprobs_mode", "kv_cache_dtype", "speculative_config", "generation_config"}
 )
 """Arguments of vLLM that a collection needs as they are."""
+_IS_WRITTEN = "and the config is written beside every output"
 
 
 class ServiceConfig(Section):
@@ -49,9 +50,12 @@ class ServiceConfig(Section):
     @classmethod
     def _urls_are_roots(cls, value: list[str]) -> list[str]:
         for url in value:
-            if "@" in urlsplit(url).netloc or urlsplit(url).query:
-                raise SecretError("a URL carries a key or a password", "put the servers' key into VLLM_API_KEY")
-            if not re.fullmatch(r"https?://[^/\s]+(/[^\s]*)?", url):
+            is_url = re.fullmatch(r"https?://[^/\s]+(/[^\s]*)?", url)
+            if "@" in (urlsplit(url).netloc if is_url else url) or "?" in url:
+                raise ValueError(
+                    f"a URL carries a key or a password, {_IS_WRITTEN}; put the servers' key into VLLM_API_KEY"
+                )
+            if not is_url:
                 raise ValueError(f"{url!r} is no URL of a server, expected such as http://localhost:8000")
         return [url.rstrip("/").removesuffix("/v1") for url in value]
 
@@ -107,7 +111,9 @@ class TeacherConfig(Section):
     def _names_are_free(cls, value: dict[str, Any]) -> dict[str, Any]:
         names = [name.replace("-", "_") for name in value]
         if found := [name for name in names if re.fullmatch(r"(.*_)?(api_key|token|password|secret)", name)]:
-            raise SecretError(f"{found[0]} is a secret", "put it into HF_TOKEN, or VLLM_API_KEY of a server")
+            raise ValueError(
+                f"{found[0]} is a secret, {_IS_WRITTEN}; put it into HF_TOKEN, or VLLM_API_KEY of a server"
+            )
         for name in names:
             if name in OWN_ARGUMENTS:
                 raise ValueError(f"{name} is {OWN_ARGUMENTS[name]}; set that instead")

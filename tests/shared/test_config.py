@@ -50,6 +50,24 @@ def test_a_mistake_is_named_with_its_key_and_value(override: str) -> None:
         load_config(DEMO, [override])
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        'teacher.service={urls: "http://user:KEY@host"}',
+        "teacher.service=http://user:KEY@host",
+        "teacher.service={urls: ['ftp://a', 'http://user:KEY@host']}",
+        "teacher.service={urls: ['http:/user:KEY@host']}",
+        "teacher.service={urls: ['http://host?key=KEY']}",
+        'teacher.engine_args="--api-key KEY"',
+        "teacher.engine_args={api-key: KEY}",
+    ],
+)
+def test_a_value_that_may_hold_a_secret_is_not_repeated(override: str) -> None:
+    with pytest.raises(ConfigError, match=r"  teacher\.(service|engine_args)") as refused:
+        load_config(DEMO, [override])
+    assert "KEY" not in str(refused.value).replace("VLLM_API_KEY", "")
+
+
 def test_files_that_are_no_config_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot read the config .*none.yaml: No such file"):
         load_config(tmp_path / "none.yaml")
