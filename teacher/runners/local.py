@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,7 +21,7 @@ from shared.stopping import StopRequest
 from shared.tokenizer.vocabulary import Vocabulary
 from teacher.collector import Collector, Counts
 from teacher.engine import TeacherEngine, open_engine, version_of
-from teacher.interrupts import lasting_interrupts
+from teacher.interrupts import lasting_interrupts, nothing_in_hand
 from teacher.prompts import Renderer
 from teacher.runners.progress import Display
 from teacher.runners.worker import Worker
@@ -106,9 +106,11 @@ def run_here(job: Job, renderer: Renderer, writer: DatasetWriter, units: Sequenc
     missing = [unit for unit in units if unit.name not in writer.committed]
     stop = StopRequest()
     ratio = None
-    with lasting_interrupts() as check_interrupt, closing(engine_for(job)) as engine:
-        if job.config.collect.measure_capture and job.kind == "collect":
-            ratio = measure_capture(engine, [renderer.render(t.prompt).ids for u in missing[:4] for t in u.tasks])
+    with lasting_interrupts() as check_interrupt, ExitStack() as opened:
+        with nothing_in_hand(stop):
+            engine = opened.enter_context(closing(engine_for(job)))
+            if job.config.collect.measure_capture and job.kind == "collect":
+                ratio = measure_capture(engine, [renderer.render(t.prompt).ids for u in missing[:4] for t in u.tasks])
         collector = Collector(job.config, renderer, job.vocabulary, writer, engine)
         started = time.monotonic()
         display = Display(LABELS[job.kind], units, writer.committed)
