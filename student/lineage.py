@@ -118,7 +118,7 @@ def start_identity(config: PipelineConfig) -> dict[str, Any]:
     A vocabulary that was trained on an older dataset stays usable, so the dataset is no part of it. The teacher's
     vocabulary is, where it became the student's, and so is a checkpoint in a local directory.
     """
-    identity = _settings("student", config.student)
+    identity = _settings("student", config.student) | shape_file(config)
     if config.student.checkpoint is None:
         identity["seed"] = config.seed
     elif (weights := _weights(Path(config.student.checkpoint))) is not None:
@@ -126,6 +126,16 @@ def start_identity(config: PipelineConfig) -> dict[str, Any]:
     if config.student.tokenizer.kind == "teacher":
         identity |= present(config, "teacher vocabulary")
     return identity
+
+
+def shape_file(config: PipelineConfig) -> dict[str, Any]:
+    """What the file of `student.shape` holds, as part of an identity: its path stays when it is edited."""
+    shape = config.student.shape
+    if config.student.checkpoint is not None or not isinstance(shape, Path) or not shape.exists():
+        return {}
+    from student.model.initialize import read_shape
+
+    return {"shape": read_shape(shape)}
 
 
 def prepared_identity(settings: PrepareConfig, inputs: dict[str, str]) -> dict[str, Any]:

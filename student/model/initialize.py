@@ -166,14 +166,7 @@ def random_shape(given: dict[str, Any] | Path) -> LladaConfig:
     """
     from student.model.configuration_llada import LladaConfig
 
-    shape: Any = given
-    if isinstance(given, Path):
-        try:
-            shape = yaml.safe_load(given.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
-            raise ConfigError(f"student.shape: cannot read {given}: {error}") from error
-    if not isinstance(shape, dict):
-        raise ConfigError(f"student.shape: {given} holds no mapping of LladaConfig's fields")
+    shape = read_shape(given) if isinstance(given, Path) else given
     unknown = [key for key in shape if not hasattr(LladaConfig(), key)]
     if unknown:
         raise ConfigError(f"student.shape.{unknown[0]} is not a field of LladaConfig")
@@ -181,6 +174,21 @@ def random_shape(given: dict[str, Any] | Path) -> LladaConfig:
         return LladaConfig(**(shape | NO_IDS))
     except (TypeError, ValueError) as error:
         raise ConfigError(f"student.shape: {error}") from error
+
+
+def read_shape(file: Path) -> dict[str, Any]:
+    """What the YAML file of `student.shape` holds.
+
+    Raises:
+        ConfigError: if it cannot be read or is no mapping.
+    """
+    try:
+        shape = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"student.shape: cannot read {file}: {error}") from error
+    if not isinstance(shape, dict):
+        raise ConfigError(f"student.shape: {file} holds no mapping of LladaConfig's fields")
+    return shape
 
 
 def _student_config(shape: LladaConfig, vocabulary: Vocabulary, config: PipelineConfig) -> LladaConfig:

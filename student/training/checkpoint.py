@@ -33,7 +33,7 @@ from torch import Tensor
 from shared.config import PipelineConfig
 from shared.errors import USER_ERROR_EXIT_CODE, CheckpointError, TrainingError
 from shared.files import write_json
-from student.lineage import IDENTITY, differences, read_json
+from student.lineage import IDENTITY, differences, read_json, shape_file
 from student.training import averaging
 from student.training.engine import training_dtype
 from student.training.optimizer import follow_schedule
@@ -93,7 +93,7 @@ def run_identity(config: PipelineConfig, inputs: dict[str, str]) -> dict[str, An
     if config.train.patience is not None or config.train.publish == "best":  # what their scores are measured by
         evaluate = config.evaluate.model_dump(mode="json", exclude={"batch"})
         settings |= {f"evaluate.{key}": value for key, value in evaluate.items()}
-    return settings | inputs | {"seed": config.seed}
+    return settings | shape_file(config) | inputs | {"seed": config.seed}
 
 
 def require_same_run(found: dict[str, Any], wanted: dict[str, Any], where: Path) -> None:

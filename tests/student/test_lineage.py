@@ -9,8 +9,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from shared.config import PipelineConfig
 from shared.dataset.reader import Dataset
@@ -29,6 +31,7 @@ from student.lineage import (
 )
 from student.model.export import export_student, load_student, save_student, weights_fingerprint
 from student.model.initialize import initialize_student
+from student.training.checkpoint import run_identity
 from student.training.train import check, decide, identity_of, is_finished
 from tests.fixtures.toy_run import load_toy, write_toy_shards
 
@@ -173,6 +176,20 @@ def test_a_start_of_a_checkpoint_that_was_replaced(config: PipelineConfig, tmp_p
     with pytest.raises(StaleError, match=rf"checkpoint: {HEXADECIMAL} there, {HEXADECIMAL} now\); run `student init`"):
         require_current_start(other)
     shutil.rmtree(checkpoint)
+    require_current_start(other)
+
+
+def test_a_start_whose_file_of_the_shape_was_edited(config: PipelineConfig, tmp_path: Path) -> None:
+    file, shape = tmp_path / "shape.yaml", dict[str, Any](config.student.shape)  # type: ignore[arg-type]
+    file.write_text(yaml.safe_dump(shape))
+    other = changed(config, f"student.shape={file}")
+    initialize_student(other)
+    require_current_start(other)
+    file.write_text(yaml.safe_dump(shape | {"n_layers": 3}))
+    with pytest.raises(StaleError, match=r"shape: .*'n_layers': 2.* there, .*'n_layers': 3.* now\); run `student init"):
+        require_current_start(other)
+    assert run_identity(other, {})["shape"]["n_layers"] == 3
+    file.unlink()
     require_current_start(other)
 
 
