@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +21,16 @@ from student.data.packing import pack
 
 
 def accumulation_steps(global_batch: int, micro_batch: int, world_size: int) -> int:
-    """Micro-batches per rank and step; the last may have fewer rows."""
+    """Micro-batches per rank and step; the last may have fewer rows.
+
+    Raises:
+        ConfigError: if the ranks cannot share a step's rows evenly.
+    """
+    if global_batch % world_size:
+        raise ConfigError(
+            f"train.global_batch is {global_batch}, which {world_size} ranks cannot share evenly; "
+            f"use a multiple of {world_size}"
+        )
     return -(-global_batch // (world_size * micro_batch))
 
 
@@ -31,7 +41,7 @@ class PackedRow(NamedTuple):
     samples: NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class BatchSampler:
     """The order of one training run.
 
@@ -52,14 +62,9 @@ class BatchSampler:
     world_size: int
     _first_rows: list[int] = field(default_factory=lambda: [0], repr=False)
     """Of each epoch that is known, in the endless sequence."""
-    _packed: dict[int, list[NDArray[np.int64]]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        if self.global_batch % self.world_size:
-            raise ConfigError(
-                f"train.global_batch is {self.global_batch}, which {self.world_size} ranks cannot share evenly; "
-                f"use a multiple of {self.world_size}"
-            )
+        accumulation_steps(self.global_batch, self.micro_batch, self.world_size)
         if (rows := len(self.epoch_rows(0))) < self.global_batch:
             raise ConfigError(
                 f"train.global_batch is {self.global_batch} rows of {self.row_tokens} tokens, but {len(self.lengths)} "
@@ -72,16 +77,8 @@ class BatchSampler:
         return accumulation_steps(self.global_batch, self.micro_batch, self.world_size)
 
     def epoch_rows(self, epoch: int) -> list[NDArray[np.int64]]:
-        """The rows of an epoch, in order; two epochs are kept, because a step may reach into the next."""
-        if epoch not in self._packed:
-            generator = np.random.default_rng([self.seed, epoch])
-            order = generator.permutation(len(self.lengths))
-            rows = [order[row] for row in pack(self.lengths[order], self.row_tokens)]
-            shuffled = [rows[number] for number in generator.permutation(len(rows))]
-            for old in sorted(self._packed)[:-1]:
-                del self._packed[old]
-            self._packed[epoch] = shuffled
-        return self._packed[epoch]
+        """The rows of an epoch, in order."""
+        return _rows_of_epoch(self, epoch)
 
     def steps_of(self, epochs: float) -> int:
         """Steps until `epochs` passes over the samples are complete; the last may begin the next pass."""
@@ -116,3 +113,11 @@ class BatchSampler:
             self._first_row(len(self._first_rows))
         epoch = bisect_right(self._first_rows, row) - 1
         return epoch, row - self._first_rows[epoch]
+
+
+@lru_cache(2)  # a step may reach into the next epoch, and each of its micro-batches asks for both
+def _rows_of_epoch(sampler: BatchSampler, epoch: int) -> list[NDArray[np.int64]]:
+    generator = np.random.default_rng([sampler.seed, epoch])
+    order = generator.permutation(len(sampler.lengths))
+    rows = [order[row] for row in pack(sampler.lengths[order], sampler.row_tokens)]
+    return [rows[number] for number in generator.permutation(len(rows))]

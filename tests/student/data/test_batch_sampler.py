@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from shared.errors import ConfigError
 from student.data.batch_sampler import BatchSampler, PackedRow
+from student.data.packing import pack
 
 LENGTHS = np.random.default_rng(1).integers(5, 90, 97)
 
@@ -54,6 +56,23 @@ def test_a_run_that_goes_on_at_a_late_step_finds_the_same_rows() -> None:
     for step in range(20):
         early.step_rows(step)
     assert numbers(early.step_rows(20)) == numbers(order().step_rows(20))
+
+
+def test_an_epoch_is_packed_once_on_the_way_whatever_was_asked_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = []
+
+    def counted(lengths: NDArray[np.int64], capacity: int) -> list[NDArray[np.int64]]:
+        packed.append(capacity)
+        return pack(lengths, capacity)
+
+    monkeypatch.setattr("student.data.batch_sampler.pack", counted)
+    sampler = order()
+    steps = sampler.steps_of(4)
+    packed.clear()
+    for step in range(steps):
+        for part in range(sampler.accumulation):
+            assert sampler.micro_batches(step, 0)[part]
+    assert len(packed) <= 5, "four epochs, and the next one's first rows"
 
 
 def test_the_seed_decides_the_order() -> None:
