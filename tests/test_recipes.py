@@ -1,7 +1,8 @@
 """The recipes of configs/launch and configs/containers.
 
 Slurm's and Kubernetes' words are known ones with sensible values, our own commands parse and name what is there, and
-the training script is run as Slurm runs it: with tasks that are signaled, and a requeue that is asked for.
+the training script is run as Slurm runs it, with a stand-in for `student`: tasks that are signaled, and a requeue that
+is asked for.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -28,7 +28,6 @@ import yaml
 from shared.config import PipelineConfig, load_config
 from shared.errors import USER_ERROR_EXIT_CODE
 from shared.stopping import REQUEUE_EXIT_CODE
-from tests.fixtures.toy_run import toy_config, write_toy_shards
 from tests.test_house import PACKAGES, ROOT
 from tests.test_readme import APPS, TARGETS, check_command, check_make
 
@@ -245,14 +244,12 @@ def test_an_image_is_built_where_there_is_a_builder() -> None:
 
 
 SRUN = """#!/bin/bash
-# Starts the two tasks of a step, notes them in $TASKS, and ends with the highest of their codes, as srun does.
+# Starts the two tasks of a step, and ends with the highest of their codes, as srun does.
 while [[ $1 == --* ]]; do shift; done
-export SLURM_STEP_NUM_TASKS=2 SLURM_STEP_NODELIST=127.0.0.1 SLURM_STEP_TASKS_PER_NODE=2
 for rank in 0 1; do
-    SLURM_PROCID=$rank SLURM_LOCALID=$rank "$@" &
+    "$@" &
     tasks+=($!)
 done
-echo "${tasks[@]}" >"$TASKS"
 highest=0
 for task in "${tasks[@]}"; do
     wait "$task"
@@ -261,40 +258,42 @@ for task in "${tasks[@]}"; do
 done
 exit $highest
 """
+STUDENT = """#!/bin/bash
+# Notes the stage. Training ends with $TRAINING, or when it is signaled, with 75.
+echo "$1" >>"$STAGES"
+[ "$1" = train ] || exit 0
+trap 'exit 75' USR1
+echo $$ >>"$TASKS"
+[ -z "$TRAINING" ] || exit "$TRAINING"
+while true; do sleep 0.05; done
+"""
 
 
-@pytest.mark.slow
-def test_a_signal_to_the_tasks_of_the_training_script_requeues_its_job(tmp_path: Path) -> None:
-    """As with `--signal=USR1@…`: every task of the step is signaled, neither the script nor srun is."""
-    config = load_config(toy_config(tmp_path))
-    write_toy_shards(config)
-    programs = {"srun": SRUN, "scontrol": '#!/bin/bash\necho "$@" >>"$REQUEUED"\n'}
+@pytest.mark.parametrize(("training", "after"), [("", "requeue"), ("0", "evaluate"), ("2", "")])
+def test_the_training_script_requeues_what_was_stopped_and_nothing_else(
+    tmp_path: Path, training: str, after: str
+) -> None:
+    """A signal as with `--signal=USR1@…`: every task of the step gets it, neither the script nor srun does."""
+    programs = {"srun": SRUN, "student": STUDENT, "scontrol": '#!/bin/bash\necho "$@" >>"$REQUEUED"\n'}
     for name, program in programs.items():
         (tmp_path / name).write_text(program)
         (tmp_path / name).chmod(0o755)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    tasks, requeued = tmp_path / "tasks", tmp_path / "requeued"
-    environment = os.environ | {
-        "PATH": os.pathsep.join([str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]]),
-        **{"SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"},
-        **{"TASKS": str(tasks), "REQUEUED": str(requeued)},
-    }
-    arguments = [str(tmp_path / "toy.yaml"), "--set", "train.steps=5000"]
-    with subprocess.Popen(
-        ["bash", LAUNCH / "train.sbatch", *arguments], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
-    ) as job:
-        journal, deadline = config.run_dir / "metrics.jsonl", time.monotonic() + 300
-        while not journal.exists() or journal.read_text().count("\n") < 2:
-            assert job.poll() is None, job.communicate()[1]
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        for task in tasks.read_text().split():
-            os.kill(int(task), signal.SIGUSR1)
-        said = " ".join(job.communicate(timeout=300)[1].split())
-    assert job.returncode == REQUEUE_EXIT_CODE, said
-    assert "SIGUSR1: saved after step" in said
-    assert requeued.read_text() == "requeue 7\n"
-    assert list(config.checkpoints_dir.glob("step-*/complete.json"))
-    assert not config.student_final_dir.exists()
+    files = {name: tmp_path / name.lower() for name in ("TASKS", "STAGES", "REQUEUED")}
+    environment = os.environ | {name: str(path) for name, path in files.items()}
+    environment |= {"PATH": os.pathsep.join([str(tmp_path), os.environ["PATH"]]), "TRAINING": training}
+    environment |= {"SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "1"}
+    with subprocess.Popen(["bash", LAUNCH / "train.sbatch", CONFIG], cwd=ROOT, env=environment) as job:
+        if not training:
+            deadline = time.monotonic() + 60
+            while not files["TASKS"].exists() or files["TASKS"].read_text().count("\n") < 2:
+                assert job.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            for task in files["TASKS"].read_text().split():
+                os.kill(int(task), signal.SIGUSR1)
+        code = job.wait(timeout=60)
+    assert code == (int(training) if training else REQUEUE_EXIT_CODE)
+    stages = ["init", "prepare", "train", "train", *["evaluate"] * 2 * (after == "evaluate")]
+    assert files["STAGES"].read_text().split() == stages
+    assert files["REQUEUED"].exists() == (after == "requeue")
+    assert after != "requeue" or files["REQUEUED"].read_text() == "requeue 7\n"
