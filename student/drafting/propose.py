@@ -22,7 +22,6 @@ evaluation drafts along stored responses with this class.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -30,6 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import psutil
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch.distributed import ProcessGroup
@@ -317,7 +317,7 @@ def _pages(forward: DraftForward, memory_bytes: int | None) -> int:
         if forward.device.type == "cuda":
             free = torch.cuda.mem_get_info(forward.device)[0]
         else:
-            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            free = psutil.virtual_memory().available  # with the cache of files, which the system gives back
         longest = pages_for(forward.max_tokens) * forward.page_bytes
         memory_bytes = max(min(_DEFAULT_CONTEXTS * longest, int(_DEFAULT_SHARE * free)), longest)
     pages = memory_bytes // forward.page_bytes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -315,6 +316,16 @@ def test_the_oldest_requests_keep_their_room(
 def test_a_budget_below_one_page_is_refused(forward: DraftForward, small_bridge: ByteBridge) -> None:
     with pytest.raises(ConfigError, match=r"hold no page, which takes 0\.01 MiB"):
         Drafter(forward, small_bridge, 4, BLOCK, memory_bytes=forward.page_bytes - 1)
+
+
+def test_the_default_cache_takes_a_share_of_the_memory_that_the_system_would_give(
+    forward: DraftForward, small_bridge: ByteBridge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it is less than room for 16 of the longest contexts, and more than for one."""
+    bytes_of_one = pages_for(forward.max_tokens) * forward.page_bytes
+    monkeypatch.setattr(propose.psutil, "virtual_memory", lambda: SimpleNamespace(available=35 * bytes_of_one))
+    drafter = Drafter(forward, small_bridge, 4, BLOCK)
+    assert drafter.cache.pages == int(3.5 * bytes_of_one) // forward.page_bytes
 
 
 def test_requests_that_are_no_longer_served_are_forgotten(
