@@ -7,6 +7,7 @@ short, each engine does its whole work before the next is loaded.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -114,8 +115,9 @@ class _Engine:
         """Give it what it asks for, and listen."""
         assert self._process.stdin is not None
         if self.asks is not None:
-            self._process.stdin.write("\n")
-            self._process.stdin.flush()
+            with contextlib.suppress(BrokenPipeError):  # killed while it waited, as `result` will say
+                self._process.stdin.write("\n")
+                self._process.stdin.flush()
             self.listen()
 
     def memory(self) -> int:

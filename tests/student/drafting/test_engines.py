@@ -49,6 +49,16 @@ def test_an_engine_that_fails_says_why_and_ends_the_others(tmp_path: Path, monke
     assert not (tmp_path / "a.json").exists()
 
 
+def test_an_engine_that_is_killed_while_it_waits_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the system does where memory runs out."""
+    monkeypatch.setattr(engines, "MODULE", "tests.fixtures.scripted_engine")
+    monkeypatch.setattr(engines, "is_cpu_build", lambda: True)
+    jobs = jobs_of(tmp_path)
+    jobs[tmp_path / "b"] = Job({"diary": str(tmp_path / "diary"), "is_killed": True}, [[1]], 4, [], {})
+    with pytest.raises(RuntimeError, match=r"vLLM b ended with exit code -9; .*b\.log ends with"):
+        run(jobs, {})
+
+
 def test_a_job_that_cannot_be_read_says_why(tmp_path: Path) -> None:
     job = Job({}, [[1, 2]], "four", [], {})  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match=r"(?s)ended with exit code 1; .*failing\.log ends with\n.*max_tokens"):
