@@ -139,6 +139,12 @@ class Policy:
         self._budget, self._explored = 0.0, 0
         self._plain, self._since_plain = 0, 0
 
+    def after(self, other: Policy) -> Policy:
+        """Take over the batch and its refused requests, and nothing that `other` has measured; returns this one."""
+        self.refused_R, self._rows = other.refused_R, other._rows
+        self._length_R, self._tail_Rx4 = other._length_R, other._tail_Rx4
+        return self
+
     # --- what happened ----------------------------------------------------------------------------------
 
     def observe(self, seconds: float, new: Sequence[int], lengths: NDArray[Any], tokens_RxL: NDArray[Any]) -> Ints:

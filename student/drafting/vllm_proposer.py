@@ -257,7 +257,7 @@ class LladaProposer:
                 self._agreed([])
             self._failed(error)
             self.counters.add("undrafted", "failed", len(drafts))
-            self.policy = self._new_policy()
+            self.policy = self._new_policy().after(self.policy)
         self._ended = time.perf_counter()
         self.counters.add("seconds", "all", self._ended - started)
         return drafts

@@ -163,6 +163,20 @@ def test_a_request_that_fails_is_drafted_for_no_more_and_the_others_are(caplog: 
     assert step(proposer, tokens, np.array([5, 6, 7])) == [[1, 2, 3]] * 3
 
 
+def test_a_refused_request_stays_so_after_another_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    proposer = LladaProposer(vllm_config({OPTIONS_KEY: {"student": "none", "policy": False}}))
+    proposer.drafter = drafter = FailingDrafter(bad=77)  # type: ignore[assignment]
+    tokens, lengths = np.full((2, MAX_LENGTH), 7, np.int32), np.array([10, 12])
+    tokens[1, 5] = 77
+    assert step(proposer, tokens, lengths) == [[1, 2, 3], []]
+    with monkeypatch.context() as broken:
+        broken.setattr(proposer.policy, "plan", lambda *_: 1 / 0)
+        assert step(proposer, tokens, lengths) == [[], []]
+    drafter.calls = 0
+    assert step(proposer, tokens, lengths) == [[1, 2, 3], []]
+    assert drafter.calls == 1
+
+
 def test_a_token_outside_the_vocabulary_is_never_shown_to_the_drafter() -> None:
     proposer = LladaProposer(vllm_config({OPTIONS_KEY: {"student": "none", "policy": False}}))
     proposer.drafter, proposer.vocabulary = FailingDrafter(bad=500), 100  # type: ignore[assignment]
