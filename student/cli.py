@@ -109,7 +109,9 @@ def generate(
     ] = None,
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt without the chat template.")] = False,
-    seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Of the noise at temperatures above 0.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=(1 << 63) - 1, help="Of the noise at temperatures above 0; else 0.")
+    ] = None,
     with_teacher: Annotated[
         Path | None,
         typer.Option(metavar="CONFIG", help="The config's teacher answers, and what the student drafts is colored."),
@@ -123,7 +125,7 @@ def generate(
         "remasking": remasking, "attention": attention,
     }  # fmt: skip
     if with_teacher is not None:
-        if raw or set(sampling.values()) != {None}:
+        if raw or {*sampling.values(), seed} != {None}:
             raise ConfigError(
                 "--with-teacher decodes greedily with the teacher and takes --prompt, --system and --length; leave the "
                 "sampler's other options out"
@@ -134,7 +136,7 @@ def generate(
         return
     from student.model.generate import generate as generate_answer
 
-    typer.echo(generate_answer(model, prompt, system=system, raw=raw, seed=seed, length=length, **sampling))
+    typer.echo(generate_answer(model, prompt, system=system, raw=raw, seed=seed or 0, length=length, **sampling))
 
 
 @app.command()

@@ -167,7 +167,7 @@ def break_even(result: dict[str, Any], student: dict[str, Any]) -> str:
         needed = result["needed"][name]
         axes.plot(ends, ends / needed, color=color, label=f"{label}: pays from {needed:.2f}")
     axes.axhline(1, color=INK, linewidth=0.8)
-    if student:
+    if student.get("acceptance_length") is not None:  # null where nothing was drafted
         axes.scatter(
             student["acceptance_length"], student["speedup"], color=INK, marker="*", s=90, label="this student, one"
         )

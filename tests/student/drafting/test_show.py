@@ -17,9 +17,10 @@ from tests.fixtures.served_run import pipeline
 
 def test_options_of_the_sampler_do_not_go_with_a_teacher(tmp_path: Path) -> None:
     words = ["generate", str(tmp_path), "--prompt", "Hello", "--with-teacher", "configs/demo.yaml"]
-    result = CliRunner().invoke(app, [*words, "--steps", "4"])
-    assert isinstance(result.exception, ConfigError)
-    assert "takes --prompt, --system and --length" in str(result.exception)
+    for option in ("--steps", "--seed"):
+        result = CliRunner().invoke(app, [*words, option, "4"])
+        assert isinstance(result.exception, ConfigError)
+        assert "takes --prompt, --system and --length" in str(result.exception)
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from shared.dataset.manifest import Manifest
 from shared.dataset.reader import Dataset
 from shared.errors import UserError
 from shared.files import write_json
+from student.evaluation import plots
 from student.evaluation import report as report_module
 from student.evaluation.plots import INK
 from student.evaluation.report import figure, write_report
@@ -167,6 +168,14 @@ def test_what_proves_and_prices_the_draft_is_shown_where_it_was_measured(tmp_pat
     # Of another model, both are left out, and how to make them again is said.
     write_json(config.run_dir / "break_even.json", worth | {"identity": {"speculate.draft_tokens": 99}})
     assert "student speculate --break-even" in write_report(config)["stale"]["break_even"]
+
+
+def test_a_student_that_drafted_nothing_has_no_place_on_the_curve() -> None:
+    point = {"acceptance_length": 2.0, "speedup": 1.1}
+    worth = {"draft_tokens": 3, "in_flight": 8, "measured": [{"latency": point, "throughput": point}]}
+    worth["needed"] = {"latency": 1.82, "throughput": 2.5}
+    assert "this student" in plots.break_even(worth, point)
+    assert "this student" not in plots.break_even(worth, point | {"acceptance_length": None})
 
 
 def test_a_slower_run_says_so(tmp_path: Path) -> None:
