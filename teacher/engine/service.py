@@ -5,9 +5,11 @@ captures. They travel as JSON, 2.5 kB a token at K = 64, which costs this proces
 than some 10,000 tokens/s, several collectors share them.
 
 Requests are spread over the servers by what each has in flight. One that fails because its server cannot be reached, is
-overloaded or restarts is sent again, to whichever server is up, with growing pauses (tenacity). Before its first
-request, and again whenever it was away, a server is asked what it is: another model, another context length, too small
-a `max_logprobs`, logprobs after temperature, speculation or a quantized KV cache would all give rows that look right.
+overloaded or restarts is sent again, to whichever server is up, with growing pauses (tenacity). Patience counts the
+time that a request is with no server: one that was decoded for an hour has lost none of it. A server that says nothing
+for so long is asked whether it is there. Before its first request, and again whenever it was away, a server is asked
+what it is: another model, another context length, too small a `max_logprobs`, logprobs after temperature, speculation
+or a quantized KV cache would all give rows that look right.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ import logging
 import math
 import os
 import re
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+import socket
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, TypeVar
@@ -41,6 +45,7 @@ Result = TypeVar("Result")
 API_KEY = "VLLM_API_KEY"
 _LONGEST_PAUSE = 10.0
 """Seconds between two tries of a request, at most, and that a server which failed is left alone."""
+_CONNECT_S = 10.0
 _NO_PROBABILITY = -9999.0
 """What vLLM's API writes for minus infinity, which JSON has not."""
 _MASS_ERROR = 0.01
@@ -71,6 +76,14 @@ class _Server:
     checking: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
+@dataclass(slots=True)
+class _Asked:
+    """A request on its way: its body, and the seconds that it was with servers that then were gone."""
+
+    body: dict[str, Any]
+    served: float = 0.0
+
+
 class ServiceEngine:
     """A teacher that others serve.
 
@@ -89,6 +102,7 @@ class ServiceEngine:
         self._teacher, self._service, self._top_k = teacher, teacher.service, top_k
         full = 2 * teacher.max_num_seqs * teacher.data_parallel
         self._per_server = 8 if score else teacher.service.requests_in_flight or full
+        self._patience = 60 * teacher.service.patience_minutes
         self._vocabulary = vocabulary_size(teacher)
         self.head_dtype = "float32" if teacher.fp32_head else teacher.dtype  # as `teacher serve` starts it
         self._loop = asyncio.new_event_loop()
@@ -144,9 +158,9 @@ class ServiceEngine:
 
     async def _open(self) -> None:
         self._session = _session(self._service)
-        await self._retry(self._any_ready)
+        await self._retry(self._any_ready, _Asked({}))
 
-    async def _any_ready(self) -> None:
+    async def _any_ready(self, _asked: _Asked) -> None:
         """Check every server; those that are down are left for later as long as one is up."""
         found = await asyncio.gather(*map(self._ready, self._servers), return_exceptions=True)
         errors = [error for error in found if error is not None]
@@ -159,7 +173,7 @@ class ServiceEngine:
 
     async def _answer(self, request: Request, capture: bool) -> Answer:
         try:
-            choice = await self._retry(self._ask, self._body(request, capture))
+            choice = await self._retry(self._ask, _Asked(self._body(request, capture)))
         except _RefusedError as error:
             return Answer(request.key, np.zeros(0, np.int32), "unknown", None, error=str(error))
         try:
@@ -188,7 +202,8 @@ class ServiceEngine:
             sampling = Sampling(0, 1, 0, 1, None)
         body: dict[str, Any] = {
             "prompt": prompt,
-            "max_tokens": sampling.max_tokens,
+            # The API refuses more than its context holds, where the engine in process ends the answer there.
+            "max_tokens": min(sampling.max_tokens, self._teacher.max_sequence_tokens - len(prompt)),
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": sampling.top_k,
@@ -209,16 +224,16 @@ class ServiceEngine:
 
     # --- servers ------------------------------------------------------------------------------------------------
 
-    async def _retry(self, attempt: Callable[..., Awaitable[Result]], *arguments: Any) -> Result:
+    async def _retry(self, attempt: Callable[[_Asked], Awaitable[Result]], asked: _Asked) -> Result:
         """What `attempt` gives, tried again while no server can; `ServiceError` once patience has run out."""
         tries = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type(_PASSING),
             wait=tenacity.wait_random_exponential(multiplier=0.5, max=_LONGEST_PAUSE),
-            stop=tenacity.stop_after_delay(60 * self._service.patience_minutes),
+            stop=lambda state: (state.seconds_since_start or 0) - asked.served >= self._patience,
             reraise=True,
         )
         try:
-            return await tries(attempt, *arguments)
+            return await tries(attempt, asked)
         except _PASSING as error:
             raise ServiceError(
                 f"no server of teacher.service.urls ({', '.join(self._service.urls)}) answered for "
@@ -226,19 +241,24 @@ class ServiceEngine:
                 f"{error or type(error).__name__}; start them and run this again, which goes on where it stopped"
             ) from error
 
-    async def _ask(self, body: dict[str, Any]) -> dict[str, Any]:
+    async def _ask(self, asked: _Asked) -> dict[str, Any]:
         """One try of a completion, at the server with the fewest requests among those that are up."""
         now = self._loop.time()
         server = min(self._servers, key=lambda server: (server.rests_until > now, server.in_flight))
         server.in_flight += 1
         try:
             await self._ready(server)
-            return await self._complete(server, body)
+            taken = self._loop.time()
+            try:
+                return await self._complete(server, asked.body)
+            except (aiohttp.ClientError, TimeoutError, OSError):
+                asked.served += self._loop.time() - taken
+                raise
         finally:
             server.in_flight -= 1
 
     async def _complete(self, server: _Server, body: dict[str, Any]) -> dict[str, Any]:
-        answer = await self._fetch(server, "/v1/completions", body | {"model": server.name})
+        answer = await self._while_there(server, self._fetch(server, "/v1/completions", body | {"model": server.name}))
         try:
             choice: dict[str, Any] = answer["choices"][0]
             if not isinstance(choice, dict):
@@ -249,6 +269,18 @@ class ServiceEngine:
             self._refuse_speculation(server)
         return choice
 
+    async def _while_there(self, server: _Server, answer: Coroutine[Any, Any, Result]) -> Result:
+        """`answer`, for as long as its server is there: a long decode is not silence. Errors as `_fetch`."""
+        waiting = self._loop.create_task(answer)
+        try:
+            while not (await asyncio.wait({waiting}, timeout=self._patience))[0]:
+                with suppress(_UnavailableError):  # an overloaded server is there, too
+                    await self._fetch(server, "/v1/models")
+            return waiting.result()
+        finally:
+            waiting.cancel()
+            await asyncio.wait({waiting})
+
     async def _fetch(self, server: _Server, path: str, body: dict[str, Any] | None = None) -> Any:
         """JSON from a server, or its text where that is none (of /metrics).
 
@@ -256,8 +288,9 @@ class ServiceEngine:
             _UnavailableError: if it may answer another time. ServiceError: if it refuses.
         """
         try:
-            method = "GET" if body is None else "POST"
-            async with self._session.request(method, server.url + path, json=body) as response:
+            method, limit = ("GET", self._patience) if body is None else ("POST", None)
+            timeout = aiohttp.ClientTimeout(total=limit, sock_connect=_CONNECT_S)
+            async with self._session.request(method, server.url + path, json=body, timeout=timeout) as response:
                 text = await response.text()
                 status = response.status
         except (TimeoutError, aiohttp.ClientError, OSError):
@@ -452,6 +485,17 @@ def _session(service: ServiceConfig) -> aiohttp.ClientSession:
     key = os.environ.get(API_KEY)
     return aiohttp.ClientSession(
         headers={"Authorization": f"Bearer {key}"} if key else {},
-        connector=aiohttp.TCPConnector(limit=0),
-        timeout=aiohttp.ClientTimeout(total=60 * service.patience_minutes, sock_connect=10),
+        connector=aiohttp.TCPConnector(limit=0, socket_factory=_kept_alive),
+        timeout=aiohttp.ClientTimeout(total=60 * service.patience_minutes, sock_connect=_CONNECT_S),
     )
+
+
+def _kept_alive(address: aiohttp.AddrInfoType) -> socket.socket:
+    """A socket that asks the other end each minute whether it is there: no byte comes while a server decodes."""
+    family, kind, protocol, *_ = address
+    made = socket.socket(family, kind, protocol)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if hasattr(socket, "TCP_KEEPIDLE"):  # Linux
+        for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL):
+            made.setsockopt(socket.IPPROTO_TCP, option, 60)
+    return made

@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -36,6 +37,8 @@ class Script:
         self.metrics = METRICS
         self.most, self.offset, self.processed, self.speculates = V, 0.0, False, False
         self.statuses: list[int] = []
+        self.seconds: list[float] = []  # that the next completions take
+        self.breaks = 0  # how many of them break off
         self.bodies: list[dict[str, Any]] = []
         self.text: str | None = None
         self.tokens = V
@@ -58,6 +61,11 @@ class Script:
             return 200, self.metrics
         assert body is not None
         self.bodies.append(body)
+        if self.seconds:
+            time.sleep(self.seconds.pop(0))
+        if self.breaks:
+            self.breaks -= 1
+            return 0, ""
         if self.statuses and (status := self.statuses.pop(0)) != 200:
             return status, json.dumps({"error": {"message": "no such luck"}})
         k = self.tokens if body["logprobs"] == -1 else body["logprobs"]
@@ -87,6 +95,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._reply(*self.script.answer(self.path, body))
 
     def _reply(self, status: int, text: str) -> None:
+        if not status:
+            self.close_connection = True
+            return
         self.send_response(status)
         self.send_header("Content-Length", str(len(text)))
         self.end_headers()
@@ -183,6 +194,36 @@ def test_patience_ends(tiny_checkpoint: Path) -> None:
         ServiceEngine(teacher, top_k=4)
     with pytest.raises(ServiceError, match=r"no server .* states its version .*`teacher serve CONFIG`"):
         version_of(teacher)
+
+
+def test_a_long_decode_costs_no_patience(script: Script, tiny_checkpoint: Path) -> None:
+    """Longer than the server may be silent, and lost at its end: the request is sent again."""
+    engine = ServiceEngine(teacher_of(tiny_checkpoint, script.url, patience_minutes=0.02), top_k=4)
+    script.seconds, script.breaks = [2.0, 2.0], 1
+    (answer,) = engine.stream(requests(1))
+    assert answer.columns is not None
+    assert not script.seconds
+    # Silent for as long, and gone when it is asked whether it is there.
+    script.seconds = [8.0]
+
+    def go() -> None:
+        script.server.shutdown()
+        script.server.server_close()
+
+    threading.Timer(0.5, go).start()
+    started = time.monotonic()
+    with pytest.raises(ServiceError, match="answered for 0"):
+        list(engine.stream(requests(1)))
+    assert time.monotonic() - started < 7
+    engine.close()
+
+
+def test_an_answer_longer_than_the_context_is_not_asked_for(script: Script, tiny_checkpoint: Path) -> None:
+    """The API refuses such a request, which the engine in process answers up to the end of its context."""
+    engine = ServiceEngine(teacher_of(tiny_checkpoint, script.url), top_k=4)
+    (answer,) = engine.stream([replace(requests(1)[0], sampling=Sampling(0, 1, 0, 1000, None))])
+    engine.close()
+    assert len(answer.response_ids) == script.bodies[-1]["max_tokens"] == 128 - 2
 
 
 def test_the_version_is_the_servers(script: Script, tiny_checkpoint: Path) -> None:
