@@ -20,10 +20,11 @@ from typing import NamedTuple
 import yaml
 
 from shared.commands.legacy_json.files import read_entries
-from shared.commands.legacy_json.models import ENTRY_EXAMPLE, Entry, checked
+from shared.commands.legacy_json.models import ENTRY_EXAMPLE, Entry
 from shared.config import PipelineConfig, apply_override, load_config
 from shared.errors import ConfigError, DatasetError
 from shared.files import write_text
+from shared.json_models import checked
 from shared.stopping import SIGNALS
 from student.losses.settings import LossSettings, resolve_loss
 

@@ -17,13 +17,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import model_validator
 
-from shared.commands.legacy_json.models import Name, Strict, Text, Turn, Turns, checked, to_messages
 from shared.config import CollectConfig, SourceConfig
 from shared.dataset.records import Message
 from shared.dataset.split import stable_hash
 from shared.errors import MissingExtraError, PromptError
 from shared.hub import is_hub_name
 from shared.json_input import read_lines, read_values
+from shared.json_models import Name, Strict, Text, Turn, Turns, checked, to_messages
 from teacher.prompts.prompt import Prompt
 
 log = logging.getLogger(__name__)

@@ -23,11 +23,12 @@ from typing import Any, Literal, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.commands.legacy_json.models import ENTRY_EXAMPLE, Entry, checked, to_messages
+from shared.commands.legacy_json.models import ENTRY_EXAMPLE, Entry
 from shared.commands.legacy_json.rows import RowReader, token_ids
 from shared.dataset.records import UNKNOWN_SAMPLING, Message, Record, Sampling
 from shared.dataset.split import held_out
 from shared.errors import ConfigError, DatasetError, PromptError
+from shared.json_models import checked, to_messages
 from shared.tokenizer.chat import ChatEncoder
 from shared.tokenizer.files import read_tokenizer_file
 from shared.tokenizer.template import ChatTemplate
