@@ -38,7 +38,10 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override one setting; the value is YAML. May be repeated."),
 ]
-LogLevelOption = Annotated[str, typer.Option("--log-level", help="debug, info, warning or error.")]
+LogLevelOption = Annotated[
+    Literal["debug", "info", "warning", "error"],
+    typer.Option("--log-level", case_sensitive=False, help="What is logged to stderr."),
+]
 SplitOption = Annotated[Literal["train", "held_out"] | None, typer.Option("--split", help="Only this split.")]
 RuleOption = Annotated[
     Literal["greedy", "sample", "filtered"] | None, typer.Option("--rule", help="Only this decoding rule.")
@@ -89,14 +92,8 @@ def run(app: typer.Typer) -> None:
 
 
 def configure_logging(level: str) -> None:
-    """Send the project's log lines to stderr.
-
-    Raises:
-        UserError: if `level` is not a logging level.
-    """
-    number = logging.getLevelNamesMapping().get(level.upper())
-    if number is None:
-        raise UserError(f"--log-level {level!r} is not a level: use debug, info, warning or error")
+    """Send the project's log lines of this level and above to stderr."""
+    number = logging.getLevelNamesMapping()[level.upper()]
     handler = RichHandler(console=stderr, show_path=False, markup=False, log_time_format="%H:%M:%S")
     logging.basicConfig(level=number, format="%(message)s", handlers=[handler], force=True)
     # One progress bar a step is ours; libraries draw theirs through tqdm.
@@ -128,10 +125,7 @@ def progress() -> Progress:
 
 def titled_table(title: str, *header: str) -> Table:
     """A table under its title; `header` names the columns, where they need it."""
-    table = Table(show_header=bool(header), title=title, title_justify="left")
-    for name in header:
-        table.add_column(name)
-    return table
+    return Table(*header, show_header=bool(header), title=title, title_justify="left")
 
 
 def bytes_text(count: float) -> str:

@@ -10,8 +10,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from shared.console import application, bytes_text, configure_logging, progress, run
-from shared.errors import DatasetError, UserError
+from shared.console import LogLevelOption, application, bytes_text, configure_logging, progress, run
+from shared.errors import DatasetError
 
 
 def app_that_raises(error: Exception) -> typer.Typer:
@@ -49,13 +49,20 @@ def test_bytes_are_told_in_the_unit_that_suits_them() -> None:
 
 
 def test_log_levels_are_checked() -> None:
+    app = typer.Typer()
+
+    @app.command()
+    def log(log_level: LogLevelOption = "info") -> None:
+        configure_logging(log_level)
+
     root = logging.getLogger()
     before, handlers = root.level, list(root.handlers)
     try:
-        configure_logging("Warning")
+        assert CliRunner().invoke(app, ["--log-level", "Warning"]).exit_code == 0
         assert root.level == logging.WARNING
-        with pytest.raises(UserError, match=r"--log-level 'loud' is not a level: use debug, info, warning or error"):
-            configure_logging("loud")
+        refused = CliRunner().invoke(app, ["--log-level", "loud"])
+        assert refused.exit_code == 2
+        assert "'loud' is not one of" in refused.output
     finally:
         root.handlers[:] = handlers
         root.setLevel(before)
