@@ -46,11 +46,10 @@ from student.model.tokenizer import train_tokenizer
 from student.training.checkpoint import Checkpoint, damage, whole_weights
 from teacher.checkpoints import ensure_checkpoint, load_tokenizer
 from tests.fixtures.conversations import conversations
-from tests.fixtures.records import small_units, write_dataset
+from tests.fixtures.records import small_units, start, write_dataset
 from tests.fixtures.s3 import BUCKET
 from tests.fixtures.tiny_model import tiny_model
 from tests.fixtures.toy_run import make_tokenizer, toy_config
-from tests.shared.dataset.test_workers import start
 from tests.student.training.test_checkpoint import write_checkpoint
 
 ROOT = Path(__file__).parent.parent

@@ -1,8 +1,8 @@
-"""Several datasets of one teacher into one. Shards are copied as they are, checked on the way; one that holds records
-of both splits becomes one shard a split.
+"""Several datasets of one teacher into one. Shards are copied as they are, checked on the way.
 
 The teacher, its tokenizer and template, the engine, k and the numeric type must be equal; prompts, decoding rules and
-seeds may differ, and the result's provenance names all of them. A rerun copies only what is missing.
+seeds may differ, and the result's provenance names all of them. A prompt that is held out in one part must be so in
+all. A rerun copies only what is missing.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import pyarrow.compute as pc
 
 from shared.console import progress
 from shared.dataset.columns import on_both_sides, repeated
-from shared.dataset.manifest import DATA, Manifest, Provenance, UnitEntry
+from shared.dataset.manifest import DATA, Manifest, Provenance, UnitEntry, split_of
 from shared.dataset.reader import Dataset
-from shared.dataset.writer import DatasetWriter, read_shard, shard_bytes, unit_entry
+from shared.dataset.writer import DatasetWriter
 from shared.errors import DatasetError
 
 # What is collected may differ between parts; what distributions mean may not.
@@ -29,7 +29,7 @@ def merge(sources: Sequence[str | Path], destination: str | Path) -> Manifest:
 
     Raises:
         DatasetError: if fewer than two are given, they are of different teachers (naming what differs), two hold the
-            same sample, one holds out a prompt that another trains on, or one is damaged.
+            same sample, one holds out a prompt that another trains on, one has a unit of two splits, or one is damaged.
     """
     if len(sources) < 2:
         raise DatasetError(f"{len(sources)} dataset to merge, expected two or more and then the new directory")
@@ -43,11 +43,6 @@ def merge(sources: Sequence[str | Path], destination: str | Path) -> Manifest:
         for name, (index, entry, original) in units.items():
             if name not in writer.committed:
                 data = datasets[index].storage.read_verified(original.file, original.sha256)
-                if entry.counts != original.counts:
-                    table = read_shard(data, datasets[index].storage.join(original.file))
-                    table = table.filter(pc.equal(table["split"], _splits(entry)[0]))
-                    data = shard_bytes(table)
-                    entry = unit_entry(name, table, data, provenance.fingerprint)
                 writer.publish(entry, data)
             bar.update(task, advance=1)
     return writer.finish(units)
@@ -86,32 +81,16 @@ def _merged_provenance(sources: Sequence[str | Path], datasets: Sequence[Dataset
 
 
 def _merged_units(datasets: Sequence[Dataset], provenance: Provenance) -> dict[str, tuple[int, UnitEntry, UnitEntry]]:
-    """New name → (dataset, the merged entry, the original); where names clash, all have their dataset's number.
-
-    A unit of several splits comes once for each, with that split's name in front of it and that split's counts.
-    """
-    parts = [
-        (index, unit, f"{split}-" if len(_splits(unit)) > 1 else "", split)
-        for index, dataset in enumerate(datasets)
-        for unit in dataset.manifest.units
-        for split in _splits(unit) or [""]
-    ]
-    clash = len({front + unit.unit for _, unit, front, _ in parts}) < len(parts)
+    """New name → (dataset, the merged entry, the original); where names clash, all end with their dataset's number."""
+    parts = [(index, unit) for index, dataset in enumerate(datasets) for unit in dataset.manifest.units]
+    clash = len({unit.unit for _, unit in parts}) < len(parts)
     units = {}
-    for index, unit, front, split in parts:
-        name = front + (f"{index:02d}-{unit.unit}" if clash else unit.unit)
-        update = {
-            "unit": name,
-            "file": f"{DATA}/{name}.parquet",
-            "provenance": provenance.fingerprint,
-            "counts": {key: count for key, count in unit.counts.items() if key.startswith(f"{split}/")},
-        }
+    for index, unit in parts:
+        split_of(unit)  # of one split, before anything is written
+        name = f"{unit.unit}.{index:02d}" if clash else unit.unit
+        update = {"unit": name, "file": f"{DATA}/{name}.parquet", "provenance": provenance.fingerprint}
         units[name] = (index, unit.model_copy(update=update), unit)
     return units
-
-
-def _splits(unit: UnitEntry) -> list[str]:
-    return sorted({key.partition("/")[0] for key in unit.counts})
 
 
 def _check_disjoint(sources: Sequence[str | Path], datasets: Sequence[Dataset]) -> None:

@@ -3,9 +3,7 @@
 It is made of the manifest and the provenance, once, and then belongs to whoever keeps the dataset (a license is theirs
 to state): nothing of ours reads it, the manifest does not name it, and one that is there is left as it is.
 
-A split's files are named by patterns where those find exactly its shards, and one by one elsewhere. A shard that holds
-both splits, as older imports have them, is in a split of its own, `mixed`: held-out records must not come
-as training data.
+A split's files are named by a pattern where it finds its shards and no others, and one by one elsewhere.
 """
 
 from __future__ import annotations
@@ -16,12 +14,11 @@ from typing import Any
 
 import yaml
 
-from shared.dataset.manifest import DATA, Manifest, Provenance, UnitEntry
+from shared.dataset.manifest import DATA, Manifest, Provenance, UnitEntry, split_of
 from shared.dataset.schema import COLUMNS
 from shared.hub import UNKNOWN_LICENSE, public_name
 
-MIXED = "mixed"
-SPLITS = ("train", "held_out", MIXED)
+SPLITS = ("train", "held_out")
 
 
 def dataset_card(
@@ -31,6 +28,9 @@ def dataset_card(
 
     Args:
         repository: the dataset's name on the Hub, if it has one. license: if it is known.
+
+    Raises:
+        DatasetError: if a unit holds two splits: held-out records must not come as training data.
     """
     files = _files_by_split(manifest.units)
     splits = [split for split in SPLITS if split in files]
@@ -40,10 +40,6 @@ def dataset_card(
         front["configs"] = [{"config_name": "default", "data_files": data_files}]
     counts = "\n".join(f"| {key.replace('/', ' | ')} | {count:,} |" for key, count in manifest.counts.items())
     columns = "\n".join(f"| `{column.name}` | `{_type(str(column.type))}` | {column.meaning} |" for column in COLUMNS)
-    mixed = (
-        "\nSome files hold records of both splits: `datasets` shows these as the split `mixed`, and the column `split` "
-        "tells them apart.\n"
-    )
     teacher = public_name(provenance.teacher)
     where = "this directory, or its name on the Hub; " if repository is None else ""
     return f"""---
@@ -66,7 +62,7 @@ and the probability of everything else. Made for distillation.
 | split | decoding rule | responses |
 |---|---|---|
 {counts}
-{mixed if MIXED in files else ""}
+
 ## Reading it
 
 ```python
@@ -99,20 +95,16 @@ def _type(arrow: str) -> str:
 def _files_by_split(units: Sequence[UnitEntry]) -> dict[str, list[str]]:
     files: dict[str, list[str]] = {}
     for unit in units:
-        splits = {key.partition("/")[0] for key in unit.counts}
-        if splits:
-            files.setdefault(splits.pop() if len(splits) == 1 else MIXED, []).append(unit.file)
+        split = split_of(unit)
+        if split is not None:
+            files.setdefault(split, []).append(unit.file)
     return files
 
 
 def _patterns(split: str, files: dict[str, list[str]]) -> list[str]:
-    own = files[split]
+    pattern = f"{DATA}/{split}-*.parquet"  # as the teacher and imports name their units
     others = [file for name, group in files.items() if name != split for file in group]
-    found = []
-    # As the teacher and imports name their units, and as a merge does where names clash.
-    for pattern in (f"{DATA}/{split}-*.parquet", f"{DATA}/??-{split}-*.parquet"):
-        matched = [file for file in own if fnmatchcase(file, pattern)]
-        if matched and not any(fnmatchcase(file, pattern) for file in others):
-            found.append(pattern)
-            own = [file for file in own if file not in set(matched)]
-    return found + own
+    if any(fnmatchcase(file, pattern) for file in others):
+        return files[split]
+    single = [file for file in files[split] if not fnmatchcase(file, pattern)]
+    return single if len(single) == len(files[split]) else [pattern, *single]

@@ -78,16 +78,23 @@ def stack_rows(records: Sequence[Record]) -> Rows:
     )
 
 
-def check_records(records: Sequence[Record], vocabulary_size: int | None) -> Rows:
+def check_records(records: Sequence[Record], vocabulary_size: int) -> Rows:
     """The rows of all records, or the first problem of the first record that must not be stored.
 
     All are checked at once, which takes a third of the time; only where there is a problem, record by record.
 
     Raises:
-        DatasetError: if arrays disagree in length, hold NaN, infinities, duplicates or ids outside the vocabulary, do
-            not fall in probability, or do not belong to the response's tokens.
+        DatasetError: if rows hold NaN, infinities, duplicates or ids outside the vocabulary, do not fall in
+            probability, or do not belong to the response's tokens.
     """
+    for record in records:
+        if (d := record.distributions) is not None:
+            assert len(d.offsets) == len(record.response_ids) + 1, record.sample_id
+            assert len(d.tail) == len(d.sampled) == len(record.response_ids), record.sample_id
+            assert d.offsets[0] == 0, record.sample_id
+            assert len(d.ids) == len(d.logprobs) == d.offsets[-1], record.sample_id
     rows = stack_rows(records)
+    assert (rows.widths >= 0).all()
     if _first_problem(records, rows, vocabulary_size) is not None:
         for record in records:
             problem = _first_problem([record], stack_rows([record]), vocabulary_size)
@@ -96,34 +103,24 @@ def check_records(records: Sequence[Record], vocabulary_size: int | None) -> Row
     return rows
 
 
-def _first_problem(records: Sequence[Record], rows: Rows, vocabulary_size: int | None) -> str | None:
-    """What a message says after the record's name; rows are looked at only where lengths agree."""
+def _first_problem(records: Sequence[Record], rows: Rows, vocabulary_size: int) -> str | None:
+    """What a message says after the record's name."""
     for what, texts in (("prompt", [r.prompt_ids for r in records]), ("response", [r.response_ids for r in records])):
         for _, problem in id_problems(np.concatenate([np.zeros(0, np.int32), *texts]), what, vocabulary_size):
             return f": {problem}"
-    soft = [(len(r.response_ids), d) for r in records if (d := r.distributions) is not None]
-    if (rows.widths < 0).any() or any(len(d.offsets) and d.offsets[0] != 0 for _, d in soft):
-        return ": offsets that do not start at 0 or fall, expected where each row of candidates ends"
-    tokens = np.array([count for count, _ in soft])
-    candidates = np.array([d.offsets[-1] if len(d.offsets) else 0 for _, d in soft])
-    sizes = {
-        "width": np.array([len(d.offsets) - 1 for _, d in soft]),
-        "tail_mass": np.array([len(d.tail) for _, d in soft]),
-        "sampled_logprob": np.array([len(d.sampled) for _, d in soft]),
-        "candidate_ids": np.array([len(d.ids) for _, d in soft]),
-        "candidate_gaps": np.array([len(d.logprobs) for _, d in soft]),
-    }
-    for _, problem in size_problems(tokens, candidates, sizes):
-        return f": {problem}"
     for token, problem in row_problems(rows, vocabulary_size):
         return f", token {token}: {problem}"
     return None
 
 
-def id_problems(ids: NDArray[np.int32], what: str, vocabulary_size: int | None) -> Iterator[tuple[int, str]]:
+def id_problems(ids: NDArray[np.int32], what: str, vocabulary_size: int) -> Iterator[tuple[int, str]]:
     """Index and message of each of `ids` that the vocabulary does not have."""
-    for at in np.flatnonzero(_outside(ids, vocabulary_size)):
-        yield int(at), f"{what} token {at} has the id {ids[at]}, {_expected_ids(vocabulary_size)}"
+    for at in np.flatnonzero((ids < 0) | (ids >= vocabulary_size)):
+        yield (
+            int(at),
+            f"{what} token {at} has the id {ids[at]}, expected 0 to {vocabulary_size - 1}: it is another tokenizer's "
+            "token",
+        )
 
 
 def size_problems(
@@ -146,7 +143,7 @@ def size_problems(
                 )
 
 
-def row_problems(rows: Rows, vocabulary_size: int | None) -> Iterator[tuple[int, str]]:
+def row_problems(rows: Rows, vocabulary_size: int) -> Iterator[tuple[int, str]]:
     """Token and message of everything that is wrong with `rows`, whose arrays have the right lengths."""
     ids, logprobs, tail, sampled = rows.ids, rows.logprobs, rows.tail, rows.sampled
     count = len(rows.widths)
@@ -157,8 +154,11 @@ def row_problems(rows: Rows, vocabulary_size: int | None) -> Iterator[tuple[int,
     def row_of(at: np.intp) -> np.intp:
         return np.searchsorted(ends, at, side="right")
 
-    for at in np.flatnonzero(_outside(ids, vocabulary_size)):
-        yield int(row_of(at)), f"candidate id {ids[at]}, {_expected_ids(vocabulary_size)}"
+    for at in np.flatnonzero((ids < 0) | (ids >= vocabulary_size)):
+        yield (
+            int(row_of(at)),
+            f"candidate id {ids[at]}, expected 0 to {vocabulary_size - 1}: it is another tokenizer's token",
+        )
     for token, double in _doubles(rows.widths, ids):
         yield token, f"candidate id {double} stands twice in the row"
     for at in np.flatnonzero(~np.isfinite(logprobs)):
@@ -219,13 +219,3 @@ def _doubles(widths: NDArray[np.int32], ids: NDArray[np.int32]) -> Iterator[tupl
     keys.sort()
     for key in keys[1:][keys[1:] == keys[:-1]]:
         yield int(key >> 32), int(key & 0xFFFFFFFF)
-
-
-def _outside(ids: NDArray[np.int32], vocabulary_size: int | None) -> NDArray[np.bool_]:
-    outside: NDArray[np.bool_] = ids < 0
-    return outside if vocabulary_size is None else outside | (ids >= vocabulary_size)
-
-
-def _expected_ids(vocabulary_size: int | None) -> str:
-    size = "0 or more" if vocabulary_size is None else f"0 to {vocabulary_size - 1}"
-    return f"expected {size}: it is another tokenizer's token"

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from shared.dataset.checks import Rows, check_records
 from shared.dataset.encoding import decode_logprobs, encode_gaps, round_sampled, round_tail, row_matches
 from shared.dataset.records import Distributions, Message, Record, Sampling, offsets_of
-from shared.dataset.schema import DISTRIBUTION_COLUMNS, SCHEMA, check_metadata
+from shared.dataset.schema import DISTRIBUTION_COLUMNS, SCHEMA
 from shared.errors import DatasetError
 
 _FLAT_COLUMNS = frozenset(
@@ -31,11 +31,11 @@ _FLAT_COLUMNS = frozenset(
 _SAMPLING_COLUMNS = tuple(field.name for field in fields(Sampling))
 
 
-def records_to_table(records: Sequence[Record], vocabulary_size: int | None = None) -> pa.Table:
+def records_to_table(records: Sequence[Record], vocabulary_size: int) -> pa.Table:
     """The records as a table of `shared.dataset.schema.SCHEMA`.
 
     Args:
-        vocabulary_size: ids must be below it, where it is given.
+        vocabulary_size: ids must be below it.
 
     Raises:
         DatasetError: as `shared.dataset.checks.check_records`.
@@ -122,14 +122,13 @@ def open_parquet(source: Path | bytes, name: str) -> pq.ParquetFile:
     """A shard, given by its path or its bytes; `name` is for messages.
 
     Raises:
-        DatasetError: if it is no Parquet file, of a later schema version, or not of this schema.
+        DatasetError: if it is no Parquet file, or not of this schema.
     """
     try:
         file = pq.ParquetFile(source if isinstance(source, Path) else pa.BufferReader(source))
     except (pa.ArrowException, OSError) as error:
         raise DatasetError(f"{name} is not a Parquet file: {error}") from error
     schema = file.schema_arrow
-    check_metadata(schema.metadata, name)
     if not schema.equals(SCHEMA, check_metadata=False):
         raise DatasetError(
             f"{name} has the columns {schema.names}, expected {SCHEMA.names}; "

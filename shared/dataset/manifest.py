@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable
 from typing import Annotated, Any, TypeVar
 
@@ -189,11 +190,25 @@ class Manifest(Document):
 
 def counts_of(units: Iterable[UnitEntry]) -> dict[str, int]:
     """Records of these units by `split/rule`."""
-    total: dict[str, int] = {}
+    total = Counter[str]()
     for unit in units:
-        for key, count in unit.counts.items():
-            total[key] = total.get(key, 0) + count
+        total.update(unit.counts)
     return dict(sorted(total.items()))
+
+
+def split_of(unit: UnitEntry) -> str | None:
+    """The split of the unit's records; None where it has none.
+
+    Raises:
+        DatasetError: if they are of two, as in imports of early releases, which stay readable.
+    """
+    splits = sorted({key.partition("/")[0] for key in unit.counts})
+    if len(splits) > 1:
+        raise DatasetError(
+            f"unit {unit.unit} holds records of {' and '.join(splits)}, expected one split: import its file again into "
+            "a new directory"
+        )
+    return splits[0] if splits else None
 
 
 def dump(document: BaseModel) -> bytes:

@@ -74,13 +74,7 @@ class Dataset:
     @cached_property
     def vocabulary(self) -> Vocabulary:
         """The teacher's vocabulary; raises `DatasetError` where it is damaged."""
-        vocabulary = Vocabulary.from_table(pq.read_table(pa.BufferReader(self._read_file(VOCABULARY))))
-        if vocabulary.fingerprint != self.manifest.vocabulary_fingerprint:
-            raise DatasetError(
-                f"{self.storage.join(VOCABULARY)} has the fingerprint {vocabulary.fingerprint[:12]}, the manifest "
-                f"says {self.manifest.vocabulary_fingerprint[:12]}; copy it again from where the dataset was collected"
-            )
-        return vocabulary
+        return Vocabulary.from_table(pq.read_table(pa.BufferReader(self._read_file(VOCABULARY))))
 
     @cached_property
     def tokenizer_dir(self) -> Path:
@@ -115,7 +109,7 @@ class Dataset:
         """
         units = [u for u in self.manifest.units if unit in (None, u.unit) and _has(u, split, rule)]
         columns = None if distributions else [name for name in SCHEMA.names if name not in DISTRIBUTION_COLUMNS]
-        for table in self._groups(units, columns):
+        for table in self.tables(columns, units):
             for record in table_to_records(table):
                 if split in (None, record.split) and rule in (None, record.sampling.rule):
                     yield record
@@ -124,10 +118,7 @@ class Dataset:
         self, columns: Sequence[str] | None = None, units: Sequence[UnitEntry] | None = None
     ) -> Iterator[pa.Table]:
         """Row groups (of these units only) as Arrow tables of the columns named, checked like everything else."""
-        yield from self._groups(self.manifest.units if units is None else units, columns)
-
-    def _groups(self, units: Sequence[UnitEntry], columns: Sequence[str] | None) -> Iterator[pa.Table]:
-        for unit in units:
+        for unit in self.manifest.units if units is None else units:
             file = open_shard(self.storage, unit)
             for group in range(file.metadata.num_row_groups):
                 yield self._read_group(unit, file, group, columns)
@@ -162,16 +153,13 @@ def read_manifest(storage: Storage) -> Manifest:
     return load(Manifest, data, storage.join(MANIFEST))
 
 
-def open_shard(storage: Storage, unit: UnitEntry, again: bool = False) -> pq.ParquetFile:
+def open_shard(storage: Storage, unit: UnitEntry) -> pq.ParquetFile:
     """The unit's shard, its checksum verified before anything of it is decoded.
 
-    Args:
-        again: verify even what this process has verified before.
-
     Raises:
-        DatasetError: if it is missing, damaged, of a later schema version or not of this schema.
+        DatasetError: if it is missing, damaged or not of this schema.
     """
-    return open_parquet(storage.open_verified(unit.file, unit.sha256, again), storage.join(unit.file))
+    return open_parquet(storage.open_verified(unit.file, unit.sha256), storage.join(unit.file))
 
 
 def _has(unit: UnitEntry, split: str | None, rule: str | None) -> bool:

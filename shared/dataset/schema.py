@@ -11,7 +11,6 @@ was, rows stay monotone, and an error of half a step changes the KL by its squar
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -153,25 +152,3 @@ def check_version(version: int, source: str) -> None:
         )
     if version < 1:
         raise DatasetError(f"{source} has schema version {version}, expected 1 to {SCHEMA_VERSION}; it is damaged")
-
-
-def check_metadata(metadata: Mapping[bytes, bytes] | None, source: str) -> None:
-    """Check that a Parquet file's metadata names a version and a step that this code reads.
-
-    Raises:
-        DatasetError: if one is missing, or not what this release reads.
-    """
-    for key, expected in ((VERSION_KEY, f"1 to {SCHEMA_VERSION}"), (STEPS_KEY, str(STEPS_PER_NAT))):
-        text = (metadata or {}).get(key.encode(), b"").decode("ascii", "replace")
-        if not text.isdecimal():
-            raise DatasetError(
-                f"{source} has no {key} in its metadata (found {text!r}, expected {expected}): it is not a shard of "
-                "this project, or was rewritten by another tool; copy it again from where the dataset was collected"
-            )
-        if key == VERSION_KEY:
-            check_version(int(text), source)
-        elif int(text) != STEPS_PER_NAT:
-            raise DatasetError(
-                f"{source} stores logprobs in steps of 1/{text} nat, version {SCHEMA_VERSION} has 1/{STEPS_PER_NAT}; "
-                "it was rewritten by another tool: copy it again from where the dataset was collected"
-            )

@@ -86,11 +86,8 @@ class Storage(ABC):
         return data
 
     @abstractmethod
-    def open_verified(self, name: str, sha256: str, again: bool = False) -> Path | bytes:
-        """The file after its checksum was compared: its path where it is local, else all of its bytes.
-
-        Args:
-            again: compare even what this process has compared before.
+    def open_verified(self, name: str, sha256: str) -> Path | bytes:
+        """The file after its checksum was compared, once in this process: its path where it is local, else its bytes.
 
         Raises:
             DatasetError: as `read_verified`.
@@ -171,13 +168,13 @@ class LocalStorage(Storage):
         with self._explained(name, "read"):
             return (self.root / name).read_bytes()
 
-    def open_verified(self, name: str, sha256: str, again: bool = False) -> Path:
+    def open_verified(self, name: str, sha256: str) -> Path:
         path = self.root / name
         try:
             with self._explained(name, "read"):
                 status = path.stat()
                 key = (sha256, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-                if again or key not in _VERIFIED:
+                if key not in _VERIFIED:
                     self._compare(name, file_sha256(path), sha256)
                     _VERIFIED.add(key)
         except FileNotFoundError as error:
@@ -283,10 +280,10 @@ class ObjectStorage(Storage):
         with self._explained(name, "read"):
             return bytes(self._fs.cat_file(self._path(name)))
 
-    def open_verified(self, name: str, sha256: str, again: bool = False) -> bytes:
+    def open_verified(self, name: str, sha256: str) -> bytes:
         # The last file stays in memory, where it cannot change: a store would send all of it for every row group.
         last = self._last
-        if again or last is None or last[0] != sha256:
+        if last is None or last[0] != sha256:
             self._last = last = sha256, self.read_verified(name, sha256)
         return last[1]
 
@@ -336,7 +333,7 @@ class ObjectStorage(Storage):
             return True
 
     def _put(self, name: str, data: bytes, **options: Any) -> None:
-        if "s3" in _protocols(self._fs):
+        if "s3" in self._fs.protocol:
             options["chunksize"] = max(len(data) + 1, 50 << 20)  # one PUT, never parts
         self._fs.pipe_file(self._path(name), data, **options)
         self._fs.invalidate_cache()
@@ -415,11 +412,6 @@ def file_sha256(path: Path) -> str:
     """sha256 of a local file, in bounded memory."""
     with path.open("rb", buffering=0) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _protocols(filesystem: Any) -> tuple[str, ...]:
-    protocol = filesystem.protocol
-    return (protocol,) if isinstance(protocol, str) else tuple(protocol)
 
 
 def _is_unconditional(error: Exception) -> bool:

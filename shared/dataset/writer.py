@@ -9,7 +9,6 @@ import logging
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -32,6 +31,7 @@ from shared.dataset.manifest import (
     check_unit_name,
     dump,
     load,
+    split_of,
 )
 from shared.dataset.records import Record
 from shared.dataset.schema import FAILURES_KEY, SCHEMA_VERSION, parquet_options
@@ -116,7 +116,8 @@ class DatasetWriter:
             failures: samples of the unit that have no response, with the reason, by id.
 
         Raises:
-            DatasetError: if a record cannot be stored faithfully, a sample id comes twice, or the disk says no.
+            DatasetError: if a record cannot be stored faithfully, a sample id comes twice, the records are of two
+                splits, or the disk says no.
         """
         check_unit_name(name)
         if name in self._units:
@@ -134,7 +135,9 @@ class DatasetWriter:
             raise DatasetError(
                 f"unit {name}: the shard does not read back as it was written; check this machine's memory"
             )
-        return self.publish(unit_entry(name, table, data, self._provenance.fingerprint), data)
+        entry = unit_entry(name, table, data, self._provenance.fingerprint)
+        split_of(entry)  # one, or none
+        return self.publish(entry, data)
 
     def publish(self, entry: UnitEntry, data: bytes) -> UnitEntry:
         """Publish a shard's bytes and its commit; another worker's shard of the same unit wins over ours."""
@@ -270,15 +273,11 @@ def read_shard(data: bytes, source: str) -> pa.Table:
         raise DatasetError(f"{source} cannot be read: {error}") from error
 
 
-def shard_bytes(table: pa.Table, options: Mapping[str, Any] | None = None) -> bytes:
-    """`table` as a Parquet file whose row groups have about `ROW_GROUP_CANDIDATES` candidates.
-
-    Args:
-        options: of the Parquet writer, in place of `schema.parquet_options()`; benchmarks compare others.
-    """
+def shard_bytes(table: pa.Table) -> bytes:
+    """`table` as a Parquet file whose row groups have about `ROW_GROUP_CANDIDATES` candidates."""
     buffer = pa.BufferOutputStream()
     widths = pc.list_value_length(table["candidate_ids"]).fill_null(0).to_pylist()
-    with pq.ParquetWriter(buffer, table.schema, **(options or parquet_options())) as writer:
+    with pq.ParquetWriter(buffer, table.schema, **parquet_options()) as writer:
         writer.add_key_value_metadata(table.schema.metadata)
         start, size = 0, 0
         for i, width in enumerate(widths):

@@ -121,7 +121,7 @@ def test_merge_joins_parts_of_one_teacher(
     merged = Dataset.open(tmp_path / "m")
     expected = [r.sample_id for path in (a, b) for r in Dataset.open(path).records()]
     assert sorted(r.sample_id for r in merged.records()) == sorted(expected)
-    assert [unit.unit for unit in merged.manifest.units] == ["00-u", "01-u", "01-v"]
+    assert [unit.unit for unit in merged.manifest.units] == ["u.00", "u.01", "v.01"]
     assert contents(merged.tokenizer_dir) == contents(tokenizer)
     assert shards(monkeypatch, "validate", tmp_path / "m") == 0
     before = contents(tmp_path / "m")

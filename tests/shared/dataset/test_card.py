@@ -106,46 +106,25 @@ def test_an_import_has_units_of_one_split(tmp_path: Path, monkeypatch: pytest.Mo
     assert all(unit.rows <= 4 for unit in Dataset.open(tmp_path / "d").manifest.units)
 
 
-def test_a_merge_of_what_was_collected_and_of_files_with_both_splits(tmp_path: Path) -> None:
+def test_a_merge_of_what_was_collected_and_of_units_of_other_names(tmp_path: Path) -> None:
     tokenizer = save_byte_tokenizer(tmp_path / "tokenizer")
     write_dataset(tmp_path / "a", collected(), tokenizer=tokenizer)
-    units = {"train-greedy-00000": make_records(5, seed=9), **small_units()}
-    write_dataset(tmp_path / "b", units, tokenizer=tokenizer)
+    write_dataset(tmp_path / "b", {"train-greedy-00000": make_records(5, seed=9), **small_units()}, tokenizer=tokenizer)
     merge([tmp_path / "a", tmp_path / "b"], tmp_path / "m")
-    assert assert_splits(tmp_path / "m") == {"train": 9 + 5 + 9, "held_out": 3 + 3}
+    assert assert_splits(tmp_path / "m") == {"train": 9 + 5 + 8, "held_out": 3 + 4}
     files = {entry["split"]: entry["path"] for entry in front_matter(tmp_path / "m")["configs"][0]["data_files"]}
     assert files == {
-        "train": ["data/train-*.parquet", "data/??-train-*.parquet"],
-        "held_out": ["data/held_out-*.parquet", "data/??-held_out-*.parquet"],
+        "train": ["data/train-*.parquet", "data/unit-000.01.parquet", "data/unit-001.01.parquet"],
+        "held_out": ["data/held_out-*.parquet", "data/unit-002.01.parquet"],
     }
-    # The halves of a divided shard are the records that they were.
-    parts = {record.sample_id: record for path in "ab" for record in Dataset.open(tmp_path / path).records()}
-    for record in Dataset.open(tmp_path / "m").records():
-        assert record.split == parts[record.sample_id].split
-        assert record.response_ids.tolist() == parts[record.sample_id].response_ids.tolist()
     before = (tmp_path / "m/manifest.json").read_bytes()
     merge([tmp_path / "a", tmp_path / "b"], tmp_path / "m")
     assert (tmp_path / "m/manifest.json").read_bytes() == before
 
 
-def test_the_half_of_a_shard_that_has_the_name_of_another_shard_replaces_nothing(tmp_path: Path) -> None:
-    tokenizer = save_byte_tokenizer(tmp_path / "tokenizer")
-    write_dataset(tmp_path / "a", {"import-000000": small_units()["unit-001"]}, tokenizer=tokenizer)
-    write_dataset(tmp_path / "b", {"train-import-000000": make_records(2, seed=9)}, tokenizer=tokenizer)
-    merge([tmp_path / "a", tmp_path / "b"], tmp_path / "m")
-    merged = Dataset.open(tmp_path / "m")
-    assert sorted(unit.unit for unit in merged.manifest.units) == [
-        "01-train-import-000000", "held_out-00-import-000000", "train-00-import-000000",
-    ]  # fmt: skip
-    assert len(list(merged.records())) == 4 + 2
-
-
-def test_files_with_both_splits_are_no_training_data(tmp_path: Path) -> None:
-    write_dataset(tmp_path / "d", {"train-but-not-all": small_units()["unit-001"], "u": make_records(2, seed=5)})
-    found = loaded(tmp_path / "d")
-    assert {split: len(rows) for split, rows in found.items()} == {"train": 2, "mixed": 4}
-    assert set(found["train"]["split"]) == {"train"}
-    assert "the split `mixed`" in (tmp_path / "d" / CARD).read_text()
+def test_a_unit_with_the_name_of_the_other_split_is_named_itself(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "d", {"train-a": make_records(3, split="held_out"), "train-b": make_records(2, seed=5)})
+    assert assert_splits(tmp_path / "d") == {"train": 2, "held_out": 3}
 
 
 def test_a_card_that_is_there_is_kept_and_a_dataset_without_one_is_read(tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ import pytest
 
 from shared.dataset.claims import Claims, end_worker
 from shared.dataset.storage import Storage, open_storage
+from tests.fixtures.records import start
 from tests.fixtures.s3 import BUCKET
-from tests.shared.dataset.test_workers import UNITS, records_of, start
+from tests.shared.dataset.test_workers import UNITS, records_of
 
 NAMES = [f"unit-{i:02d}" for i in range(24)]
 

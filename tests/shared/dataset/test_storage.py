@@ -1,9 +1,8 @@
-"""Datasets on a real S3-compatible server: one PUT a file, resumed after a kill, read back and validated."""
+"""Datasets on a real S3-compatible server: one PUT a file, resumed, read back and validated."""
 
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from shared.dataset.writer import DatasetWriter
 from shared.errors import DatasetError, MissingExtraError
 from tests.fixtures.records import byte_vocabulary, make_records, provenance, small_units, write_dataset
 from tests.fixtures.s3 import BUCKET
-from tests.shared.dataset.test_kill import UNITS, collect, run_and_kill
 from tests.shared.dataset.test_reader import assert_same
 from tests.shared.dataset.test_writer import contents
 
@@ -86,23 +84,6 @@ def test_records_by_number_fetch_a_shard_once(monkeypatch: pytest.MonkeyPatch) -
     assert fetched == [f"data/u{i}.parquet" for i in range(3)]
     for read_by_number, record in zip(by_number, dataset.records(), strict=True):
         assert_same(read_by_number, record)
-
-
-@pytest.mark.slow
-def test_kills_on_the_store_lose_nothing(s3: Any, tmp_path: Path) -> None:
-    collect(str(tmp_path / "local"))
-    expected = contents(tmp_path / "local")
-    run_and_kill(collect, f"s3://{BUCKET}/first", None)
-    started = time.monotonic()
-    assert run_and_kill(collect, f"s3://{BUCKET}/second", None)
-    duration = time.monotonic() - started
-    kills = 0
-    while not run_and_kill(collect, f"s3://{BUCKET}/killed", duration * (0.3 + 0.1 * kills)):
-        kills += 1
-    assert kills >= 2
-    stored = {name: s3.get_object(Bucket=BUCKET, Key=f"killed/{name}")["Body"].read() for name in objects(s3, "killed")}
-    assert stored == expected
-    assert len(Dataset.open(f"s3://{BUCKET}/killed")) == 3 * len(UNITS)
 
 
 def test_the_tokenizer_of_a_store_is_a_local_directory(s3: Any, tmp_path: Path) -> None:

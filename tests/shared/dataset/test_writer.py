@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,13 +18,16 @@ from shared.dataset.validate import validate_dataset
 from shared.dataset.writer import DatasetWriter, shard_bytes
 from shared.errors import DatasetError
 from shared.tokenizer.vocabulary import Vocabulary
-from tests.fixtures.records import byte_vocabulary, make_record, make_records, provenance, small_units, write_dataset
+from tests.fixtures.records import (
+    byte_vocabulary,
+    make_record,
+    make_records,
+    provenance,
+    small_units,
+    start,
+    write_dataset,
+)
 from tests.shared.dataset.test_reader import assert_same
-
-
-def writer(path: Path, **changes: object) -> DatasetWriter:
-    vocabulary = byte_vocabulary()
-    return DatasetWriter(path, provenance(vocabulary, **changes), vocabulary, None)
 
 
 def contents(path: Path) -> dict[str, bytes]:
@@ -46,10 +48,10 @@ def test_writing_costs_little_of_the_processor_that_decodes() -> None:
 def test_a_second_sitting_repeats_nothing(tmp_path: Path) -> None:
     units = small_units()
     write_dataset(tmp_path / "whole", units)
-    first = writer(tmp_path / "d")
+    first = start(tmp_path / "d")
     first.write_unit("unit-001", units["unit-001"])
     stamp = (tmp_path / "d/data/unit-001.parquet").stat().st_mtime_ns
-    second = writer(tmp_path / "d", git_commit="a later commit")
+    second = start(tmp_path / "d", git_commit="a later commit")
     assert second.committed == {"unit-001"}
     for name, records in units.items():
         second.write_unit(name, records)
@@ -57,7 +59,7 @@ def test_a_second_sitting_repeats_nothing(tmp_path: Path) -> None:
     assert (tmp_path / "d/data/unit-001.parquet").stat().st_mtime_ns == stamp
     assert contents(tmp_path / "d") == contents(tmp_path / "whole")
     # A third one has nothing to do, and says the same.
-    assert writer(tmp_path / "d").finish(units) == Dataset.open(tmp_path / "whole").manifest
+    assert start(tmp_path / "d").finish(units) == Dataset.open(tmp_path / "whole").manifest
     assert contents(tmp_path / "d") == contents(tmp_path / "whole")
 
 
@@ -65,10 +67,10 @@ def test_a_second_configuration_is_refused_naming_both_values(tmp_path: Path) ->
     write_dataset(tmp_path / "d", small_units())
     before = contents(tmp_path / "d")
     with pytest.raises(DatasetError, match=r"top_k: 8 there, 16 here\n(.|\n)*another directory") as error:
-        writer(tmp_path / "d", top_k=16)
+        start(tmp_path / "d", top_k=16)
     assert "teacher" not in str(error.value)
     with pytest.raises(DatasetError, match="teacher: 'toy' there, 'other' here"):
-        writer(tmp_path / "d", teacher="other")
+        start(tmp_path / "d", teacher="other")
     other = byte_vocabulary(310)
     with pytest.raises(DatasetError, match=r"tokenizer_fingerprint: '[0-9a-f]{64}' there, '[0-9a-f]{64}' here"):
         DatasetWriter(tmp_path / "d", provenance(other), other, None)
@@ -78,13 +80,13 @@ def test_a_second_configuration_is_refused_naming_both_values(tmp_path: Path) ->
 def test_a_directory_that_holds_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(DatasetError, match=r"holds notes.txt and other files but no provenance.json"):
-        writer(tmp_path)
+        start(tmp_path)
     assert contents(tmp_path) == {"notes.txt": b"mine"}
 
 
 def test_a_sample_comes_once_in_a_unit_and_once_in_a_dataset(tmp_path: Path) -> None:
     records = make_records(3)
-    target = writer(tmp_path / "d")
+    target = start(tmp_path / "d")
     with pytest.raises(DatasetError, match=r"unit u: sample id 'prompt-0-1/greedy/0' comes 2 times"):
         target.write_unit("u", [*records, records[1]])
     assert target.committed == set()
@@ -100,7 +102,7 @@ def test_a_prompt_on_both_sides_of_the_split_is_found(tmp_path: Path) -> None:
 
 def test_finish_names_what_is_missing_and_what_is_too_much(tmp_path: Path) -> None:
     units = small_units()
-    target = writer(tmp_path / "d")
+    target = start(tmp_path / "d")
     target.write_unit("unit-000", units["unit-000"])
     with pytest.raises(DatasetError, match=r"2 of 3 units are missing, such as unit-001; run the same collection"):
         target.finish(units)
@@ -113,12 +115,16 @@ def test_finish_names_what_is_missing_and_what_is_too_much(tmp_path: Path) -> No
 
 def test_a_bad_record_publishes_nothing(tmp_path: Path) -> None:
     units = small_units()
-    target = writer(tmp_path / "d")
+    target = start(tmp_path / "d")
     target.write_unit("unit-000", units["unit-000"])
     before = contents(tmp_path / "d")
     other = make_records(2, size=400)  # another tokenizer's ids
     with pytest.raises(DatasetError, match=r"id \d+, .*another tokenizer's token"):
         target.write_unit("unit-001", other)
+    assert contents(tmp_path / "d") == before
+    two = [make_record("p", 1), make_record("q", 2, split="held_out")]
+    with pytest.raises(DatasetError, match="unit unit-001 holds records of held_out and train, expected one split"):
+        target.write_unit("unit-001", two)
     assert contents(tmp_path / "d") == before
     with pytest.raises(DatasetError, match="cannot be a file's name"):
         target.write_unit("../escape", units["unit-001"])
@@ -126,13 +132,13 @@ def test_a_bad_record_publishes_nothing(tmp_path: Path) -> None:
 
 def test_what_a_killed_worker_left_is_cleared(tmp_path: Path) -> None:
     units = small_units()
-    first = writer(tmp_path / "d")
+    first = start(tmp_path / "d")
     first.write_unit("unit-000", units["unit-000"])
     # A shard without its commit, and a temporary file.
     (tmp_path / "d/data/unit-001.parquet").write_bytes(b"PAR1 half")
     (tmp_path / "d/.partial").mkdir(exist_ok=True)
     (tmp_path / "d/.partial/unit-002.parquet.abc").write_bytes(b"half")
-    second = writer(tmp_path / "d")
+    second = start(tmp_path / "d")
     assert second.committed == {"unit-000"}
     for name, records in units.items():
         second.write_unit(name, records)
@@ -144,37 +150,19 @@ def test_what_a_killed_worker_left_is_cleared(tmp_path: Path) -> None:
 
 def test_a_damaged_commit_and_a_cut_shard_stop_the_next_session(tmp_path: Path) -> None:
     units = small_units()
-    writer(tmp_path / "d").write_unit("unit-000", units["unit-000"])
+    start(tmp_path / "d").write_unit("unit-000", units["unit-000"])
     shard, commit = tmp_path / "d/data/unit-000.parquet", tmp_path / "d/commits/unit-000.json"
     whole, text = shard.read_bytes(), commit.read_bytes()
     shard.write_bytes(whole[:-10])
     with pytest.raises(DatasetError, match=rf"has {len(whole) - 10} bytes, its commit says {len(whole)}"):
-        writer(tmp_path / "d")
+        start(tmp_path / "d")
     shard.write_bytes(whole)
     commit.write_bytes(text.replace(b'"rows": 4', b'"rows": 5'))
     with pytest.raises(DatasetError, match=r"commits/unit-000.json is damaged"):
-        writer(tmp_path / "d")
+        start(tmp_path / "d")
     commit.write_bytes(text)
     shard.unlink()
-    assert writer(tmp_path / "d").committed == set()
-
-
-def test_workers_side_by_side_do_not_double_a_unit(tmp_path: Path) -> None:
-    units = {f"u{i}": make_records(2, seed=i) for i in range(6)}
-    writers = [writer(tmp_path / "d") for _ in range(4)]
-
-    def work(target: DatasetWriter) -> None:
-        for name, records in units.items():
-            target.write_unit(name, records)
-
-    threads = [threading.Thread(target=work, args=(target,)) for target in writers]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    writers[0].finish(units)
-    write_dataset(tmp_path / "whole", units)
-    assert contents(tmp_path / "d") == contents(tmp_path / "whole")
+    assert start(tmp_path / "d").committed == set()
 
 
 def test_long_units_are_cut_into_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,9 +181,8 @@ FULL_DISK = """
 import resource, sys
 from pathlib import Path
 from shared.console import run
-from tests.fixtures.records import make_records
-from tests.shared.dataset.test_writer import writer
-target = writer(Path(sys.argv[1]))
+from tests.fixtures.records import make_records, start
+target = start(Path(sys.argv[1]))
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
 run(lambda: target.write_unit("unit-001", make_records(40)))
 """
@@ -204,11 +191,11 @@ NO_PERMISSION = """
 import os, sys
 from pathlib import Path
 from shared.console import run
-from tests.shared.dataset.test_writer import writer
+from tests.fixtures.records import start
 if os.geteuid() == 0:  # root is refused nothing by mode bits
     os.setgid(65534)
     os.setuid(65534)
-run(lambda: writer(Path(sys.argv[1])))
+run(lambda: start(Path(sys.argv[1])))
 """
 
 
@@ -220,7 +207,7 @@ def run_script(script: str, path: Path) -> subprocess.CompletedProcess[str]:
 
 def test_a_full_disk_ends_in_one_message_and_leaves_what_was_committed(tmp_path: Path) -> None:
     """A limit on file sizes stands for the full disk: the system refuses the write halfway, in the same call."""
-    writer(tmp_path / "d").write_unit("unit-000", make_records(2))
+    start(tmp_path / "d").write_unit("unit-000", make_records(2))
     before = contents(tmp_path / "d")
     result = run_script(FULL_DISK, tmp_path / "d")
     assert result.returncode == 2, result.stderr
@@ -246,7 +233,7 @@ def test_a_directory_without_permission_is_named() -> None:
 def test_a_path_below_a_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DatasetError, match=r"cannot .*file/d/provenance.json: Not a directory; a file stands"):
-        writer(tmp_path / "file/d")
+        start(tmp_path / "file/d")
 
 
 def test_a_vocabulary_of_another_teacher_is_refused(tmp_path: Path) -> None:

@@ -51,7 +51,12 @@ def records(tokenizers: tuple[Path, Path]) -> list[Record]:
     maker = RowMaker(vocabulary, encoder, seed=1)
     made = [maker.record(corpus(6)[0][start : start + 300], k=24) for start in range(0, 300 * RECORDS, 300)]
     return [
-        replace(record, sample_id=f"sample-{n}", prompt_id=f"prompt-{n}", split="held_out" if n % 4 == 0 else "train")
+        replace(
+            record,
+            sample_id=f"sample-{n}",
+            prompt_id=f"prompt-{n}",
+            split="held_out" if n // PER_UNIT == 1 else "train",
+        )
         for n, record in enumerate(made)
     ]
 
@@ -103,7 +108,7 @@ def test_prepared_samples_are_the_aligned_records(config: PipelineConfig, record
     assert len(prepared) == summary.samples == RECORDS
     assert [prepared[i].sample_id for i in range(RECORDS)] == [record.sample_id for record in records]
     assert prepared.indices().tolist() == list(range(RECORDS))
-    assert prepared.indices(split="held_out").tolist() == [0, 4]
+    assert prepared.indices(split="held_out").tolist() == [3, 4, 5]
     assert prepared.indices(split="train", rule="greedy").tolist() == []
     assert prepared.lengths.tolist() == [len(prepared[i].input_ids) for i in range(RECORDS)]
     report = json.loads((config.prepared_dir / "summary.json").read_text())
@@ -167,8 +172,11 @@ def test_damage_is_found_by_readers_and_mended_by_prepare(config: PipelineConfig
         PreparedDataset.of_run(config)
     assert prepare(config).units_done == 1
     assert PreparedDataset.open(config.prepared_dir)[PER_UNIT].sample_id == "sample-3"
-    (config.prepared_dir / "index.parquet").write_bytes(b"")
-    with pytest.raises(DatasetError, match="damaged"):
+    for name, content in (("index.parquet", b""), ("manifest.json", b"[]")):
+        (config.prepared_dir / name).write_bytes(content)
+        with pytest.raises(DatasetError, match=rf"{name} is damaged"):
+            PreparedDataset.open(config.prepared_dir)
+        assert prepare(config).units_done == 0
         PreparedDataset.open(config.prepared_dir)
 
 
@@ -278,7 +286,7 @@ def test_a_dataset_without_the_teachers_tokenizer_is_refused(
     )
     shutil.rmtree(config.shards_dir)
     writer = DatasetWriter(config.shards_dir, provenance, vocabulary, None)
-    writer.write_unit("unit-0", records)
+    writer.write_unit("unit-0", records[:2])
     writer.finish(["unit-0"])
     message = rf"{config.shards_dir} holds no tokenizer files: it was made without; import it again with --tokenizer"
     with pytest.raises(DatasetError, match=message):
