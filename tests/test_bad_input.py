@@ -71,12 +71,8 @@ def assert_refused(done: Done, directory: Path, *parts: str) -> None:
     assert not (directory / "runs").exists(), "nothing is left behind"
 
 
-@pytest.mark.parametrize("module_and_command", [(TEACHER, "collect"), (STUDENT, "train")])
-def test_an_unknown_key_is_named_with_the_one_that_was_meant(
-    tmp_path: Path, module_and_command: tuple[str, str]
-) -> None:
-    path = demo_in(tmp_path, train__learing_rate=0.1)
-    done = command(*module_and_command, path)
+def test_an_unknown_key_is_named_with_the_one_that_was_meant(tmp_path: Path) -> None:
+    done = command(STUDENT, "train", demo_in(tmp_path, train__learing_rate=0.1))
     assert_refused(done, tmp_path, "train.learing_rate: unknown key", "did you mean 'learning_rate'?")
 
 
@@ -86,30 +82,8 @@ def test_a_missing_key_is_named(tmp_path: Path) -> None:
 
 
 def test_a_missing_config_file_is_named(tmp_path: Path) -> None:
-    done = process(STUDENT, "train", tmp_path / "no.yaml")
+    done = command(STUDENT, "train", tmp_path / "no.yaml")
     assert_refused(done, tmp_path, "cannot read the config", "no.yaml")
-
-
-def test_an_override_that_is_no_assignment(tmp_path: Path) -> None:
-    done = command(STUDENT, "train", demo_in(tmp_path), "--set", "train.loss")
-    assert_refused(done, tmp_path, "--set 'train.loss' is not KEY.PATH=VALUE")
-
-
-def test_a_missing_prompts_file(tmp_path: Path) -> None:
-    done = command(TEACHER, "collect", demo_in(tmp_path, collect__prompts=str(tmp_path / "none.jsonl")))
-    assert_refused(done, tmp_path, "none.jsonl")
-
-
-def test_an_empty_prompts_file(tmp_path: Path) -> None:
-    empty = tmp_path / "empty.jsonl"
-    empty.write_text("\n")
-    done = command(TEACHER, "collect", demo_in(tmp_path, collect__prompts=str(empty)))
-    assert_refused(done, tmp_path, "empty.jsonl is empty", '{"id": "a-1", "skill": "arithmetic"')
-
-
-def test_k_larger_than_the_vocabulary(tmp_path: Path) -> None:
-    done = command(TEACHER, "collect", demo_in(tmp_path, collect__top_k=60000))
-    assert_refused(done, tmp_path, "60000", "49152")
 
 
 @pytest.mark.parametrize("name", ["init", "prepare", "train", "evaluate", "speculate"])

@@ -15,7 +15,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +27,7 @@ import yaml
 from shared.config import PipelineConfig, load_config
 from shared.errors import USER_ERROR_EXIT_CODE
 from shared.stopping import REQUEUE_EXIT_CODE
+from tests.fixtures.ranks import wait_for_lines
 from tests.test_house import PACKAGES, ROOT
 from tests.test_readme import APPS, TARGETS, check_command, check_make
 
@@ -284,11 +284,7 @@ def test_the_training_script_requeues_what_was_stopped_and_nothing_else(
     environment |= {"SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "1"}
     with subprocess.Popen(["bash", LAUNCH / "train.sbatch", CONFIG], cwd=ROOT, env=environment) as job:
         if not training:
-            deadline = time.monotonic() + 60
-            while not files["TASKS"].exists() or files["TASKS"].read_text().count("\n") < 2:
-                assert job.poll() is None
-                assert time.monotonic() < deadline
-                time.sleep(0.02)
+            wait_for_lines(files["TASKS"], 2, job)
             for task in files["TASKS"].read_text().split():
                 os.kill(int(task), signal.SIGUSR1)
         code = job.wait(timeout=60)

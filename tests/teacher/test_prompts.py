@@ -23,7 +23,7 @@ GOOD = '{"id": "a", "skill": "sums", "prompt": "1 + 1?"}'
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "is empty"),
+        ("", 'is empty: it holds no entries; expected .*"id": "a-1", "skill": "arithmetic"'),
         ("\n  \n", "is empty"),
         (GOOD + "\n{oops", "line 2 is not JSON"),
         ("[1]", "entry 0 holds 1, expected an object"),
