@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field, PositiveInt
 
 from shared.config.section import Section
+
+BlockLayer = Literal["q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out"]
 
 
 class StudentTokenizerConfig(Section):
@@ -29,8 +31,9 @@ class LoraConfig(Section):
     rank: PositiveInt = Field(16, description="Of each adapter.")
     alpha: PositiveInt = Field(32, description="The adapters are scaled by alpha / rank.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Of the adapters' inputs.")
-    targets: list[str] = Field(
-        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out"],
+    targets: list[BlockLayer] = Field(
+        default_factory=lambda: list(get_args(BlockLayer)),
+        min_length=1,
         description="Layers of LLaDA's block, by their own names.",
     )
 
