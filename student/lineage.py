@@ -156,8 +156,11 @@ def evaluation_identity(config: PipelineConfig) -> dict[str, Any]:
 
 
 def speculation_identity(config: PipelineConfig) -> dict[str, Any]:
-    """Of speculate.json."""
-    return _settings("speculate", config.speculate) | present(config, "dataset", "model")
+    """Of speculate.json, and of what else decodes with the student and the teacher."""
+    identity = _settings("speculate", config.speculate) | present(config, "dataset", "model")
+    if config.speculate.dtype is None:
+        identity["teacher.dtype"] = config.teacher.dtype
+    return identity | {"teacher.quantization": config.teacher.quantization}
 
 
 def _settings(name: str, section: Section) -> dict[str, Any]:
