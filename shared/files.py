@@ -1,4 +1,4 @@
-"""Writing local files so that what has its name is whole: a temporary name first, then a rename."""
+"""Local files: written so that what has its name is whole (a temporary name first, then a rename), and read as JSON."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from shared.errors import CheckpointError, UserError
 
 
 @contextmanager
@@ -35,6 +37,27 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON in one step."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(
+    path: Path,
+    kind: type[UserError] = CheckpointError,
+    fix: str = "copy it again, or run the command that wrote it again",
+) -> dict[str, Any] | None:
+    """The JSON object at `path`; None where there is no such file.
+
+    Raises:
+        UserError: of this `kind`, with the `fix`, if it cannot be read or is not a JSON object.
+    """
+    try:
+        tree = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise kind(f"{path} cannot be read ({error}); {fix}") from error
+    if not isinstance(tree, dict):
+        raise kind(f"{path} holds {type(tree).__name__}, expected a JSON object; {fix}")
+    return tree
 
 
 @contextmanager

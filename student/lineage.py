@@ -16,14 +16,15 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from shared.config import PipelineConfig, PrepareConfig, Section
 from shared.dataset.manifest import MANIFEST, PROVENANCE, Manifest
 from shared.dataset.reader import Dataset
-from shared.errors import CheckpointError, StaleError
+from shared.errors import StaleError
+from shared.files import read_json
 from shared.tokenizer.vocabulary import Encoder, Vocabulary, load_tokenizer
 
 IDENTITY = "identity"
@@ -60,37 +61,32 @@ def sha256_of(*parts: str) -> str:
 
 
 def present(config: PipelineConfig, *names: str) -> dict[str, str]:
-    """The fingerprints of those of `names` that lie in the run's directory now.
-
-    Args:
-        names: of `dataset`, `teacher vocabulary`, `tokenizer`, `start`, `prepared data`, `model`.
-    """
-    found = {name: _FINGERPRINTS[name](config) for name in names}
+    """The fingerprints of those of `names`, of `INPUTS`, that lie in the run's directory now."""
+    found = {name: INPUTS[name].fingerprint(INPUTS[name].place(config)) for name in names}
     return {name: fingerprint for name, fingerprint in found.items() if fingerprint is not None}
 
 
-def manifest_of(config: PipelineConfig) -> Manifest | None:
-    """The manifest of the run's dataset, where there is one."""
-    return Dataset.open(config.shards_dir).manifest if (config.shards_dir / MANIFEST).exists() else None
+def manifest_of(shards: Path) -> Manifest | None:
+    """The manifest of the dataset at `shards`, where there is one."""
+    return Dataset.open(shards).manifest if (shards / MANIFEST).exists() else None
 
 
-def _dataset(config: PipelineConfig) -> str | None:
-    manifest = manifest_of(config)
+def _dataset(shards: Path) -> str | None:
+    manifest = manifest_of(shards)
     return None if manifest is None else dataset_fingerprint(manifest)
 
 
-def _teacher_vocabulary(config: PipelineConfig) -> str | None:
-    manifest = manifest_of(config)
+def _teacher_vocabulary(shards: Path) -> str | None:
+    manifest = manifest_of(shards)
     return None if manifest is None else manifest.vocabulary_fingerprint
 
 
-def _tokenizer(config: PipelineConfig) -> str | None:
-    directory = config.student_init_dir
+def _tokenizer(directory: Path) -> str | None:
     return tokenizer_fingerprint(*load_tokenizer(directory)) if (directory / "tokenizer.json").exists() else None
 
 
-def _prepared(config: PipelineConfig) -> str | None:
-    return (read_json(config.prepared_dir / MANIFEST) or {}).get("fingerprint")
+def _prepared(directory: Path) -> str | None:
+    return (read_json(directory / MANIFEST) or {}).get("fingerprint")
 
 
 def _weights(directory: Path) -> str | None:
@@ -99,13 +95,20 @@ def _weights(directory: Path) -> str | None:
     return weights_fingerprint(directory) if (directory / "config.json").exists() else None
 
 
-_FINGERPRINTS = {
-    "dataset": _dataset,
-    "teacher vocabulary": _teacher_vocabulary,
-    "tokenizer": _tokenizer,
-    "start": lambda config: _weights(config.student_init_dir),
-    "prepared data": _prepared,
-    "model": lambda config: _weights(config.student_final_dir),
+class Input(NamedTuple):
+    """Where an input lies in a run, and its fingerprint there; None where it is not."""
+
+    place: Callable[[PipelineConfig], Path]
+    fingerprint: Callable[[Path], str | None]
+
+
+INPUTS = {
+    "dataset": Input(lambda config: config.shards_dir, _dataset),
+    "teacher vocabulary": Input(lambda config: config.shards_dir, _teacher_vocabulary),
+    "tokenizer": Input(lambda config: config.student_init_dir, _tokenizer),
+    "start": Input(lambda config: config.student_init_dir, _weights),
+    "prepared data": Input(lambda config: config.prepared_dir, _prepared),
+    "model": Input(lambda config: config.student_final_dir, _weights),
 }
 
 
@@ -177,23 +180,12 @@ def differences(made: Mapping[str, Any], now: Mapping[str, Any], config: Pipelin
     Args:
         config: of the run, to say where an input lies.
     """
-    places = {} if config is None else _places(config)
     return [
-        f"{key}: {_shown(made[key])} there, {_shown(now[key])} now" + (f" in {places[key]}" if key in places else "")
+        f"{key}: {_shown(made[key])} there, {_shown(now[key])} now"
+        + (f" in {INPUTS[key].place(config)}" if config is not None and key in INPUTS else "")
         for key in sorted(made.keys() & now.keys())
         if made[key] != now[key]
     ]
-
-
-def _places(config: PipelineConfig) -> dict[str, Path]:
-    return {
-        "dataset": config.shards_dir,
-        "teacher vocabulary": config.shards_dir,
-        "tokenizer": config.student_init_dir,
-        "start": config.student_init_dir,
-        "prepared data": config.prepared_dir,
-        "model": config.student_final_dir,
-    }
 
 
 def _shown(value: Any) -> str:
@@ -202,7 +194,7 @@ def _shown(value: Any) -> str:
 
 
 def require_same(
-    where: Path, made: Mapping[str, Any], now: Mapping[str, Any], fix: str, config: PipelineConfig | None = None
+    where: Path, made: Mapping[str, Any], now: Mapping[str, Any], fix: str, config: PipelineConfig
 ) -> None:
     """Hold the identity of the product at `where` against what its inputs and settings are now.
 
@@ -235,22 +227,31 @@ def require_current_start(config: PipelineConfig) -> None:
         )
 
 
-def require_current_model(config: PipelineConfig) -> None:
-    """Refuse a trained model that is not of the run's dataset, start and prepared data, or has another block length.
+def require_current_model(
+    config: PipelineConfig, settings: dict[str, Any] | None = None, way_out: str = "restore what it was trained from"
+) -> None:
+    """Refuse a trained model that is not of the run's dataset, start and prepared data, or has other `settings`.
+
+    Args:
+        settings: of its training; None is the block length.
 
     Raises:
         StaleError: if it has to be trained again.
     """
-    _require_model(config, {"train.block_length": config.train.block_length}, "restore what it was trained from")
+    directory = config.student_final_dir
+    record = read_json(directory / RECORD)
+    if record is None:
+        _logger.warning("%s does not say what it was trained from (no training.json); it is taken as it is", directory)
+        return
+    made = record.get(IDENTITY) or {}
+    settings = {"train.block_length": config.train.block_length} if settings is None else settings
+    now = present(config, *TRAINED_FROM) | settings
+    if unknown := sorted(now.keys() - made.keys()):
+        _logger.warning("%s does not record its %s, which is not checked", directory, ", ".join(unknown))
+    require_same(directory, made, now, f"run `student train --fresh`, or {way_out}", config)
 
 
-def require_model_of_run(run: Path) -> None:
-    """`require_current_model` of the run at `run`, whatever its config."""
-    config = _config_at(run)
-    _require_model(config, {}, f"give {config.student_final_dir} itself to export this model all the same")
-
-
-def _config_at(run: Path) -> PipelineConfig:
+def config_of(run: Path) -> PipelineConfig:
     """A config that knows the paths of the run at `run`, and nothing else."""
     return PipelineConfig.model_construct(runs=run.parent, name=run.name)  # type: ignore[call-arg]
 
@@ -264,22 +265,9 @@ def require_start_of_run(run: Path, checkpoint: Path, made: Mapping[str, Any]) -
     Raises:
         StaleError: naming what differs.
     """
-    config = _config_at(run)
+    config = config_of(run)
     fix = "restore the start that it was trained from, or train anew"
     require_same(checkpoint, made, present(config, "tokenizer", "start"), fix, config)
-
-
-def _require_model(config: PipelineConfig, settings: dict[str, Any], way_out: str) -> None:
-    directory = config.student_final_dir
-    record = read_json(directory / RECORD)
-    if record is None:
-        _logger.warning("%s does not say what it was trained from (no training.json); it is taken as it is", directory)
-        return
-    made = record.get(IDENTITY) or {}
-    now = present(config, *TRAINED_FROM) | settings
-    if unknown := sorted(now.keys() - made.keys()):
-        _logger.warning("%s does not record its %s, which is not checked", directory, ", ".join(unknown))
-    require_same(directory, made, now, f"run `student train --fresh`, or {way_out}", config)
 
 
 def warn_of_another_teacher(student: Path, teacher: Vocabulary) -> None:
@@ -288,21 +276,3 @@ def warn_of_another_teacher(student: Path, teacher: Vocabulary) -> None:
     made = (read_json(student / RECORD) or {}).get(IDENTITY) or {}
     if found := differences(made, {"teacher vocabulary": teacher.fingerprint}):
         _logger.warning("%s was trained for another teacher (%s); few drafts may be accepted", student, found[0])
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The JSON object at `path`; None where there is no such file.
-
-    Raises:
-        CheckpointError: if it cannot be read or is not a JSON object.
-    """
-    again = "copy it again, or run the command that wrote it again"
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); {again}") from error
-    if not isinstance(tree, dict):
-        raise CheckpointError(f"{path} holds {type(tree).__name__}, expected an object; {again}")
-    return tree

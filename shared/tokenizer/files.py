@@ -11,7 +11,6 @@ holds part of a character. A 128k vocabulary takes about half a second; the merg
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import VocabularyError
+from shared.files import read_json
 
 SPACE_SYMBOL = "▁"  # how SentencePiece writes a space
 _SAVE = (
@@ -57,7 +57,7 @@ def read_tokenizer_file(path: Path) -> TokenizerFile:
         VocabularyError: if there is no tokenizer, the format is unknown, or a token's bytes cannot be recovered.
     """
     file = _find(path)
-    tree = _read_object(file, "pass a tokenizer.json or tekken.json")
+    tree = read_json(file, VocabularyError, "pass a tokenizer.json or tekken.json") or {}
     if isinstance(tree.get("model"), dict) and isinstance(tree.get("added_tokens"), list):
         settings = _read_settings(file.parent)
         return of_tree(file, tree, settings, _read_chat_template(file.parent, settings))
@@ -66,18 +66,6 @@ def read_tokenizer_file(path: Path) -> TokenizerFile:
     raise VocabularyError(
         f"{file} has the keys {sorted(tree)[:8]}, which is neither a tokenizer.json nor a tekken.json"
     )
-
-
-def _read_object(file: Path, fix: str) -> dict[str, Any]:
-    try:
-        tree = json.loads(file.read_bytes())
-    except OSError as error:
-        raise VocabularyError(f"cannot read the tokenizer {file}: {error.strerror}") from error
-    except ValueError as error:
-        raise VocabularyError(f"{file} is not valid JSON ({error}); {fix}") from error
-    if not isinstance(tree, dict):
-        raise VocabularyError(f"{file} holds {type(tree).__name__}, expected a JSON object; {fix}")
-    return tree
 
 
 def _find(path: Path) -> Path:
@@ -191,7 +179,7 @@ def _read_settings(directory: Path) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json", "generation_config.json"):
         if (directory / name).is_file():
-            content = _read_object(directory / name, "copy the tokenizer again")
+            content = read_json(directory / name, VocabularyError, "copy the tokenizer again") or {}
             if name == "generation_config.json":
                 content = {"generation_eos_token_id": content.get("eos_token_id")}
             settings.update({key: value for key, value in content.items() if value is not None})
@@ -233,13 +221,7 @@ def of_ranks(file: Path, ids: dict[bytes, int], specials: dict[str, int], patter
         specials: ids of the special tokens, by their strings.
         pattern: the regular expression that splits text before merging.
     """
-    size = max([*ids.values(), *specials.values()]) + 1
     alphabet = byte_alphabet()
-    tokens, texts, is_special = [b""] * size, [""] * size, [True] * size
-    for token, index in ids.items():
-        tokens[index], texts[index], is_special[index] = token, "".join(alphabet[byte] for byte in token), False
-    for text, index in specials.items():
-        texts[index] = text
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     tree: dict[str, Any] = {
@@ -271,11 +253,11 @@ def of_ranks(file: Path, ids: dict[bytes, int], specials: dict[str, int], patter
             "fuse_unk": False,
             "byte_fallback": False,
             "ignore_merges": True,
-            "vocab": {texts[index]: index for index in ids.values()},
+            "vocab": {"".join(map(alphabet.__getitem__, token)): index for token, index in ids.items()},
             "merges": [],  # made by `with_merges` when somebody encodes
         },
     }
-    return TokenizerFile(file, tokens, texts, is_special, tree)
+    return of_tree(file, tree, {}, None)
 
 
 def with_merges(tree: dict[str, Any]) -> dict[str, Any]:
@@ -290,12 +272,10 @@ def with_merges(tree: dict[str, Any]) -> dict[str, Any]:
     vocab: dict[str, int] = tree["model"]["vocab"]
     merges: list[list[str]] = []
     for text in sorted(vocab, key=vocab.__getitem__):
-        splits = [
-            (text[:cut], text[cut:]) for cut in range(1, len(text)) if text[:cut] in vocab and text[cut:] in vocab
-        ]
-        merges.extend(
-            [left, right] for left, right in sorted(splits, key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
+        splits = (
+            [text[:cut], text[cut:]] for cut in range(1, len(text)) if text[:cut] in vocab and text[cut:] in vocab
         )
+        merges.extend(sorted(splits, key=lambda pair: (vocab[pair[0]], vocab[pair[1]])))
     return {**tree, "model": {**tree["model"], "merges": merges}}
 
 

@@ -31,9 +31,9 @@ from shared.dataset.records import offsets_of
 from shared.dataset.storage import LocalStorage
 from shared.dataset.units import UnitStore
 from shared.errors import CheckpointError, DatasetError
-from shared.files import write_json
+from shared.files import read_json, write_json
 from student.alignment.targets import AlignedSample, SparseTargets
-from student.lineage import IDENTITY, prepared_identity, present, read_json, require_current_start, require_same
+from student.lineage import IDENTITY, prepared_identity, present, require_current_start, require_same
 
 VERSION = 3
 INDEX = "index.parquet"
@@ -116,6 +116,8 @@ class PreparedDataset:
             raise DatasetError(f"{directory} {state}; run `student prepare` with this config") from error
         except ValueError as error:
             raise DatasetError(f"{directory / MANIFEST} is damaged ({error}); {_AGAIN}") from error
+        if not isinstance(manifest, dict):
+            raise DatasetError(f"{directory / MANIFEST} is damaged (it is no JSON object); {_AGAIN}")
         if (version := manifest.get("version")) != VERSION:
             raise DatasetError(f"{directory} is of version {version}, this program reads {VERSION}; {_AGAIN}")
         if hashlib.sha256(index_bytes).hexdigest() != manifest["index_sha256"]:

@@ -21,12 +21,12 @@ from typing import Any
 import torch
 
 from shared.config import PipelineConfig
-from shared.files import write_json, write_text
+from shared.files import read_json, write_json, write_text
 from shared.vllm_settings import engine_version
 from student.drafting.decode import SAMPLED, THROUGHPUT, Pass, Result
 from student.drafting.goodness_of_fit import CLASSES, LEVEL, POSITIONS
 from student.drafting.speculate import BASELINE, TIE, WITH_DRAFT, decode_all, described, dtype_of, inputs
-from student.lineage import IDENTITY, differences, evaluation_identity, read_json, speculation_identity
+from student.lineage import IDENTITY, differences, evaluation_identity, speculation_identity
 
 logger = logging.getLogger(__name__)
 

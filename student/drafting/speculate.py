@@ -21,7 +21,7 @@ from typing import Any
 from shared.config import PipelineConfig
 from shared.dataset.reader import Dataset
 from shared.errors import CheckpointError, DatasetError, VocabularyError
-from shared.files import write_json
+from shared.files import read_json, write_json
 from shared.hub import is_hub_name
 from shared.tokenizer.vocabulary import Vocabulary
 from shared.vllm_settings import engine_arguments, engine_version, environment
@@ -29,7 +29,7 @@ from student.drafting.decode import LATENCY, THROUGHPUT, Decoded, Difference, Jo
 from student.drafting.engines import run
 from student.drafting.lookup import LONGEST, SHORTEST
 from student.drafting.vllm_proposer import OPTIONS_KEY, DrafterOptions
-from student.lineage import IDENTITY, read_json, require_current_model, speculation_identity
+from student.lineage import IDENTITY, require_current_model, speculation_identity
 from student.model.export import read_config
 
 logger = logging.getLogger(__name__)

@@ -18,12 +18,12 @@ import torch
 from shared.config import PipelineConfig
 from shared.dataset.records import Record
 from shared.errors import CheckpointError, ConfigError
-from shared.files import write_json
+from shared.files import read_json, write_json
 from student.drafting.propose import Drafter
 from student.drafting.steps import spans
 from student.evaluation.measure import HeldOut, drafter_of, gathered, measure
 from student.evaluation.offline_acceptance import steps_along
-from student.lineage import IDENTITY, differences, evaluation_identity, read_json, require_current_model
+from student.lineage import IDENTITY, differences, evaluation_identity, require_current_model
 from student.model.export import load_student
 from student.model.generate import answer, default_settings
 from student.training import launch

@@ -20,7 +20,7 @@ from shared.commands.stats import Statistics, drawn, sample
 from shared.config import PipelineConfig, dump_config
 from shared.console import stdout
 from shared.errors import UserError
-from shared.files import write_json, write_text
+from shared.files import read_json, write_json, write_text
 from student.lineage import (
     IDENTITY,
     RECORD,
@@ -30,7 +30,6 @@ from student.lineage import (
     manifest_of,
     prepared_identity,
     present,
-    read_json,
     speculation_identity,
 )
 from student.training.metrics_logger import read_metrics
@@ -112,7 +111,7 @@ def _stale(config: PipelineConfig, stages: dict[str, dict[str, Any]]) -> dict[st
     found = present(config, "teacher vocabulary", *TRAINED_FROM)  # once: a tokenizer takes seconds to load
     inputs = {name: value for name, value in found.items() if name in ("dataset", "teacher vocabulary", "tokenizer")}
     prepared = read_json(config.prepared_dir / "manifest.json") or {}
-    manifest = manifest_of(config)
+    manifest = manifest_of(config.shards_dir)
     collected = {} if manifest is None else {"responses": manifest.rows, "tokens": manifest.tokens}
     trained = run_identity(config, {name: value for name, value in found.items() if name in TRAINED_FROM})
     if config.train.dtype == "auto":
@@ -150,7 +149,7 @@ def write_report(config: PipelineConfig) -> dict[str, Any]:
     if not any(report["details"].values()) and not report["stale"]:
         raise UserError(f"{config.run_dir} holds no result of any stage; run `make collect-logits` first")
     entries = [] if "train" in report["stale"] else list(read_metrics(config.run_dir / "metrics.jsonl"))
-    there = manifest_of(config) is not None and "collect" not in report["stale"]
+    there = manifest_of(config.shards_dir) is not None and "collect" not in report["stale"]
     statistics = sample(config.shards_dir, SAMPLE_TOKENS) if there else None
     report["dataset"] = None if statistics is None else statistics.to_json()
     write_json(config.report_dir / "report.json", report)

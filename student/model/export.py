@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from shared.config import LoraConfig
 from shared.dataset.manifest import MANIFEST
 from shared.errors import CheckpointError
-from shared.files import new_directory, write_json
-from student.lineage import IDENTITY, RECORD, read_json, require_model_of_run, require_start_of_run
+from shared.files import new_directory, read_json, write_json
+from student.lineage import IDENTITY, RECORD, config_of, require_current_model, require_start_of_run
 from student.model.lora import add_lora, merge_lora
 from student.model.tokenizer import pretrained_tokenizer
 
@@ -143,7 +143,8 @@ def export_student(
             f"{run} holds no trained student (no {source}/config.json); train it with `student train`"
         )
     if source != run:
-        require_model_of_run(run)
+        way_out = f"give {source} itself to export this model all the same"
+        require_current_model(config_of(run), settings={}, way_out=way_out)
     model, tokenizer = load_student(source, getattr(torch, dtype) if dtype else None)
     with new_directory(target) as partial:
         save_student(model, tokenizer, partial, max_shard_size=max_shard_size)

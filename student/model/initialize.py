@@ -18,9 +18,9 @@ import yaml
 from shared.config import PipelineConfig, dump_config
 from shared.dataset.reader import Dataset
 from shared.errors import ConfigError
-from shared.files import new_directory, write_json
+from shared.files import new_directory, read_json, write_json
 from shared.tokenizer.vocabulary import Vocabulary, load_tokenizer
-from student.lineage import IDENTITY, present, read_json, start_identity
+from student.lineage import IDENTITY, present, start_identity
 from student.model.export import save_student
 from student.model.source import EMBEDDING, HEAD, NO_IDS, Source, changed
 from student.model.tokenizer import MASK, pretrained_tokenizer, train_tokenizer

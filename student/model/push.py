@@ -16,8 +16,9 @@ import yaml
 from shared.dataset.manifest import MANIFEST
 from shared.dataset.reader import Dataset
 from shared.errors import CheckpointError
+from shared.files import read_json
 from shared.hub import CARD, UNKNOWN_LICENSE, Repository, absolute_paths, is_hub_name, public_name
-from student.lineage import IDENTITY, RECORD, read_json
+from student.lineage import IDENTITY, RECORD
 from student.model.export import (
     MODELLING_FILES,
     check_state,

@@ -32,8 +32,8 @@ from torch import Tensor
 
 from shared.config import PipelineConfig
 from shared.errors import USER_ERROR_EXIT_CODE, CheckpointError, TrainingError
-from shared.files import write_json
-from student.lineage import IDENTITY, differences, read_json, shape_file
+from shared.files import read_json, write_json
+from student.lineage import IDENTITY, differences, shape_file
 from student.training import averaging
 from student.training.engine import training_dtype
 from student.training.optimizer import follow_schedule

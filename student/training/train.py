@@ -22,10 +22,11 @@ import torch
 
 from shared.config import PipelineConfig
 from shared.errors import CheckpointError, ConfigError
+from shared.files import read_json
 from student.alignment.sanity import check_alignment
 from student.data.data_loader import TrainingDataLoader
 from student.evaluation.measure import HeldOut
-from student.lineage import IDENTITY, RECORD, differences, present, read_json
+from student.lineage import IDENTITY, RECORD, differences, present
 from student.losses.settings import LossChoice, LossSettings, ResolvedLossName, check_temperature, resolve_loss
 from student.model.export import load_student, read_config, read_tokenizer
 from student.model.lora import add_lora

@@ -238,7 +238,7 @@ def test_what_cannot_be_recovered_is_refused_with_the_token(tmp_path: Path) -> N
     ("name", "content", "message"),
     [
         ("absent.json", None, "does not exist"),
-        ("tokenizer.json", "{", "not valid JSON"),
+        ("tokenizer.json", "{", r"tokenizer\.json cannot be read \(Expecting"),
         ("tokenizer.json", "{}", "neither a tokenizer.json"),
         ("tokenizer.json", '{"model": 5, "added_tokens": 3}', "neither a tokenizer.json"),
         ("tokenizer.json", "[1]", "holds list, expected a JSON object"),
@@ -256,7 +256,7 @@ def test_a_bad_file_gets_one_clear_message(name: str, content: str | None, messa
 def test_damaged_settings_are_named(tmp_path: Path) -> None:
     directory = byte_level_tokenizer(tmp_path, [])
     (directory / "tokenizer_config.json").write_text('{"bos_token": ')
-    with pytest.raises(VocabularyError, match=r"tokenizer_config\.json is not valid JSON .*; copy the tokenizer again"):
+    with pytest.raises(VocabularyError, match=r"tokenizer_config\.json cannot be read \(.*; copy the tokenizer again"):
         Vocabulary.from_tokenizer(directory)
 
 

@@ -53,7 +53,7 @@ def config(tmp_path: Path) -> PipelineConfig:
 
 
 def record(config: PipelineConfig, checkpoint: str | None) -> None:
-    manifest = manifest_of(config)
+    manifest = manifest_of(config.shards_dir)
     assert manifest is not None
     identity = {
         "student.checkpoint": checkpoint,
