@@ -379,15 +379,15 @@ def test_figures_of_other_settings_are_left_out(config: PipelineConfig) -> None:
     measured(config)
     report = write_report(changed(config, "evaluate.draft_tokens=2", "train.loss=ce"))
     assert set(report["stale"]) == {"train", "evaluate"}
+    assert report["stale"]["train"].startswith("train.loss: 'auto' there, 'ce' now")
+
+
 @pytest.mark.parametrize("override", ["teacher.dtype=float16", "teacher.quantization=fp8"])
 def test_figures_of_a_teacher_that_computed_otherwise_are_out_of_date(config: PipelineConfig, override: str) -> None:
     made, now = speculation_identity(config), speculation_identity(changed(config, override))
     assert [found.partition(":")[0] for found in differences(made, now)] == [override.partition("=")[0]]
     earlier = {key: value for key, value in made.items() if not key.startswith("teacher.")}
     assert differences(earlier, now) == [], "an earlier version did not record it"
-
-
-    assert report["stale"]["train"].startswith("train.loss: 'auto' there, 'ce' now")
 
 
 @pytest.mark.parametrize(
