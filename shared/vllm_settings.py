@@ -15,34 +15,22 @@ from pathlib import Path
 from typing import Any
 
 from shared.config import TeacherConfig
+from shared.config.teacher import OWN_ARGUMENTS
 from shared.errors import ConfigError, MissingExtraError
 
 
 def engine_arguments(teacher: TeacherConfig, dtype: str | None = None) -> dict[str, Any]:
-    """Arguments of `vllm.LLM` or `vllm.EngineArgs` that load this teacher.
+    """Arguments of `vllm.LLM` or `vllm.EngineArgs` that load this teacher, one copy of it.
 
     Args:
         dtype: in place of `teacher.dtype`.
     """
     dtype = dtype or teacher.dtype
-    arguments: dict[str, Any] = {
-        "model": teacher.model,
-        "revision": teacher.revision,
-        "dtype": dtype,
-        "tensor_parallel_size": teacher.tensor_parallel,
-        "pipeline_parallel_size": teacher.pipeline_parallel,
-        "max_model_len": teacher.max_sequence_tokens,
-        "max_num_seqs": teacher.max_num_seqs,
-        "enable_prefix_caching": teacher.prefix_caching,
-        "gpu_memory_utilization": teacher.gpu_memory_utilization,
-        "enforce_eager": teacher.enforce_eager,
-        # A quantized KV cache makes decoding and scoring disagree by up to half a nat.
-        "kv_cache_dtype": "auto",
-    }
-    if teacher.quantization is not None:
-        arguments["quantization"] = teacher.quantization
-    if teacher.prefill_tokens is not None:
-        arguments["max_num_batched_tokens"] = teacher.prefill_tokens
+    stated = {name: getattr(teacher, key) for name, key in OWN_ARGUMENTS.items() if name != "data_parallel_size"}
+    arguments = {name: value for name, value in stated.items() if value is not None}
+    arguments["dtype"] = dtype
+    # A quantized KV cache makes decoding and scoring disagree by up to half a nat.
+    arguments["kv_cache_dtype"] = "auto"
     if is_cpu_build():
         # A prompt that is read in parts draws a token that is thrown away, and vLLM 0.32 then sets the request's random
         # generator back, which a CPU's cannot be: a seeded request would end the engine.

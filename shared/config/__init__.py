@@ -6,23 +6,18 @@ overrides, never stored.
 """
 
 from shared.config.collect import CollectConfig, DecodingConfig, SourceConfig, Split, WritePromptsConfig
-from shared.config.evaluate import EvaluateConfig
-from shared.config.load import CHANGED_KEYS, apply_override, dump_config, load_config
+from shared.config.load import apply_override, dump_config, load_config
 from shared.config.pipeline import PipelineConfig
 from shared.config.prepare import PrepareConfig
 from shared.config.section import Section
-from shared.config.speculate import SpeculateConfig
-from shared.config.student import LoraConfig, StudentConfig, StudentTokenizerConfig
+from shared.config.student import LoraConfig, StudentConfig
 from shared.config.teacher import ServiceConfig, TeacherConfig
-from shared.config.train import LossName, ObjectivesConfig, RandomMaskingConfig, TrainConfig
+from shared.config.train import ObjectivesConfig, RandomMaskingConfig, TrainConfig
 
 __all__ = [
-    "CHANGED_KEYS",
     "CollectConfig",
     "DecodingConfig",
-    "EvaluateConfig",
     "LoraConfig",
-    "LossName",
     "ObjectivesConfig",
     "PipelineConfig",
     "PrepareConfig",
@@ -30,10 +25,8 @@ __all__ = [
     "Section",
     "ServiceConfig",
     "SourceConfig",
-    "SpeculateConfig",
     "Split",
     "StudentConfig",
-    "StudentTokenizerConfig",
     "TeacherConfig",
     "TrainConfig",
     "WritePromptsConfig",

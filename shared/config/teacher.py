@@ -11,21 +11,21 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 from shared.config.section import Section
 
 OWN_ARGUMENTS = {
-    "model": "teacher.model",
-    "revision": "teacher.revision",
-    "dtype": "teacher.dtype",
-    "tensor_parallel_size": "teacher.tensor_parallel",
-    "pipeline_parallel_size": "teacher.pipeline_parallel",
-    "data_parallel_size": "teacher.data_parallel",
-    "quantization": "teacher.quantization",
-    "max_model_len": "teacher.max_sequence_tokens",
-    "max_num_seqs": "teacher.max_num_seqs",
-    "max_num_batched_tokens": "teacher.prefill_tokens",
-    "enable_prefix_caching": "teacher.prefix_caching",
-    "gpu_memory_utilization": "teacher.gpu_memory_utilization",
-    "enforce_eager": "teacher.enforce_eager",
+    "model": "model",
+    "revision": "revision",
+    "dtype": "dtype",
+    "tensor_parallel_size": "tensor_parallel",
+    "pipeline_parallel_size": "pipeline_parallel",
+    "data_parallel_size": "data_parallel",
+    "quantization": "quantization",
+    "max_model_len": "max_sequence_tokens",
+    "max_num_seqs": "max_num_seqs",
+    "max_num_batched_tokens": "prefill_tokens",
+    "enable_prefix_caching": "prefix_caching",
+    "gpu_memory_utilization": "gpu_memory_utilization",
+    "enforce_eager": "enforce_eager",
 }
-"""Arguments of vLLM that have keys of their own."""
+"""Arguments of vLLM that have keys of their own in this section, which `shared.vllm_settings` passes on."""
 FIXED_ARGUMENTS = frozenset(
     {"max_logprobs", "logprobs_mode", "kv_cache_dtype", "speculative_config", "generation_config"}
 )
@@ -116,7 +116,7 @@ class TeacherConfig(Section):
             )
         for name in names:
             if name in OWN_ARGUMENTS:
-                raise ValueError(f"{name} is {OWN_ARGUMENTS[name]}; set that instead")
+                raise ValueError(f"{name} is teacher.{OWN_ARGUMENTS[name]}; set that instead")
             if name in FIXED_ARGUMENTS:
                 raise ValueError(f"{name} decides what is captured and is set by this project; take it out")
         return value
