@@ -30,7 +30,7 @@ def step_flops(config: PipelineConfig, shape: LladaConfig, ranks: int, prepared:
 
 
 def data_of(config: PipelineConfig) -> Data | None:
-    """The run's training samples: of its prepared data, else of its dataset's manifest, else None."""
+    """The run's training samples: of its prepared data, else of its dataset's manifest; None where there are none."""
     train = config.train
     try:
         return data_of_prepared(PreparedDataset.open(config.prepared_dir), train)
@@ -41,6 +41,8 @@ def data_of(config: PipelineConfig) -> Data | None:
     except DatasetError:
         return None
     samples = sum(count for key, count in manifest.counts.items() if key.startswith("train/"))
+    if not samples:
+        return None
     tokens = manifest.tokens / max(manifest.rows, 1)
     source = f"{config.shards_dir}, {tokens:.0f} response tokens each, of the teacher's; prompts not counted"
     return Data(
@@ -48,9 +50,11 @@ def data_of(config: PipelineConfig) -> Data | None:
     )
 
 
-def data_of_prepared(prepared: PreparedDataset, train: TrainConfig) -> Data:
-    """The training samples of prepared targets."""
+def data_of_prepared(prepared: PreparedDataset, train: TrainConfig) -> Data | None:
+    """The training samples of prepared targets; None where there are none."""
     chosen = prepared.indices(split="train")
+    if not len(chosen):
+        return None
     lengths, prompts = prepared.lengths[chosen], prepared.prompt_lengths[chosen]
     clean = float(lengths.clip(max=train.max_sequence_tokens).mean())
     masked = train.block_length * float((lengths - prompts).clip(max=train.anchors).mean())
@@ -92,7 +96,7 @@ def wire_bytes(setup: Setup) -> tuple[float, float]:
     if zero.stage == 1:
         return 0.0, 2 * gradients + gradients  # the updated weights are as many bytes as the gradients
     if zero.stage == 2:
-        return setup.accumulation * gradients * (2 if zero.all_reduces else 1), gradients
+        return setup.accumulation * gradients * (2 if zero.use_multi_rank_bucket_allreduce else 1), gradients
     # Weights for the forward and again for the backward.
     return setup.accumulation * (2 * ring * e * count.total + gradients), 0.0
 

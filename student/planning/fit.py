@@ -15,7 +15,7 @@ from shared.errors import ConfigError
 from student.model.export import read_config
 from student.planning.memory import GIB, Moment, memory
 from student.planning.setup import Device, Setup
-from student.training.engine import training_dtype
+from student.training.engine import settings_place, training_dtype
 
 WORKER_BYTES = GIB // 2
 """Of a process that makes batches ahead: Python, PyTorch, and the batches that wait."""
@@ -63,7 +63,7 @@ def require_memory(config: PipelineConfig, ranks: int, ranks_of_node: int) -> No
         raise ConfigError(
             f"does not fit: each of {ranks_of_node} ranks on this machine offloads {offloaded / GIB:.1f} GiB to the "
             f"host, which has {free / GIB:.1f} GiB free for each; take more ranks on more nodes, or offload less in "
-            f"{config.train.deepspeed}"
+            f"{settings_place(config.train.deepspeed)}"
         )
 
 
@@ -85,22 +85,23 @@ def host_bytes_free() -> int:
 
 def remedies(setup: Setup, available: int) -> Iterator[tuple[str, int]]:
     """Changes that make it fit, with the bytes needed then: single ones, else the first sum of them that does."""
-    train, stage = setup.train, setup.zero.stage
+    train, stage, place = setup.train, setup.zero.stage, settings_place(setup.train.deepspeed)
     # Without the second DeepSpeed refuses an optimizer of PyTorch's.
-    offload = '"offload_optimizer": {"device": "cpu"} and "zero_force_ds_cpu_optimizer": false in the DeepSpeed file'
+    offload = '"offload_optimizer": {"device": "cpu"} and "zero_force_ds_cpu_optimizer": false in ' + place
     changes: list[tuple[str, dict[str, Any]]] = []
     if not train.activation_checkpointing:
         changes.append(("train.activation_checkpointing: true", {"activation_checkpointing": True}))
     halves = [train.micro_batch >> shift for shift in range(1, train.micro_batch.bit_length())]
     changes += [(f"train.micro_batch: {rows}", {"micro_batch": rows}) for rows in halves]
     if setup.ranks > 1:
-        changes += [(f"ZeRO stage {higher} in {train.deepspeed}", {"stage": higher}) for higher in range(stage + 1, 4)]
-    if stage and setup.zero.optimizer_on == "none" and setup.device == "cuda":
+        changes += [(f"ZeRO stage {higher} in {place}", {"stage": higher}) for higher in range(stage + 1, 4)]
+    if stage and setup.optimizer_on == "none" and setup.device == "cuda":
         changes.append((offload, {"offload": True}))
     if setup.lora is None:
         changes.append(("student.lora: {}", {"lora": True}))
     if setup.device == "cuda":
-        changes += [(f"{ranks} GPUs", {"ranks": ranks}) for ranks in (2, 4, 8, 16, 32, 64) if ranks > setup.ranks]
+        more = (ranks for ranks in (2, 4, 8, 16, 32, 64) if ranks > setup.ranks and train.global_batch % ranks == 0)
+        changes += [(f"{ranks} GPUs", {"ranks": ranks}) for ranks in more]
     found: list[tuple[str, int]] = []
     kinds: set[str] = set()
     for text, change in changes:

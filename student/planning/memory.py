@@ -92,15 +92,16 @@ class Memory:
 def memory(setup: Setup) -> Memory:
     """What a rank holds of the student of `setup` while it trains."""
     zero, parameters, e, share = setup.zero, setup.parameters, setup.element_bytes, setup.share
-    offloaded, nvme = zero.optimizer_on != "none", zero.optimizer_on == "nvme"
+    offloaded, nvme = setup.optimizer_on != "none", setup.optimizer_on == "nvme"
 
     weights = e * parameters.total
     gathered = 0
     if zero.stage == 3:
-        # ZeRO-3 gathers what it needs now, ahead of need up to `prefetch`, and keeps up to `gathered` of it.
-        weights = 0 if zero.parameters_on != "none" else weights // setup.ranks
+        # ZeRO-3 gathers what it needs now and ahead of need up to one size, and keeps of it up to the other.
+        weights = 0 if setup.parameters_on != "none" else weights // setup.ranks
         largest = max(parameters.largest, setup.shape.embedding_size * setup.shape.d_model)
-        gathered = e * (min(parameters.total, zero.gathered) + min(zero.prefetch + largest, parameters.total))
+        ahead = min(zero.prefetch_bucket_size + largest, parameters.total)
+        gathered = e * (min(parameters.total, zero.max_live_parameters) + ahead)
     # The float32 weights are a copy, but those of float32 training are the weights themselves where nothing cuts them.
     copied = setup.dtype != "float32" or zero.stage in (1, 2)
     averaged = setup.train.ema is not None  # in float32, beside the moments
@@ -111,9 +112,9 @@ def memory(setup: Setup) -> Memory:
     again = block_again(setup)
     passing, again = (outside, 0) if outside > within + again else (within, again)
     # ZeRO-3 steps a group of parameters at a time.
-    stepped = min(share, zero.sub_group) if zero.stage == 3 else share
+    stepped = min(share, zero.sub_group_size) if zero.stage == 3 else share
     update = max(reduced, flattened * stepped)  # fused AdamW updates in place
-    bucket = e * zero.reduce_bucket if zero.stage == 3 else 0  # under ZeRO-3 it is never given back
+    bucket = e * setup.reduce_bucket if zero.stage == 3 else 0  # under ZeRO-3 it is never given back
 
     kept = kept_activations(setup)
     fixed = (Moment if setup.device == "cuda" else HostMoment)(
@@ -123,24 +124,24 @@ def memory(setup: Setup) -> Memory:
     if offloaded:
         # The state (on NVMe four buffers of it), the float32 gradients, and the weights on their way back.
         host = (0 if nvme else state) + 4 * share + e * share
-    if zero.parameters_on == "cpu":
+    if setup.parameters_on == "cpu":
         host += e * parameters.total // setup.ranks
     return Memory(
         loss=replace(fixed, communication=bucket + gathered, activations=kept, loss=loss_bytes(setup)),
         backward=replace(fixed, communication=bucket + gathered + passing, activations=kept + again),
         step=replace(fixed, update=update),
         host=host,
-        nvme=(state if nvme else 0) + (e * parameters.total // setup.ranks if zero.parameters_on == "nvme" else 0),
+        nvme=(state if nvme else 0) + (e * parameters.total // setup.ranks if setup.parameters_on == "nvme" else 0),
     )
 
 
 def _gradients(setup: Setup) -> tuple[int, int, int]:
     """Bytes of gradients that stay from one micro-batch to the next, and that the reduction before the step takes;
     bytes a parameter of the copy that the step is made on."""
-    zero, e, trained, wide = setup.zero, setup.element_bytes, setup.parameters.trained, setup.zero.accumulate_bytes
+    zero, e, trained, wide = setup.zero, setup.element_bytes, setup.parameters.trained, setup.accumulate_bytes
     if zero.stage == 0:
         # FP16_UnfusedOptimizer: gradients as made; float32 copies of them at the step.
-        return e * trained, e * min(zero.reduce_bucket, trained), 4 if e == 2 else 0
+        return e * trained, e * min(setup.reduce_bucket, trained), 4 if e == 2 else 0
     if _sums_on_every_rank(setup):
         # BF16_Optimizer: float32 sums of all gradients on every rank, autograd's own beside them, and all of them once
         # more in the type of the reduction.
@@ -156,21 +157,22 @@ def _gradients(setup: Setup) -> tuple[int, int, int]:
 def _passing(setup: Setup, entries: int) -> int:
     """Bytes of a gradient of so many entries on its way from autograd to the other ranks, with its bucket."""
     zero, e = setup.zero, setup.element_bytes
-    bucket, made = min(zero.reduce_bucket, setup.parameters.trained), e * entries
+    bucket, made = min(setup.reduce_bucket, setup.parameters.trained), e * entries
     if zero.stage == 0 or _sums_on_every_rank(setup):
         return made
     # A reduction takes a flat copy of its bucket, or of a gradient that is larger.
     copied = e * max(bucket, entries)
     if zero.stage == 3:
-        return made + copied + zero.accumulate_bytes * bucket // setup.ranks
+        return made + copied + setup.accumulate_bytes * bucket // setup.ranks
     # The own part of what was reduced is widened before it is added.
-    widened = zero.accumulate_bytes * min(entries, setup.share) if zero.accumulate_bytes != e else 0
-    return e * zero.buckets * zero.reduce_bucket + made + copied + widened
+    widened = setup.accumulate_bytes * min(entries, setup.share) if setup.accumulate_bytes != e else 0
+    buckets = 2 if zero.overlap_comm else 1
+    return e * buckets * setup.reduce_bucket + made + copied + widened
 
 
 def _sums_on_every_rank(setup: Setup) -> bool:
     zero = setup.zero
-    return zero.stage == 1 and zero.accumulate_bytes != setup.element_bytes and zero.optimizer_on == "none"
+    return zero.stage == 1 and setup.accumulate_bytes != setup.element_bytes and setup.optimizer_on == "none"
 
 
 def saved_by_block(setup: Setup) -> tuple[int, int]:

@@ -41,7 +41,17 @@ class Assumptions:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Everything that is printed; times are None where the number of steps is unknown."""
+    """Everything that is printed.
+
+    Attributes:
+        available: bytes of a rank's device.
+        compute_s: seconds of a step's multiplications.
+        wire: bytes that a rank sends in a step: during its micro-batches, and after them.
+        wire_s: seconds of that.
+        step_s: computing and sending at once where `overlap_comm` says so, and one after the other elsewhere.
+        hours: None where the number of steps is unknown.
+        host_bytes: of a node, while the start is loaded or all the time, whichever is more.
+    """
 
     setup: Setup
     assumptions: Assumptions
@@ -51,48 +61,13 @@ class Plan:
     data: Data | None
     steps: int | None
     epochs: float | None
-
-    @property
-    def compute_s(self) -> float:
-        """Seconds of a step's multiplications."""
-        flops = self.setup.accumulation * micro_batch_flops(self.setup, self.data)
-        return flops / (self.assumptions.tflops * 1e12 * self.assumptions.utilization)
-
-    @property
-    def wire(self) -> tuple[float, float]:
-        """Bytes that a rank sends in a step: during its micro-batches, and after them."""
-        return wire_bytes(self.setup)
-
-    @property
-    def wire_s(self) -> tuple[float, float]:
-        during, after = (sent / (self.assumptions.link * 1e9) for sent in self.wire)
-        return during, after
-
-    @property
-    def step_s(self) -> float:
-        """Computing and sending at once where `overlap_comm` says so, and one after the other elsewhere."""
-        during, after = self.wire_s
-        return after + (max(self.compute_s, during) if self.setup.zero.overlap else self.compute_s + during)
-
-    @property
-    def hours(self) -> float | None:
-        return None if self.steps is None else self.steps * self.step_s / 3600
-
-    @property
-    def checkpoint_bytes(self) -> int:
-        return checkpoint_bytes(self.setup)
-
-    @property
-    def host_bytes(self) -> int:
-        """Of a node, while the start is loaded or all the time, whichever is more."""
-        ranks = min(self.setup.ranks, RANKS_OF_A_NODE)
-        model = self.setup.element_bytes * self.setup.parameters.saved
-        loading = ranks * (model if self.setup.zero.stage < 3 else min(model, SHARD_BYTES))
-        return max(loading, ranks * self.memory.host + model)
-
-    @property
-    def fits(self) -> bool:
-        return self.memory.needed <= self.available
+    compute_s: float
+    wire: tuple[float, float]
+    wire_s: float
+    step_s: float
+    hours: float | None
+    checkpoint_bytes: int
+    host_bytes: int
 
     def require_fit(self) -> None:
         """As `student.planning.fit.require_fit`."""
@@ -121,9 +96,9 @@ class Plan:
         rest.add_row(
             "step time", f"{self.step_s:.1f} s",
             f"{self.compute_s:.1f} s at {assumed.utilization:.0%} of {assumed.tflops:g} TFLOP/s, "
-            f"{sum(self.wire_s):.1f} s on the wire at {assumed.link:g} GB/s",
+            f"{self.wire_s:.1f} s on the wire at {assumed.link:g} GB/s",
         )  # fmt: skip
-        missing = "there is neither prepared data nor a dataset yet"
+        missing = "there is neither prepared data nor a dataset with training samples yet"
         rest.add_row("samples", "unknown" if self.data is None else f"{self.data.samples:,}",
                      missing if self.data is None else self.data.source)  # fmt: skip
         rest.add_row("steps", "unknown" if self.steps is None else f"{self.steps:,}",
@@ -150,7 +125,7 @@ class Plan:
                 "zero_stage": self.setup.zero.stage,
                 "dtype": self.setup.dtype,
                 "memory": moments | {"needed": self.memory.needed, "available": self.available},
-                "fits": self.fits,
+                "fits": self.memory.needed <= self.available,
                 "host_bytes": self.host_bytes,
                 "nvme_bytes": self.memory.nvme,
                 "accumulation": self.setup.accumulation,
@@ -193,4 +168,27 @@ def plan(config: PipelineConfig, assumptions: Assumptions) -> Plan:
         if steps is None:
             steps = max(-(-int((epochs or 1) * rows) // train.global_batch), 1)
         epochs = steps / per_epoch
-    return Plan(setup, assumptions, available, memory(setup), source, data, steps, epochs)
+    held, wire = memory(setup), wire_bytes(setup)
+    flops_per_s = assumptions.tflops * 1e12 * assumptions.utilization
+    compute_s = setup.accumulation * micro_batch_flops(setup, data) / flops_per_s
+    during_s, after_s = (sent / (assumptions.link * 1e9) for sent in wire)
+    step_s = after_s + (max(compute_s, during_s) if setup.zero.overlap_comm else compute_s + during_s)
+    on_node, model = min(ranks, RANKS_OF_A_NODE), setup.element_bytes * setup.parameters.saved
+    loading = model if setup.zero.stage < 3 else min(model, SHARD_BYTES)
+    return Plan(
+        setup,
+        assumptions,
+        available,
+        held,
+        source,
+        data,
+        steps,
+        epochs,
+        compute_s,
+        wire,
+        wire_s=during_s + after_s,
+        step_s=step_s,
+        hours=None if steps is None else steps * step_s / 3600,
+        checkpoint_bytes=checkpoint_bytes(setup),
+        host_bytes=max(on_node * loading, on_node * held.host + model),
+    )

@@ -55,46 +55,6 @@ def block_linears(shape: LladaConfig) -> dict[str, tuple[int, int]]:
     }  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Zero:
-    """DeepSpeed's ZeRO settings as the arithmetic needs them; sizes in elements."""
-
-    stage: int
-    optimizer_on: str
-    parameters_on: str
-    reduce_bucket: int
-    buckets: int
-    gathered: int
-    prefetch: int
-    sub_group: int
-    all_reduces: bool
-    overlap: bool
-    accumulate_bytes: int
-
-    @classmethod
-    def of(cls, settings: dict[str, Any], element_bytes: int) -> Zero:
-        """Of the settings that `engine.deepspeed_config` makes; what they leave out has DeepSpeed's default."""
-        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-        from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
-
-        zero = DeepSpeedZeroConfig(**settings.get("zero_optimization", {}))
-        wide = settings.get("data_types", {}).get("grad_accum_dtype") == "fp32"
-        stage = int(zero.stage)
-        return cls(
-            stage=stage,
-            optimizer_on=OffloadDeviceEnum(zero.offload_optimizer.device).value if zero.offload_optimizer else "none",
-            parameters_on=OffloadDeviceEnum(zero.offload_param.device).value if zero.offload_param else "none",
-            reduce_bucket=zero.reduce_bucket_size if stage else PLAIN_BUCKET,
-            buckets=2 if zero.overlap_comm and stage < 3 else 1,
-            gathered=zero.max_live_parameters,
-            prefetch=zero.prefetch_bucket_size,
-            sub_group=zero.sub_group_size,
-            all_reduces=zero.use_multi_rank_bucket_allreduce,
-            overlap=bool(zero.overlap_comm),
-            accumulate_bytes=4 if wide else element_bytes,
-        )
-
-
 @dataclass(frozen=True)
 class Setup:
     """What the arithmetic takes: a shape, and how it is trained; `settings` are DeepSpeed's."""
@@ -150,11 +110,33 @@ class Setup:
         return Parameters.of(self.shape, self.lora, self.train.sequential_rank)
 
     @cached_property
-    def zero(self) -> Zero:
-        zero = Zero.of(self.settings, self.element_bytes)
-        if self.device == "cpu":  # what nothing is ever written to takes no memory of a host
-            zero = replace(zero, reduce_bucket=min(zero.reduce_bucket, self.parameters.trained))
-        return zero
+    def zero(self) -> Any:
+        """DeepSpeed's own `DeepSpeedZeroConfig`, with its defaults; sizes in elements."""
+        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+        return DeepSpeedZeroConfig(**self.settings.get("zero_optimization", {}))
+
+    @property
+    def optimizer_on(self) -> str:
+        """Where the optimizer's state is offloaded to: none, cpu or nvme."""
+        return self.zero.offload_optimizer.device if self.zero.offload_optimizer else "none"
+
+    @property
+    def parameters_on(self) -> str:
+        """The same of the weights."""
+        return self.zero.offload_param.device if self.zero.offload_param else "none"
+
+    @property
+    def reduce_bucket(self) -> int:
+        """Elements that are reduced at a time."""
+        size = self.zero.reduce_bucket_size if self.zero.stage else PLAIN_BUCKET
+        # What nothing is ever written to takes no memory of a host.
+        return min(size, self.parameters.trained) if self.device == "cpu" else size
+
+    @property
+    def accumulate_bytes(self) -> int:
+        """Of an element of the gradients' sums."""
+        return 4 if self.settings.get("data_types", {}).get("grad_accum_dtype") == "fp32" else self.element_bytes
 
     @property
     def share(self) -> int:

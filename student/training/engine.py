@@ -159,17 +159,17 @@ def deepspeed_config(train: TrainConfig, accumulation: int, is_universal: bool =
 
 
 def read_settings(source: Path | dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """A copy of the settings in a file or in the config itself, and what a message calls their place.
+    """A copy of the settings in a file or in the config itself, and their place.
 
     Raises:
         ConfigError: if the file is missing or is not a JSON object, a section is none, or ZeRO's is not DeepSpeed's.
     """
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
+    where = settings_place(source)
     if isinstance(source, dict):
-        settings, where = copy.deepcopy(source), "train.deepspeed"
+        settings = copy.deepcopy(source)
     else:
-        where = str(source)
         try:
             settings = json.loads(source.read_text(encoding="utf-8"))
         except OSError as error:
@@ -188,6 +188,11 @@ def read_settings(source: Path | dict[str, Any]) -> tuple[dict[str, Any], str]:
         key = ".".join(["zero_optimization", *map(str, problem["loc"])])  # a rule over several keys has no place
         raise ConfigError(f"{where}: {key} is {problem['input']!r}: {problem['msg']}") from error
     return settings, where
+
+
+def settings_place(source: Path | dict[str, Any]) -> str:
+    """What a message calls the place of DeepSpeed's settings."""
+    return "train.deepspeed" if isinstance(source, dict) else str(source)
 
 
 def _require_agreement(settings: dict[str, Any], follows: dict[str, tuple[Any, str]], where: str) -> None:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
 from shared.config import PipelineConfig, load_config
 from shared.errors import ConfigError
 from student.alignment.prepare import prepare
+from student.alignment.prepared import INDEX
 from student.cli import app
 from student.model.initialize import initialize_student
 from student.planning import fit
@@ -86,6 +90,10 @@ def test_what_does_not_fit_is_refused_with_what_does() -> None:
     assert "train.micro_batch: 1 (64.0 GiB)" in message
     with pytest.raises(ConfigError, match=r"optimizer 89.6 GiB.*student\.lora: {} \(.*4 GPUs"):
         planned(FULL, gpus=1).require_fit()
+    # Settings that stand in the config are named, not repeated.
+    in_place = "train.deepspeed={zero_optimization: {stage: 1}}"
+    with pytest.raises(ConfigError, match=r"ZeRO stage 2 in train\.deepspeed \("):
+        planned(FULL, in_place).require_fit()
     # A sum of changes where no single one is enough, and nothing where nothing is.
     with pytest.raises(ConfigError, match=r"fits: train\.activation_checkpointing: true with ZeRO stage 3"):
         planned(FULL, gpu_gib=30).require_fit()
@@ -113,6 +121,28 @@ def test_steps_and_hours_follow_from_the_data(tmp_path: Path) -> None:
     rows = 40 * (found.data.clean_tokens + found.data.masked_tokens) / 256
     assert found.steps == -(-int(2 * rows) // config.train.global_batch)
     assert found.hours == pytest.approx(found.steps * found.step_s / 3600)
+
+
+def test_prepared_data_without_training_samples_say_nothing_of_steps(tmp_path: Path) -> None:
+    config = load_config(toy_config(tmp_path))
+    write_toy_shards(config, train=4)
+    initialize_student(config)
+    prepare(config)
+    manifest, index = config.prepared_dir / "manifest.json", config.prepared_dir / INDEX
+    table = pq.read_table(index)
+    pq.write_table(table.filter(pc.equal(table["split"], "held_out")), index)
+    tree = json.loads(manifest.read_text()) | {"index_sha256": hashlib.sha256(index.read_bytes()).hexdigest()}
+    manifest.write_text(json.dumps(tree))
+    found = plan(load_config(tmp_path / "toy.yaml", ["train.steps=null", "train.epochs=1"]), Assumptions(gpus=1))
+    assert (found.data, found.steps, found.hours) == (None, None, None)
+
+
+def test_ranks_that_cannot_share_a_step_are_refused_and_not_offered() -> None:
+    with pytest.raises(ConfigError, match=r"train\.global_batch is 256, which 3 ranks cannot share evenly"):
+        planned(FULL, gpus=3)
+    with pytest.raises(ConfigError) as refused:
+        planned(FULL, "train.global_batch=7", gpus=1).require_fit()
+    assert " GPUs" not in str(refused.value)
 
 
 def test_an_unknown_checkpoint_needs_a_shape() -> None:
