@@ -214,25 +214,13 @@ def loss_scale(global_targets: int, *, world_size: int, accumulation_steps: int)
     """A W / N: what a summed loss is multiplied by before `engine.backward`, so that the step's gradient is its mean.
 
     Args:
-        global_targets: N, target tokens of the whole step: `sum_over_ranks` of each rank's, counted before any forward.
+        global_targets: N, target tokens of the whole step, of all ranks, counted before any forward.
         world_size: W, data-parallel ranks (`engine.dp_world_size`). accumulation_steps: A, micro-batches of the step
             (`engine.gradient_accumulation_steps()`); 1 where `backward` is called with `scale_wrt_gas=False`.
 
     Returns: 0 for a step with no target at all, whose loss is 0 anyway.
     """
     return accumulation_steps * world_size / global_targets if global_targets else 0.0
-
-
-def sum_over_ranks(values: Tensor) -> Tensor:
-    """`values` (target counts, `sums`) summed over all ranks, on every rank; itself where there is one process.
-
-    `values` must lie on the device that the process group's backend serves.
-    """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return values
-    total = values.clone()
-    torch.distributed.all_reduce(total)
-    return total
 
 
 def named_sums(sums: Tensor) -> dict[str, Tensor]:

@@ -31,7 +31,7 @@ from student.drafting.frequencies import count_tokens, write_counts
 from student.evaluation.evaluate import headline
 from student.evaluation.measure import HeldOut, drafter_of, measure
 from student.lineage import IDENTITY, RECORD
-from student.losses.objective import loss_scale, named_sums, sum_over_ranks, summarize
+from student.losses.objective import loss_scale, named_sums, summarize
 from student.model.export import save_student
 from student.training import averaging, checkpoint, skipping
 from student.training.metrics_logger import MetricsLogger
@@ -47,7 +47,7 @@ class TrainingRun:
 
     Attributes:
         held_out: what checkpoints are measured on; None where they are not.
-        step_flops: this rank's, of the model alone; None where the shape does not say.
+        step_flops: this rank's, of the model alone.
         done: steps that a checkpoint has brought along.
         batches: this rank's micro-batches after those.
     """
@@ -59,7 +59,7 @@ class TrainingRun:
     identity: dict[str, Any]
     rank: int
     held_out: HeldOut | None
-    step_flops: float | None
+    step_flops: float
     done: int
     batches: Iterator[MicroBatch]
     metrics: MetricsLogger | None = None
@@ -133,7 +133,7 @@ class TrainingRun:
             batches = list(itertools.islice(self.batches, order.accumulation))
         targets = torch.tensor(sum(batch.target_count for batch in batches), device=device)
         with monitor.part("communication"):
-            targets = sum_over_ranks(targets)
+            torch.distributed.all_reduce(targets)
         scale = loss_scale(int(targets), world_size=order.world_size, accumulation_steps=order.accumulation)
         sums = []
         for batch in batches:
@@ -146,9 +146,10 @@ class TrainingRun:
             sums.append(terms)
         asked = self.stop.name is not None
         own = sums[0].new_tensor([sum(batch.tokens for batch in batches), asked])
+        everyones = torch.cat([torch.stack(sums).sum(0), own])
         with monitor.part("communication"):
-            reduced = sum_over_ranks(torch.cat([torch.stack(sums).sum(0), own]))
-        reduced, tokens, asked_ranks = reduced[:-2], int(reduced[-2]), int(reduced[-1])
+            torch.distributed.all_reduce(everyones)
+        reduced, tokens, asked_ranks = everyones[:-2], int(everyones[-2]), int(everyones[-1])
         self._tokens += tokens
         elapsed = time.monotonic() - self._started
         applied = self.engine.was_step_applied()
@@ -178,9 +179,9 @@ class TrainingRun:
         assert self.held_out is not None
         model, ranks = self.engine.module.model, torch.distributed.get_world_size()
         model.eval()
-        drafter = drafter_of(self.held_out, model, self.config.student_init_dir)
         weights = averaging.in_place_of_weights(self.engine) if self.config.train.ema is not None else nullcontext()
         with weights:
+            drafter = drafter_of(self.held_out, model, self.config.student_init_dir)  # which copies the head
             figures = measure(self.held_out, model, self.tokenizer, drafter, f"step {step}", self.rank, ranks)
         model.train()
         blocks = figures["ratio"]

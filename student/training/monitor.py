@@ -40,10 +40,10 @@ class StepMonitor:
     forward, backward and optimizer, beside the computing where `overlap_comm` says so: the parts do not add up.
 
     Args:
-        flops: of a step on this rank; None leaves the utilization out.
+        flops: of a step on this rank.
     """
 
-    def __init__(self, flops: float | None = None) -> None:
+    def __init__(self, flops: float) -> None:
         self._flops, self._peak = flops, peak_flops()
         self._cuda = torch.cuda.is_available()
         self._process = psutil.Process()
@@ -98,13 +98,12 @@ class StepMonitor:
             memory = memory.cuda()
         torch.distributed.all_reduce(memory, torch.distributed.ReduceOp.MAX)
         device, host = (value / 2**30 for value in memory.tolist())
-        known = self._flops is not None and self._peak is not None
         return {
             "seconds": seconds | {"step": step_s},
             "data_wait": seconds["data"] / step_s,
             "device_gib": device if self._cuda else None,
             "host_gib": host,
-            "utilization": self._flops / self._peak / step_s if known else None,  # type: ignore[operator]
+            "utilization": None if self._peak is None else self._flops / self._peak / step_s,
         }
 
 

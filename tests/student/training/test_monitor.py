@@ -84,7 +84,7 @@ def test_what_collectives_hold_up_is_communication(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(type(comm.cdb), "all_reduce", lambda *_, **__: take(2.0))
     monkeypatch.setattr(type(comm.cdb), "all_gather_into_tensor", lambda *_, **__: Handle())
     monkeypatch.setattr("student.training.monitor.time.perf_counter", lambda: now)
-    monitor, values = StepMonitor(), torch.zeros(2)
+    monitor, values = StepMonitor(1e9), torch.zeros(2)
     with monitor.watching_collectives():
         deepspeed.comm.all_reduce(values)
         handle = deepspeed.comm.all_gather_into_tensor(values, values, async_op=True)
