@@ -1,6 +1,6 @@
-"""Who attends to whom: the attention layouts of draft training and of padding, and one way to run them.
+"""Who attends to whom: the attention layout of draft training and of padding, and one way to run it.
 
-A layout is a function of per-token features ("same document and key position before the query's limit"). The one
+The layout is a function of per-token features ("same document and key position before the query's limit"). The one
 function makes the dense mask of scaled_dot_product_attention (B x L x L booleans, right for CPUs and for short
 sequences) and the sparse block mask of flex attention (GPUs: empty 128 x 128 tiles cost nothing). Where the host knows
 how long the documents are, SDPA takes one after another: scores between two of them are never made. This file is copied
@@ -25,24 +25,6 @@ from torch import Tensor
 Features = tuple[Tensor, ...]
 
 
-class Layout:
-    """Base of the layouts: `features` are BxL tensors, `sees` says whether a query sees a key by their features."""
-
-    position_ids_BxL: Tensor
-
-    def features(self) -> Features:
-        raise NotImplementedError
-
-    @staticmethod
-    def sees(query: Features, key: Features) -> Tensor:
-        raise NotImplementedError
-
-    def mask(self) -> Tensor:
-        """bool [B, L, L], True where the query (dim 1) sees the key (dim 2). Every token sees itself."""
-        features = self.features()
-        return self.sees(tuple(f[:, :, None] for f in features), tuple(f[:, None, :] for f in features))
-
-
 def _run_starts(*ids_BxL: Tensor) -> Tensor:
     """int64 [B, L]: for each token the index of the first token of its run of equal ids."""
     boundary = torch.ones_like(ids_BxL[0], dtype=torch.bool)
@@ -53,23 +35,7 @@ def _run_starts(*ids_BxL: Tensor) -> Tensor:
     return torch.where(boundary, index, 0).cummax(dim=1).values
 
 
-class PaddedLayout(Layout):
-    """A padding mask, 1 for tokens and 0 for padding on either side: tokens see all tokens; positions count columns."""
-
-    def __init__(self, attention_mask_BxL: Tensor) -> None:
-        columns = torch.arange(attention_mask_BxL.shape[1], device=attention_mask_BxL.device)
-        self.attention_mask_BxL = attention_mask_BxL
-        self.position_ids_BxL = columns.expand(attention_mask_BxL.shape)
-
-    def features(self) -> Features:
-        return (self.attention_mask_BxL,)
-
-    @staticmethod
-    def sees(query: Features, key: Features) -> Tensor:
-        return query[0] == key[0]
-
-
-class AnchoredLayout(Layout):
+class AnchoredLayout:
     """A clean copy of each document and many masked blocks anchored in it, in one row.
 
     Within a document: a clean token sees the clean tokens up to itself; a token of block b sees the clean tokens
@@ -93,29 +59,39 @@ class AnchoredLayout(Layout):
         position_ids_BxL: Tensor,
         documents: Sequence[Sequence[tuple[int, int]]] | None = None,
     ) -> None:
-        if not document_ids_BxL.shape == block_ids_BxL.shape == position_ids_BxL.shape:
-            raise ValueError(
-                "AnchoredLayout takes three tensors of one shape, got "
-                f"{tuple(document_ids_BxL.shape)}, {tuple(block_ids_BxL.shape)}, {tuple(position_ids_BxL.shape)}"
-            )
+        assert document_ids_BxL.shape == block_ids_BxL.shape == position_ids_BxL.shape
         self.document_ids_BxL = document_ids_BxL
         self.block_ids_BxL = block_ids_BxL
         self.position_ids_BxL = position_ids_BxL
         self.documents = documents
 
+    @classmethod
+    def padded(cls, attention_mask_BxL: Tensor) -> AnchoredLayout:
+        """Of a padding mask, 1 for tokens and 0 for padding on either side: a row's tokens are one block with no clean
+        copy, so they all see each other; positions count columns."""
+        tokens = attention_mask_BxL.long()
+        columns = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
+        return cls(tokens - 1, torch.ones_like(tokens), columns)
+
     def features(self) -> Features:
+        """BxL tensors: document, block, position, and the position below which clean keys are visible."""
         positions = self.position_ids_BxL
         block_start = positions.gather(1, _run_starts(self.document_ids_BxL, self.block_ids_BxL))
-        # Clean keys are visible below this position.
         limit = torch.where(self.block_ids_BxL == 0, positions + 1, block_start)
         return self.document_ids_BxL, self.block_ids_BxL, positions, limit
 
     @staticmethod
     def sees(query: Features, key: Features) -> Tensor:
+        """Whether a query sees a key, by their features."""
         q_document, q_block, _, q_limit = query
         k_document, k_block, k_position, _ = key
         visible = torch.where(k_block == 0, k_position < q_limit, k_block == q_block)
         return (q_document == k_document) & visible
+
+    def mask(self) -> Tensor:
+        """bool [B, L, L], True where the query (dim 1) sees the key (dim 2). Every token sees itself."""
+        features = self.features()
+        return self.sees(tuple(f[:, :, None] for f in features), tuple(f[:, None, :] for f in features))
 
     def by_document(self) -> list[list[Document]]:
         """The mask in parts, row after row."""
@@ -144,13 +120,12 @@ class Document:
 
 @dataclass
 class AttentionPlan:
-    """What all layers of one forward share: the kernel and its mask, made once.
+    """What all layers of one forward share: the mask, made once, and flex attention where that computes it, else SDPA.
 
     `extend` is called by every layer with its new keys and values and returns those to attend to; a cache hooks
     in there.
     """
 
-    implementation: str
     mask_Bx1xLxL: Tensor | None = None
     documents: list[list[Document]] | None = None
     block_mask: Any = None
@@ -158,17 +133,16 @@ class AttentionPlan:
     extend: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
 
     @classmethod
-    def of(cls, layout: Layout | None, implementation: str) -> AttentionPlan:
+    def of(cls, layout: AnchoredLayout | None, implementation: str) -> AttentionPlan:
         """The plan of a forward under `layout`; None is bidirectional attention over the whole row."""
         if layout is None:
-            # Without a mask SDPA has its fastest kernels; flex has nothing to skip.
-            return cls("eager" if implementation == "eager" else "sdpa")
+            return cls()  # without a mask SDPA has its fastest kernels; flex has nothing to skip
         if implementation == "flex_attention":
             make_mask, kernel = _flex(layout.position_ids_BxL.device.type)
-            return cls(implementation, block_mask=_block_mask(layout, make_mask), flex_attention=kernel)
-        if implementation == "sdpa" and isinstance(layout, AnchoredLayout) and layout.documents is not None:
-            return cls(implementation, documents=layout.by_document())
-        return cls(implementation, mask_Bx1xLxL=layout.mask()[:, None])
+            return cls(block_mask=_block_mask(layout, make_mask), flex_attention=kernel)
+        if layout.documents is not None:
+            return cls(documents=layout.by_document())
+        return cls(mask_Bx1xLxL=layout.mask()[:, None])
 
 
 def attend(q_BxHxLxE: Tensor, k_BxKxTxE: Tensor, v_BxKxTxE: Tensor, plan: AttentionPlan) -> Tensor:
@@ -177,13 +151,11 @@ def attend(q_BxHxLxE: Tensor, k_BxKxTxE: Tensor, v_BxKxTxE: Tensor, plan: Attent
     if plan.documents is not None:
         rows = zip(q_BxHxLxE.unbind(), k_BxKxTxE.unbind(), v_BxKxTxE.unbind(), plan.documents, strict=True)
         return torch.stack([_attend_by_document(*row) for row in rows])
-    if plan.implementation == "sdpa":
-        return F.scaled_dot_product_attention(
-            q_BxHxLxE, k_BxKxTxE, v_BxKxTxE, attn_mask=plan.mask_Bx1xLxL, enable_gqa=grouped
-        )
     if plan.flex_attention is not None:
         return plan.flex_attention(q_BxHxLxE, k_BxKxTxE, v_BxKxTxE, block_mask=plan.block_mask, enable_gqa=grouped)
-    return _eager_attention(q_BxHxLxE, k_BxKxTxE, v_BxKxTxE, plan.mask_Bx1xLxL)
+    return F.scaled_dot_product_attention(
+        q_BxHxLxE, k_BxKxTxE, v_BxKxTxE, attn_mask=plan.mask_Bx1xLxL, enable_gqa=grouped
+    )
 
 
 def _attend_by_document(q_HxLxE: Tensor, k_KxLxE: Tensor, v_KxLxE: Tensor, documents: list[Document]) -> Tensor:
@@ -207,17 +179,7 @@ def _sdpa(q_HxNxE: Tensor, k_KxTxE: Tensor, v_KxTxE: Tensor, **who: Any) -> Tens
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **who)[0]
 
 
-def _eager_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """The formula, written out; scores and softmax in float32."""
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    scores = (q @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32)) / q.shape[-1] ** 0.5
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    return scores.softmax(dim=-1).to(v.dtype) @ v
-
-
-def _block_mask(layout: Layout, make_mask: Callable[..., Any]) -> Any:
+def _block_mask(layout: AnchoredLayout, make_mask: Callable[..., Any]) -> Any:
     features, sees = layout.features(), layout.sees
 
     def visible(batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:

@@ -26,11 +26,11 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MaskedLMOutput
 
-from .attention import AnchoredLayout, AttentionPlan, Layout, PaddedLayout, attend
+from .attention import AnchoredLayout, AttentionPlan, attend
 from .configuration_llada import LladaConfig
 from .prefix_cache import PrefixCache
 
-__all__ = ["AnchoredLayout", "Layout", "LladaForMaskedDiffusion", "LladaModel", "PaddedLayout", "PrefixCache"]
+__all__ = ["AnchoredLayout", "LladaForMaskedDiffusion", "LladaModel", "PrefixCache"]
 
 Rope = tuple[Tensor, Tensor]
 
@@ -178,14 +178,14 @@ class LladaForMaskedDiffusion(PreTrainedModel):
         input_ids_BxL: Tensor,
         *,
         attention_mask: Tensor | None = None,
-        layout: Layout | None = None,
+        layout: AnchoredLayout | None = None,
         position_ids: Tensor | None = None,
         chosen_N: Tensor | None = None,
     ) -> Tensor:
         """States after the final norm, BxLxD: `head_weight` makes logits of them.
 
         Args:
-            attention_mask: BxL, 1 for tokens and 0 for padding; a short name for `PaddedLayout`.
+            attention_mask: BxL, 1 for tokens and 0 for padding; a short name for `AnchoredLayout.padded`.
             layout: who attends to whom; None is every token to every token of its row.
             position_ids: BxL; by default the layout's, or the columns.
             chosen_N: int64, indices into the flattened B x L: the states NxD of these alone. The last block then
@@ -198,12 +198,16 @@ class LladaForMaskedDiffusion(PreTrainedModel):
         if attention_mask is not None:
             if layout is not None:
                 raise ValueError("give attention_mask or layout, not both: a layout marks padding as document -1")
-            layout = PaddedLayout(attention_mask)
+            layout = AnchoredLayout.padded(attention_mask)
         if position_ids is None:
             if layout is not None:
                 position_ids = layout.position_ids_BxL
             else:
-                self._check_length(length)
+                if length > self.config.max_sequence_length:
+                    raise ValueError(
+                        f"the sequence has {length} tokens, this model takes at most "
+                        f"{self.config.max_sequence_length} (max_sequence_length): shorten it"
+                    )
                 position_ids = torch.arange(length, device=input_ids_BxL.device)[None]
         plan = AttentionPlan.of(layout, self.config._attn_implementation)
         return self._run(input_ids_BxL, position_ids, plan, chosen_N)
@@ -212,7 +216,7 @@ class LladaForMaskedDiffusion(PreTrainedModel):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        layout: Layout | None = None,
+        layout: AnchoredLayout | None = None,
         position_ids: Tensor | None = None,
     ) -> MaskedLMOutput:
         """Logits BxLxV of every position, unshifted; see `hidden_states` for the arguments."""
@@ -268,7 +272,7 @@ class LladaForMaskedDiffusion(PreTrainedModel):
             block_ids_BxG = clean_ids_BxC.new_full((len(step.slots), block_length), self.config.mask_token_id)
         rows = zip(clean_ids_BxC.to(torch.int64), step.clean.tolist(), block_ids_BxG.to(torch.int64), strict=True)
         ids_N = torch.cat([part for clean, length, block in rows for part in (clean[:length], block)])
-        plan = AttentionPlan("sdpa", mask_Bx1xLxL=step.mask_BxLxT()[:, None], extend=step.extend)
+        plan = AttentionPlan(mask_Bx1xLxL=step.mask_BxLxT()[:, None], extend=step.extend)
         hidden = self._run(ids_N[step.padded_BL], step.positions_N[step.padded_BL], plan)
         cache.commit(step)
         return hidden.flatten(0, 1)[step.unpadded_N[step.block_BG]]
@@ -283,10 +287,3 @@ class LladaForMaskedDiffusion(PreTrainedModel):
         for block in blocks:
             x_BxLxD = block(x_BxLxD, rope, plan)
         return transformer["ln_f"](last(x_BxLxD, rope, plan, chosen_N))
-
-    def _check_length(self, length: int) -> None:
-        if length > self.config.max_sequence_length:
-            raise ValueError(
-                f"the sequence has {length} tokens, this model takes at most {self.config.max_sequence_length} "
-                "(max_sequence_length): shorten it"
-            )

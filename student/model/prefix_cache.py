@@ -80,15 +80,8 @@ class PrefixCache:
         return len(self._held.get(slot, ()))
 
     def truncate(self, slot: int, length: int) -> None:
-        """Forget what lies beyond `length`; the pages stay with the request.
-
-        Raises:
-            ValueError: if fewer tokens are cached than are to be kept.
-        """
-        if not 0 <= length <= self.length(slot):
-            raise ValueError(
-                f"cannot truncate slot {slot} of {self.length(slot)} tokens to {length}: it can only become shorter"
-            )
+        """Forget what lies beyond `length`; the pages stay with the request."""
+        assert 0 <= length <= self.length(slot), "it can only become shorter"
         self._lengths[slot] = length
 
     def trim(self, slot: int, pages: int) -> None:
@@ -113,12 +106,9 @@ class PrefixCache:
             slots: B different ones. clean_lengths: how many clean tokens each appends. max_length: the model's own.
 
         Raises:
-            ValueError: if a slot is given twice, or the tokens do not fit; then nothing is changed.
+            ValueError: if the tokens do not fit; then nothing is changed.
         """
-        if len(set(slots)) != len(slots):
-            raise ValueError(f"slots {list(slots)} are not different from one another")
-        if len(clean_lengths) != len(slots):
-            raise ValueError(f"got {len(clean_lengths)} clean_lengths for {len(slots)} slots")
+        assert len(set(slots)) == len(slots) == len(clean_lengths)
         prior = np.array([self.length(slot) for slot in slots], np.int64)
         clean = np.array(clean_lengths, np.int64)
         tokens = prior + clean + block_length

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from student.model.modeling_llada import AnchoredLayout, Layout, LladaForMaskedDiffusion, PaddedLayout
+from student.model.modeling_llada import AnchoredLayout, LladaForMaskedDiffusion
 from tests.fixtures.tiny_model import anchored_row, random_ids, reference_logits, tiny_model
 
 DOCUMENTS = torch.tensor([[0] * 9 + [1] * 14 + [2] * 5 + [-1] * 4, [0] * 20 + [1] * 12])
@@ -27,7 +27,7 @@ def position_in_document(b: int, token: int) -> int:
     return token - row.index(row[token])
 
 
-def packed() -> tuple[Tensor, Layout, Tensor, Tensor]:
+def packed() -> tuple[Tensor, AnchoredLayout, Tensor, Tensor]:
     """Documents side by side, each one block with no clean copy, as random masking packs them."""
     ids = random_ids(2, LENGTH)
     expected = matrix(lambda b, q, k: bool(DOCUMENTS[b, q] == DOCUMENTS[b, k]), 2, LENGTH)
@@ -35,15 +35,15 @@ def packed() -> tuple[Tensor, Layout, Tensor, Tensor]:
     return ids, AnchoredLayout(DOCUMENTS, torch.ones_like(DOCUMENTS), positions), expected, positions
 
 
-def padded() -> tuple[Tensor, Layout, Tensor, Tensor]:
+def padded() -> tuple[Tensor, AnchoredLayout, Tensor, Tensor]:
     keep = torch.ones(2, LENGTH, dtype=torch.int64)
     keep[0, 20:] = 0
     keep[1, :7] = 0
     expected = matrix(lambda b, q, k: bool(keep[b, q] == keep[b, k]), 2, LENGTH)
-    return random_ids(2, LENGTH), PaddedLayout(keep), expected, torch.arange(LENGTH).expand(2, -1)
+    return random_ids(2, LENGTH), AnchoredLayout.padded(keep), expected, torch.arange(LENGTH).expand(2, -1)
 
 
-def anchored() -> tuple[Tensor, Layout, Tensor, Tensor]:
+def anchored() -> tuple[Tensor, AnchoredLayout, Tensor, Tensor]:
     """Two documents in a row, each with a clean copy and blocks, in both orders; padding at the end."""
     documents = [0] * 10 + [0] * 3 + [0] * 3 + [1] * 7 + [1] * 4 + [-1] * 2
     blocks = [0] * 10 + [1] * 3 + [2] * 3 + [0] * 7 + [1] * 4 + [0] * 2
@@ -82,11 +82,10 @@ def test_the_mask_is_the_rule_written_down_pair_by_pair(name: str) -> None:
     assert layout.mask().diagonal(dim1=1, dim2=2).all()
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_logits_and_gradients_are_those_of_the_dense_reference(name: str, implementation: str) -> None:
+def test_logits_and_gradients_are_those_of_the_dense_reference(name: str) -> None:
     ids, layout, visible, positions = LAYOUTS[name]()
-    model, twin = with_attention(tiny_model(init_std=0.1), implementation), tiny_model(init_std=0.1)
+    model, twin = tiny_model(init_std=0.1), tiny_model(init_std=0.1)
     logits, expected = model(ids, layout=layout).logits, reference_logits(twin, ids, positions, visible)
     assert (logits - expected).abs().max() <= 1e-5
     labels = random_ids(*ids.shape, seed=3).flatten()
@@ -206,20 +205,6 @@ def test_the_whole_forward_is_one_graph(name: str | None) -> None:
     torch.compiler.reset()
 
 
-@pytest.mark.slow
-def test_compiled_with_inductor_it_computes_the_same() -> None:
-    model = tiny_model(init_std=0.1)
-    ids, layout, _, _ = anchored()
-    compiled = torch.compile(model, fullgraph=True)
-    expected = model(ids, layout=layout).logits
-    logits = compiled(ids, layout=layout).logits
-    assert (logits - expected).abs().max() <= 1e-5
-    expected_gradient = torch.autograd.grad(expected.square().sum(), model.head_weight)[0]
-    gradient = torch.autograd.grad(logits.square().sum(), model.head_weight)[0]
-    assert (gradient - expected_gradient).abs().max() <= 1e-4 * expected_gradient.abs().max()
-    torch.compiler.reset()
-
-
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_changes_no_gradient(reentrant: bool) -> None:
     ids, layout, _, _ = anchored()
@@ -241,5 +226,3 @@ def test_what_does_not_fit_is_refused() -> None:
     ids, layout, _, _ = packed()
     with pytest.raises(ValueError, match="attention_mask or layout, not both"):
         model(ids, attention_mask=torch.ones_like(ids), layout=layout)
-    with pytest.raises(ValueError, match="three tensors of one shape"):
-        AnchoredLayout(ids, ids[:, 1:], ids)

@@ -113,9 +113,3 @@ def test_misuse_is_refused() -> None:
     text = random_ids(1, 26)[0]
     with pytest.raises(ValueError, match="max_sequence_length 30"):
         drafted(model, cache, [0], [text])
-    with pytest.raises(ValueError, match=r"slots \[0, 0\] are not different"):
-        drafted(model, cache, [0, 0], [text[:2], text[:2]])
-    with pytest.raises(ValueError, match="it can only become shorter"):
-        cache.truncate(0, 3)
-    with pytest.raises(ValueError, match="2 clean_lengths for 1 slots"):
-        model.draft_hidden_states(cache, [0], text[None], [3, 4], BLOCK)
