@@ -59,8 +59,6 @@ def load_student(directory: str | Path, dtype: torch.dtype | None = None) -> tup
 
     directory = Path(directory)
     config = read_config(directory)
-    if (directory / "adapter_config.json").exists():
-        raise CheckpointError(f"{directory} has an adapter_config.json beside its weights; merge the adapter into them")
     check_state({name: shape for name, (shape, _) in tensor_shapes(directory).items()}, config, directory)
     tokenizer = read_tokenizer(directory, config)
     model = LladaForMaskedDiffusion.from_pretrained(
@@ -282,7 +280,9 @@ def weights_fingerprint(directory: Path) -> str:
     for path in weight_files(directory):
         try:
             with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
+                length, size = int.from_bytes(file.read(8), "little"), path.stat().st_size
+                if length > size:
+                    raise ValueError(f"its header says that it has {length} bytes, the whole file has {size}")
                 header = json.loads(file.read(length))
                 header.pop("__metadata__", None)
                 for name, entry in header.items():
@@ -301,10 +301,12 @@ def tensor_shapes(directory: Path) -> dict[str, tuple[tuple[int, ...], Path]]:
     """Name → (shape, file) of every stored tensor; reads headers only.
 
     Raises:
-        CheckpointError: if a file is missing or damaged.
+        CheckpointError: if a file is missing or damaged, or an adapter lies beside the weights.
     """
     from safetensors import SafetensorError, safe_open
 
+    if (directory / "adapter_config.json").exists():
+        raise CheckpointError(f"{directory} has an adapter_config.json beside its weights; merge the adapter into them")
     found = {}
     for path in weight_files(directory):
         try:

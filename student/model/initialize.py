@@ -8,6 +8,7 @@ the head are transplanted (`transplant`). What was done is written beside the we
 from __future__ import annotations
 
 import logging
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ from student.lineage import IDENTITY, present, start_identity
 from student.model.export import save_student
 from student.model.source import EMBEDDING, HEAD, NO_IDS, Source, changed
 from student.model.tokenizer import MASK, pretrained_tokenizer, train_tokenizer
-from student.model.transplant import TransplantReport, plan_transplant
+from student.model.transplant import plan_transplant
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,6 +48,7 @@ def initialize_student(config: PipelineConfig) -> Path:
     import torch
 
     from student.model.modeling_llada import LladaForMaskedDiffusion
+    from student.model.sequential_head import FILE
 
     settings = config.student
     made_from = present(config, "dataset") if settings.tokenizer.kind == "trained" else {}
@@ -63,20 +65,23 @@ def initialize_student(config: PipelineConfig) -> Path:
         tokenizer.save_pretrained(scratch)
         # The mask is the one role that a tokenizer without settings for it must be told.
         new = Vocabulary.from_tokenizer(scratch, roles={"mask": tokenizer.mask_token_id})
-    report: TransplantReport | None = None
+    transplanted: dict[str, float] | None = None
     if source is None:
         shape = _student_config(_with_vocabulary(random_shape(settings.shape), new), new, config)
         torch.manual_seed(config.seed)
         model = LladaForMaskedDiffusion(shape)
         weights = model.state_dict()
     else:
-        weights, shape, report = _weights_of(source, new, settings.weight_tying)
+        weights, shape, transplanted = _weights_of(source, new, settings.weight_tying)
         shape = _student_config(shape, new, config)
         with torch.device("meta"):
             model = LladaForMaskedDiffusion(shape)
-    summary = _summary(config, source, shape, new, report, sum(tensor.numel() for tensor in weights.values()))
+    summary = _summary(config, source, shape, new, transplanted, sum(tensor.numel() for tensor in weights.values()))
     with new_directory(config.student_init_dir) as partial:
         save_student(model, tokenizer, partial, state_dict=weights)
+        if source is not None and (draft_head := source.directory / FILE).exists():
+            shutil.copyfile(draft_head, partial / FILE)
+            _logger.info("its sequential head goes along: a train.sequential_rank equal to its rank trains it on")
         (partial / "resolved_config.yaml").write_text(dump_config(config), encoding="utf-8")
         write_json(partial / "initialization.json", summary | identity)
     _logger.info("%s: %s", config.student_init_dir, summary["text"])
@@ -85,7 +90,7 @@ def initialize_student(config: PipelineConfig) -> Path:
 
 def _weights_of(
     source: Source, new: Vocabulary, weight_tying: bool | None
-) -> tuple[dict[str, Tensor], LladaConfig, TransplantReport | None]:
+) -> tuple[dict[str, Tensor], LladaConfig, dict[str, float] | None]:
     """The checkpoint's weights with a row for each token of `new`, their shape, and what was transplanted for it."""
     weights = source.state_dict()
     tied = source.config.weight_tying if weight_tying is None else weight_tying
@@ -104,7 +109,7 @@ def _weights_of(
     transplant = plan_transplant(old, encoder, new)
     for name in {EMBEDDING, HEAD} & weights.keys():
         weights[name] = transplant.apply(weights[name])
-    return weights, _with_vocabulary(shape, new), transplant.report
+    return weights, _with_vocabulary(shape, new), transplant.counts
 
 
 def _with_vocabulary(shape: LladaConfig, vocabulary: Vocabulary) -> LladaConfig:
@@ -216,7 +221,7 @@ def _summary(
     source: Source | None,
     shape: LladaConfig,
     vocabulary: Vocabulary,
-    report: TransplantReport | None,
+    transplanted: dict[str, float] | None,
     parameters: int,
 ) -> dict[str, Any]:
     """What initialization.json says."""
@@ -226,8 +231,12 @@ def _summary(
         layers = "all layers" if config.student.layers is None else f"layers {config.student.layers}"
         origin = f"{layers} of {config.student.checkpoint}"
     text = f"{parameters:,} parameters from {origin}, {shape.n_layers} layers"
-    if report is not None:
-        text += f"; vocabulary transplanted, {report}"
+    if transplanted is not None:
+        text += (
+            "; vocabulary transplanted, {tokens:,} tokens: {copied_share:.1%} copied from byte-equal tokens, "
+            "{composed_share:.1%} composed from their pieces, {special} special tokens by role or name, {mean} started "
+            "as the mean"
+        ).format(**transplanted)
     return {
         "text": text,
         "checkpoint": config.student.checkpoint,
@@ -236,5 +245,5 @@ def _summary(
         "parameters": parameters,
         "tokenizer": config.student.tokenizer.model_dump(mode="json"),
         "vocabulary": {"tokens": len(vocabulary), "fingerprint": vocabulary.fingerprint, "roles": vocabulary.roles},
-        "transplant": None if report is None else report.as_dict(),
+        "transplant": transplanted,
     }

@@ -65,6 +65,17 @@ def add_sequential_head(model: LladaForMaskedDiffusion, rank: int) -> Sequential
     return head
 
 
+def settle_sequential_head(model: LladaForMaskedDiffusion, rank: int | None) -> None:
+    """Leave `model` a head of this rank that trains: the one that it starts with, else a new one; none for null."""
+    own = model.sequential_head
+    if rank is None:
+        model.sequential_head = None
+    elif own is None or own.state.out_features != rank:
+        add_sequential_head(model, rank)
+    else:
+        own.requires_grad_(True)  # which adapters have frozen
+
+
 def load_sequential_head(model: LladaForMaskedDiffusion, directory: Path) -> None:
     """Give `model` the head that lies in `directory`, if one does.
 

@@ -6,6 +6,7 @@ are, and only the attention changes. Tensors are read one by one; an unused laye
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -148,36 +149,40 @@ def config_from_llama(tree: dict[str, Any], source: Path | str) -> LladaConfig:
     """LLaDA's config of a LLaMA-architecture config.json. The ids of special tokens are LLaMA's; it has no mask.
 
     Raises:
-        CheckpointError: if it has biases, another activation, or a head size of its own.
+        CheckpointError: if it is malformed, or has biases, another activation, or a head size of its own.
     """
+    from transformers import LlamaConfig
+
     from student.model.configuration_llada import LladaConfig
 
+    try:
+        llama: Any = LlamaConfig.from_dict(copy.deepcopy(tree))  # what is left out has its default
+    except Exception as error:  # transformers raises many kinds: all mean that it is malformed
+        raise CheckpointError(f"{source}/config.json is no config of a LLaMA model: {error}") from error
     for key, supported in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
-        if tree.get(key, supported) != supported:
-            raise CheckpointError(f"{source}/config.json: {key} is {tree[key]!r}, LLaDA's block needs {supported!r}")
-    heads, width = tree["num_attention_heads"], tree["hidden_size"]
-    if (tree.get("head_dim") or width // heads) * heads != width:
+        if (value := getattr(llama, key)) != supported:
+            raise CheckpointError(f"{source}/config.json: {key} is {value!r}, LLaDA's block needs {supported!r}")
+    heads, width = llama.num_attention_heads, llama.hidden_size
+    if llama.head_dim * heads != width:
         raise CheckpointError(
-            f"{source}/config.json: head_dim {tree['head_dim']} x {heads} heads is not hidden_size {width}, as LLaDA's "
+            f"{source}/config.json: head_dim {llama.head_dim} x {heads} heads is not hidden_size {width}, as LLaDA's "
             "block needs"
         )
-    # transformers 5 keeps theta and scaling in one mapping, older files apart.
-    rope = dict(tree.get("rope_parameters") or tree.get("rope_scaling") or {})
-    theta = rope.pop("rope_theta", tree.get("rope_theta", 10000.0))
-    scaled = rope.get("rope_type", rope.get("type", "default")) != "default"
+    rope = dict(llama.rope_parameters)
+    theta = rope.pop("rope_theta")
     try:
         return LladaConfig(
             d_model=width,
-            n_layers=tree["num_hidden_layers"],
+            n_layers=llama.num_hidden_layers,
             n_heads=heads,
-            n_kv_heads=tree.get("num_key_value_heads") or heads,
-            mlp_hidden_size=tree["intermediate_size"],
-            vocab_size=tree["vocab_size"],
-            max_sequence_length=tree["max_position_embeddings"],
-            rms_norm_eps=tree["rms_norm_eps"],
+            n_kv_heads=llama.num_key_value_heads,
+            mlp_hidden_size=llama.intermediate_size,
+            vocab_size=llama.vocab_size,
+            max_sequence_length=llama.max_position_embeddings,
+            rms_norm_eps=llama.rms_norm_eps,
             rope_theta=theta,
-            rope_frequency_scaling=rope if scaled else None,
-            weight_tying=tree.get("tie_word_embeddings", False),
+            rope_frequency_scaling=None if rope["rope_type"] == "default" else rope,
+            weight_tying=llama.tie_word_embeddings,
             **NO_IDS,
         )
     except ValueError as error:

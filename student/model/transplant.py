@@ -13,8 +13,8 @@ Legend: V old vocabulary, W new vocabulary, D width.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,35 +27,6 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class TransplantReport:
-    """How many rows of the new vocabulary came from where."""
-
-    tokens: int
-    copied: int
-    composed: int
-    special: int
-    mean: int
-
-    @property
-    def copied_share(self) -> float:
-        return self.copied / self.tokens
-
-    @property
-    def composed_share(self) -> float:
-        return self.composed / self.tokens
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"copied_share": self.copied_share, "composed_share": self.composed_share}
-
-    def __str__(self) -> str:
-        return (
-            f"{self.tokens:,} tokens: {self.copied_share:.1%} copied from byte-equal tokens, "
-            f"{self.composed_share:.1%} composed from their pieces, {self.special} special tokens by role or "
-            f"name, {self.mean} started as the mean"
-        )
-
-
-@dataclass(frozen=True)
 class Transplant:
     """Old ids whose mean row each of W new tokens takes: row w is `ids[offsets[w]:offsets[w + 1]]`.
 
@@ -63,12 +34,13 @@ class Transplant:
         offsets: int64 [W + 1].
         ids: int64.
         text_ids: int64, old ids of all text tokens; their mean is the row of new tokens without a source.
+        counts: how many rows of the new vocabulary came from where.
     """
 
     offsets: NDArray[np.int64]
     ids: NDArray[np.int64]
     text_ids: NDArray[np.int64]
-    report: TransplantReport
+    counts: dict[str, float]
 
     def apply(self, rows_VxD: Tensor) -> Tensor:
         """The new vocabulary's rows, WxD in the dtype of `rows_VxD`; means are taken in float32."""
@@ -108,10 +80,18 @@ def plan_transplant(old: Vocabulary, encoder: Encoder, new: Vocabulary) -> Trans
         else:
             sources.append(pieces.get(index, ()))
     lengths = [len(list(source)) for source in sources]
-    report = TransplantReport(len(new), copied, len(unknown), special, len(new) - copied - len(unknown) - special)
+    composed = len(unknown)
     return Transplant(
         offsets=offsets_of(lengths),
         ids=np.array([index for source in sources for index in source], dtype=np.int64),
         text_ids=np.flatnonzero(~old.is_special).astype(np.int64),
-        report=report,
+        counts={
+            "tokens": len(new),
+            "copied": copied,
+            "composed": composed,
+            "special": special,
+            "mean": len(new) - copied - composed - special,
+            "copied_share": copied / len(new),
+            "composed_share": composed / len(new),
+        },
     )

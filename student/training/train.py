@@ -172,7 +172,6 @@ def check(config: PipelineConfig, world_size: int) -> TrainingDataLoader:
             )
         HeldOut.open(config, loader.prepared)
     loss, reason = settle_loss(config, loader)
-    LossSettings.from_config(config.train, loss)
     stride = max(len(loader.chosen) // SANITY_SAMPLES, 1)
     samples = [loader.sample(number) for number in range(0, len(loader.chosen), stride)]
     probability = check_alignment(samples)
@@ -205,7 +204,7 @@ def identity_of(config: PipelineConfig, loader: TrainingDataLoader) -> dict[str,
 
 
 def is_finished(
-    config: PipelineConfig, identity: dict[str, Any], is_longer: Callable[[dict[str, Any]], bool] | None = None
+    config: PipelineConfig, identity: dict[str, Any], is_longer: Callable[[dict[str, Any]], bool] = lambda _: False
 ) -> bool:
     """Whether this very run has published its model, and not one of fewer steps.
 
@@ -219,7 +218,7 @@ def is_finished(
     if record is None:
         return False
     found = record.get(IDENTITY) or {}
-    if is_longer is not None and is_longer(found):
+    if is_longer(found):
         return False
     require_same_run(found, identity, config.student_final_dir)
     return True
@@ -266,7 +265,7 @@ def build(
     Args:
         loader: if this rank has opened it.
     """
-    from student.model.sequential_head import add_sequential_head
+    from student.model.sequential_head import settle_sequential_head
     from student.planning.cost import step_flops
     from student.training.module import DistillationModule
 
@@ -292,8 +291,7 @@ def build(
     del partitioned
     if config.student.lora:
         add_lora(model, config.student.lora)
-    if config.train.sequential_rank:
-        add_sequential_head(model, config.train.sequential_rank)
+    settle_sequential_head(model, config.train.sequential_rank)
     if config.train.activation_checkpointing:
         model.gradient_checkpointing_enable()
     if config.train.compile and torch.cuda.is_available() and zero_stage(settings) < 3:

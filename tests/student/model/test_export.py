@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from shared.errors import CheckpointError
-from student.model.export import export_student, load_student, save_student
+from student.model.export import export_student, load_student, save_student, weights_fingerprint
 from student.model.modeling_llada import LladaForMaskedDiffusion
 from student.model.tokenizer import train_tokenizer
 from tests.fixtures.conversations import conversations
+from tests.fixtures.served_run import special_ids
 from tests.fixtures.tiny_model import random_ids, tiny_config, tiny_model
 
 TEXTS = [text for pair in conversations(100) for text in pair]
@@ -26,13 +27,7 @@ def tokenizer() -> Any:
 
 
 def model_for(tokenizer: Any, **changes: Any) -> LladaForMaskedDiffusion:
-    ids = {
-        "mask_token_id": tokenizer.mask_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    return tiny_model(vocab_size=len(tokenizer), **ids, **changes)
+    return tiny_model(vocab_size=len(tokenizer), **special_ids(tokenizer), **changes)
 
 
 @pytest.fixture
@@ -221,6 +216,13 @@ def test_what_is_not_a_checkpoint_is_refused(saved: Path, tmp_path: Path) -> Non
     file.unlink()
     with pytest.raises(CheckpointError, match="convert it to safetensors"):
         load_student(saved)
+
+
+def test_a_header_longer_than_its_file_is_damage_and_not_read(saved: Path) -> None:
+    file = saved / "model.safetensors"
+    file.write_bytes((2**46).to_bytes(8, "little") + file.read_bytes()[8:])
+    with pytest.raises(CheckpointError, match=f"is damaged .*header says that it has {2**46} bytes"):
+        weights_fingerprint(saved)
 
 
 def test_the_wrong_weights_are_not_saved(tmp_path: Path, tokenizer: Any) -> None:

@@ -8,17 +8,19 @@ import torch
 import yaml
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from shared.config import PipelineConfig, load_config
+from shared.config import LoraConfig, PipelineConfig, load_config
 from shared.errors import CheckpointError, ConfigError, DatasetError
 from shared.tokenizer.vocabulary import Vocabulary
 from student.model.configuration_llada import LladaConfig
 from student.model.export import load_student, save_student
 from student.model.initialize import initialize_student, training_texts
+from student.model.lora import add_lora
 from student.model.modeling_llada import LladaForMaskedDiffusion
-from student.model.source import Source
+from student.model.sequential_head import settle_sequential_head
+from student.model.source import Source, config_of_checkpoint
 from student.model.tokenizer import train_tokenizer
 from tests.fixtures.conversations import conversations, teacher_tokenizer, write_conversations
-from tests.fixtures.tiny_model import causal_layout
+from tests.fixtures.tiny_model import causal_layout, with_sequential_head
 
 TEXTS = [text for pair in conversations(100) for text in pair]
 
@@ -140,6 +142,29 @@ def test_a_llada_checkpoint_is_taken_as_it_is(configured: Any, llada: Path) -> N
         assert torch.equal(parameter, model.get_parameter(name)), name
 
 
+def test_a_start_from_a_student_keeps_its_sequential_head(configured: Any, llada: Path, tmp_path: Path) -> None:
+    """Which training goes on with, adapters or not, where it is to have one of that rank."""
+    model, tokenizer = load_student(llada)
+    save_student(with_sequential_head(model), tokenizer, tmp_path / "student")
+    student, _ = load_student(initialize_student(configured(checkpoint=str(tmp_path / "student"), dataset=False)))
+    expected = model.sequential_head.state_dict()
+    add_lora(student, LoraConfig())
+    settle_sequential_head(student, 8)
+    assert all(torch.equal(student.sequential_head.get_parameter(name), value) for name, value in expected.items())
+    assert all(parameter.requires_grad for parameter in student.sequential_head.parameters())
+    settle_sequential_head(student, 4)
+    assert student.sequential_head.state.out_features == 4
+    settle_sequential_head(student, None)
+    assert student.sequential_head is None
+
+
+def test_a_start_with_an_adapter_beside_its_weights_is_refused(configured: Any, llada: Path, tmp_path: Path) -> None:
+    shutil.copytree(llada, tmp_path / "adapted")
+    (tmp_path / "adapted" / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"has an adapter_config.json beside its weights; merge the adapter"):
+        initialize_student(configured(checkpoint=str(tmp_path / "adapted"), dataset=False))
+
+
 def test_a_llada_student_takes_the_teacher_s_vocabulary(configured: Any, llada: Path, llama: Path) -> None:
     directory = initialize_student(configured(checkpoint=str(llada), tokenizer={"kind": "teacher"}))
     model, _ = load_student(directory)
@@ -210,6 +235,16 @@ def test_a_mistake_is_explained_and_leaves_nothing_behind(
     assert not config.student_init_dir.parent.exists()
 
 
+def test_what_a_llama_config_leaves_out_has_its_default(tmp_path: Path, llama: Path) -> None:
+    tree = json.loads((llama / "config.json").read_text())
+    del tree["max_position_embeddings"], tree["rms_norm_eps"], tree["rope_parameters"], tree["num_key_value_heads"]
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    family, config = config_of_checkpoint(tmp_path)
+    assert family == "llama"
+    assert (config.max_sequence_length, config.rms_norm_eps, config.rope_theta) == (2048, 1e-6, 1e4)
+    assert config.n_kv_heads == config.n_heads == 6
+
+
 def test_another_architecture_is_refused(tmp_path: Path, llama: Path) -> None:
     tree = json.loads((llama / "config.json").read_text())
     for change, message in (
@@ -217,6 +252,8 @@ def test_another_architecture_is_refused(tmp_path: Path, llama: Path) -> None:
         ({"attention_bias": True}, "attention_bias is True, LLaDA's block needs False"),
         ({"head_dim": 16}, "head_dim 16 x 6 heads is not hidden_size 48"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"hidden_size": "wide"}, "(?s)is no config of a LLaMA model: .*'hidden_size' expected int"),
+        ({"num_attention_heads": 0}, "is no config of a LLaMA model"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4, "rope_theta": 1e4}}, "rope_frequency_scaling is"),
         ({"num_hidden_layers": 6}, "missing: model.transformer.blocks.5.attn_norm.weight"),
         ({"num_hidden_layers": 4}, "extra: model.layers.4"),
