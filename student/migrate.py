@@ -26,7 +26,7 @@ from shared.errors import ConfigError, DatasetError
 from shared.files import write_text
 from shared.json_models import checked
 from shared.stopping import SIGNALS
-from student.losses.settings import LossSettings, resolve_loss
+from student.losses.settings import resolve_loss
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +173,6 @@ def _check_first_entry(config: PipelineConfig, file: Path, further: Sequence[str
     where, value = next(read_entries(file))
     entry = checked(Entry, value, where, DatasetError, ENTRY_EXAMPLE)
     loss = resolve_loss(config.train, entry.logits is not None).name
-    LossSettings.from_config(config.train, loss)
     options = {option.partition("=")[0] for option in further}
     if config.train.objectives.blocks and entry.sampling is None and "--temperature" not in options:
         raise ConfigError(

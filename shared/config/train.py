@@ -170,6 +170,15 @@ class TrainConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _trains_something(self) -> TrainConfig:
+        if self.loss == "hybrid" and self.alpha == self.beta == self.tv_weight == self.path_weight == 0:
+            raise ValueError(
+                "train.loss is 'hybrid' with train.alpha, beta, tv_weight and path_weight all 0, expected one above 0: "
+                "nothing would be trained"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _measures_what_it_chooses_by(self) -> TrainConfig:
         chooses = [name for name, set_ in (("patience", self.patience), ("publish", self.publish == "best")) if set_]
         if chooses and not (self.evaluate_checkpoints and self.checkpoint_steps):

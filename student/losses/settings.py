@@ -7,7 +7,7 @@ a temperature, by bounds on the tail of truncated rows (README.md of this folder
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -52,25 +52,8 @@ class LossSettings:
 
     @classmethod
     def from_config(cls, train: TrainConfig, loss: ResolvedLossName) -> LossSettings:
-        """Settings of `train`, with `loss` as `resolve_loss` settled it.
-
-        Raises:
-            ConfigError: if every weight is zero.
-        """
-        if loss == "hybrid" and train.alpha == train.beta == train.tv_weight == train.path_weight == 0:
-            raise ConfigError(
-                "train.loss is 'hybrid' with train.alpha, beta, tv_weight and path_weight all 0, expected one above 0: "
-                "nothing would be trained"
-            )
-        return cls(
-            loss=loss,
-            block_length=train.block_length,
-            alpha=train.alpha,
-            beta=train.beta,
-            temperature=train.temperature,
-            tv_weight=train.tv_weight,
-            path_weight=train.path_weight,
-        )
+        """Settings of `train`, with `loss` as `resolve_loss` settled it."""
+        return cls(loss, **{field.name: getattr(train, field.name) for field in fields(cls) if field.name != "loss"})
 
 
 def resolve_loss(train: TrainConfig, has_distributions: bool, *, records_without: int = 0) -> LossChoice:

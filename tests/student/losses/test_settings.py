@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from shared.config import TrainConfig
 from shared.errors import ConfigError
@@ -67,8 +68,8 @@ def test_settings_carry_every_weight():
 
 
 def test_a_hybrid_of_nothing_is_refused():
-    with pytest.raises(ConfigError, match="all 0"):
-        LossSettings.from_config(train(loss="hybrid", alpha=0, beta=0), "hybrid")
+    with pytest.raises(ValidationError, match="all 0"):
+        train(loss="hybrid", alpha=0, beta=0)
 
 
 def truncated(rows: list[np.ndarray], kept: int) -> SparseTargets:
