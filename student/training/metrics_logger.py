@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +53,13 @@ def check_trackers(names: Sequence[str]) -> None:
     Raises:
         ConfigError: naming it.
     """
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-    from accelerate.utils import LoggerType
-    from accelerate.utils.imports import is_tensorboard_available
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
+    installed = [tracker.value for tracker in get_available_trackers()]
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS:
             raise ConfigError(f"train.trackers: {name!r} is none of {', '.join(LOGGER_TYPE_TO_CLASS)}")
-        installed = is_tensorboard_available() if name == LoggerType.TENSORBOARD else find_spec(name)
-        if not installed:
+        if name not in installed:
             raise ConfigError(f"train.trackers: {name} is not installed: pip install {name}, or leave it out")
 
 

@@ -40,7 +40,7 @@ def build_optimizer(module: nn.Module, train: TrainConfig) -> torch.optim.Optimi
     others: list[nn.Parameter] = []
     for name, parameter in trainable:
         # DeepSpeed would mark by the names `embed` and `lm_head`; LLaDA's are `wte` and `ff_out`.
-        shape = whole_shape(parameter)
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # the whole one, where ZeRO-3 leaves but a share
         parameter.use_muon = ".blocks." in name and len(shape) == 2  # type: ignore[attr-defined]
         (by_columns[shape[1]] if parameter.use_muon else others).append(parameter)  # type: ignore[attr-defined]
     groups = [
@@ -57,11 +57,6 @@ def build_optimizer(module: nn.Module, train: TrainConfig) -> torch.optim.Optimi
     if others:
         groups.append({"params": others, "use_muon": False, **adamw})
     return MuonWithAuxAdam(groups, adam_optimizer=torch.optim.AdamW, adam_optimizer_kwargs={"fused": True})
-
-
-def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """The shape of a parameter, of which ZeRO-3 leaves but a share in place."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, train: TrainConfig, steps: int) -> LRScheduler:
