@@ -39,7 +39,7 @@ SetOption = Annotated[
     typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override one setting; the value is YAML. May be repeated."),
 ]
 LogLevelOption = Annotated[
-    Literal["debug", "info", "warning", "error"],
+    Literal["debug", "info", "warning", "error", "critical"],
     typer.Option("--log-level", case_sensitive=False, help="What is logged to stderr."),
 ]
 SplitOption = Annotated[Literal["train", "held_out"] | None, typer.Option("--split", help="Only this split.")]
