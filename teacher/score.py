@@ -18,7 +18,9 @@ import pyarrow.compute as pc
 from shared.config import PipelineConfig
 from shared.dataset.reader import Dataset
 from shared.dataset.records import UNKNOWN_SAMPLING
-from shared.errors import ConfigError
+from shared.errors import ConfigError, VocabularyError
+from shared.tokenizer.vocabulary import Vocabulary
+from teacher.checkpoints import ensure_checkpoint
 from teacher.collect import DEFAULT, Launch, check_top_k, run
 from teacher.engine import prepare_environment
 from teacher.prompts import Prompt, load_prompts, load_renderer, prompts_fingerprint, split_prompts
@@ -32,6 +34,7 @@ def score(config: PipelineConfig, launch: Launch = DEFAULT) -> Summary | None:
 
     Raises:
         ConfigError, PromptError, DatasetError: where there is nothing to score, or it does not fit the teacher.
+        VocabularyError: where a dataset has the tokens of another tokenizer.
     """
     responses = config.collect.responses
     if responses is None:
@@ -62,23 +65,24 @@ def score(config: PipelineConfig, launch: Launch = DEFAULT) -> Summary | None:
 def _score_dataset(config: PipelineConfig, dataset: Dataset, launch: Launch) -> Summary | None:
     """Score a dataset's own token ids: nothing is rendered or encoded again."""
     check_top_k(config)
-    renderer = load_renderer(config)
-    if len(renderer) > len(dataset.vocabulary) or len(dataset) == 0:
-        raise ConfigError(
-            f"{config.collect.responses} holds {len(dataset)} responses over {len(dataset.vocabulary)} tokens, the "
-            f"teacher has {len(renderer)}; score a dataset that was collected with this teacher's tokenizer"
-        )
     if config.shards_dir.resolve() == (config.collect.responses or config.shards_dir).resolve():
         raise ConfigError(f"{config.shards_dir} would be scored into itself; give this run another name")
     units, longest = _stored_units(dataset, config.collect.unit_prompts)
     if not units:
-        raise ConfigError(f"{config.collect.responses} holds only empty responses; there is nothing to score")
+        raise ConfigError(f"{config.collect.responses} holds no response with tokens; there is nothing to score")
     if longest >= config.teacher.max_sequence_tokens:
         raise ConfigError(
             f"{config.collect.responses} has {longest} tokens in a prompt and its response, "
             f"teacher.max_sequence_tokens is {config.teacher.max_sequence_tokens}; raise it to {longest + 1}"
         )
-    return run(config, units, renderer, dataset.manifest.provenance, "score", launch)
+    scoring, stored = Vocabulary.from_tokenizer(ensure_checkpoint(config.teacher)), dataset.vocabulary
+    if scoring.fingerprint != stored.fingerprint:
+        raise VocabularyError(
+            f"the tokenizer of teacher.model {config.teacher.model} has the fingerprint {scoring.fingerprint[:12]} "
+            f"({len(scoring)} tokens), but {config.collect.responses} was collected with {stored.fingerprint[:12]} "
+            f"({len(stored)} tokens): score a dataset that was collected with this teacher's tokenizer"
+        )
+    return run(config, units, load_renderer(config), dataset.manifest.provenance, "score", launch)
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,10 +63,6 @@ class Renderer:
         self.template_fingerprint = self._chat.template.fingerprint
         self.probe = self._chat.template.probe
 
-    def __len__(self) -> int:
-        """Number of token ids."""
-        return len(self.tokenizer)
-
     def render(self, prompt: Prompt) -> RenderedPrompt:
         """The prompt up to and including the header of the assistant's turn.
 

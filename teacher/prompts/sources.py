@@ -207,27 +207,30 @@ def _columns(source: SourceConfig, names: Sequence[str]) -> list[str]:
 
 def _read_parquet(source: SourceConfig, path: Path) -> Iterator[tuple[str, Any]]:
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-    count = 0
+    is_empty = True
     for file in files:
+        number = 0
         try:
             parquet = pq.ParquetFile(file)
             columns = _columns(source, parquet.schema_arrow.names)
             for batch in parquet.iter_batches(columns=columns):
                 for row in batch.to_pylist():
-                    yield f"{file}, row {count}", row
-                    count += 1
+                    yield f"{file}, row {number}", row
+                    number += 1
         except (OSError, pa.ArrowException) as error:
             what = getattr(error, "strerror", None) or error
             raise PromptError(
                 f"cannot read {file} as Parquet: {what}; expected columns `prompt` or `messages`"
             ) from error
-    if not count:
+        is_empty = is_empty and not number
+    if is_empty:
         raise PromptError(f"{path} is empty: it holds no rows; expected columns `prompt` or `messages`")
 
 
 def _read_dataset(source: SourceConfig) -> Iterator[tuple[str, Any]]:
     try:
         from datasets import DatasetDict, load_dataset, load_from_disk
+        from datasets.exceptions import DatasetsError
         from datasets.utils.logging import disable_progress_bar
     except ImportError as error:
         raise MissingExtraError(
@@ -244,7 +247,7 @@ def _read_dataset(source: SourceConfig) -> Iterator[tuple[str, Any]]:
                 loaded = loaded[source.split]
         else:
             loaded = load_dataset(source.path, source.subset, split=source.split, revision=source.revision)
-    except (OSError, ValueError) as error:  # what the library raises derives from these
+    except (OSError, ValueError, DatasetsError) as error:
         raise PromptError(
             f"{source.path} cannot be loaded as a Hugging Face dataset: {error}; correct path, subset, split or "
             "revision of its source, or log in with `hf auth login` where it is gated"

@@ -2,23 +2,46 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
+import pytest
 
 from shared.config import PipelineConfig
 from shared.dataset.reader import Dataset
-from teacher.score import StoredTasks, _stored_units
+from shared.errors import VocabularyError
+from teacher.score import StoredTasks, _stored_units, score
 from tests.teacher.test_collect import ScriptedEngine, collector_of
 
 Maker = Callable[..., PipelineConfig]
 
 
-def test_units_of_a_dataset_hold_no_records_and_all_of_them(make_config: Maker) -> None:
-    collector, writer, units = collector_of(make_config(prompts=40), ScriptedEngine(top_k=8))
+def collected(config: PipelineConfig) -> Dataset:
+    collector, writer, units = collector_of(config, ScriptedEngine(top_k=8))
     list(collector.collect_units(units))
     writer.finish([unit.name for unit in units])
-    dataset = Dataset.open(make_config().shards_dir)
+    return Dataset.open(config.shards_dir)
+
+
+def test_a_dataset_of_another_tokenizer_is_refused(make_config: Maker, tmp_path: Path) -> None:
+    """As many tokens, of which two have changed places: every text would be scored as another one."""
+    collected(make_config())
+    model = Path(shutil.copytree(make_config().teacher.model, tmp_path / "other"))
+    tree = json.loads((model / "tokenizer.json").read_text())
+    ids = tree["model"]["vocab"]
+    ids["A"], ids["B"] = ids["B"], ids["A"]
+    (model / "tokenizer.json").write_text(json.dumps(tree))
+    config = make_config(name="scored", collect__responses=str(make_config().shards_dir), teacher__model=str(model))
+    with pytest.raises(VocabularyError, match=r"other has the fingerprint \w+ .* was collected with \w+ "):
+        score(config)
+    assert not config.run_dir.exists()
+
+
+def test_units_of_a_dataset_hold_no_records_and_all_of_them(make_config: Maker) -> None:
+    dataset = collected(make_config(prompts=40))
     expected = {record.sample_id: record for record in dataset.records(distributions=False)}
     scored, longest = _stored_units(dataset, size=3)
     assert longest == max(len(record.prompt_ids) + len(record.response_ids) for record in expected.values())

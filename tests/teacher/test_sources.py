@@ -155,6 +155,17 @@ def test_tables_without_prompts_and_missing_splits_are_named(tmp_path: Path) -> 
         load(sources["parquet"] | {"column": None})
     with pytest.raises(PromptError, match=r"it has the splits test, not 'train'"):
         load(sources["split of a dataset"] | {"split": "train"})
-    pd.DataFrame({"prompt": ["fine", " "]}).to_parquet(tmp_path / "blank.parquet")
-    with pytest.raises(PromptError, match=r"blank.parquet, row 1: prompt is ' ', expected text that is not blank"):
-        load(tmp_path / "blank.parquet")
+    pd.DataFrame({"prompt": ["fine", " "]}).to_parquet(tmp_path / "parts" / "2.parquet")
+    with pytest.raises(PromptError, match=r"2.parquet, row 1: prompt is ' ', expected text that is not blank"):
+        load(tmp_path / "parts")
+
+
+def test_a_dataset_whose_files_have_other_columns_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `datasets` raises then is neither an OSError nor a ValueError."""
+
+    def cast(*_arguments: object, **_settings: object) -> None:
+        raise datasets.exceptions.DatasetGenerationCastError("all the data files must have the same columns")
+
+    monkeypatch.setattr(datasets, "load_dataset", cast)
+    with pytest.raises(PromptError, match=r"someone/prompts cannot be loaded .*the same columns; correct path, subset"):
+        load({"path": "someone/prompts"})
