@@ -44,17 +44,19 @@ class Aligner:
             return None, counts
         targets = self._targets(record.distributions, spans)
         counts += targets.counts
-        prompt_ids = retokenize(self.tables, record.prompt_ids, counts)
+        prompt_ids = retokenize(self.tables, record.prompt_ids)
+        input_ids = np.concatenate([prompt_ids, spans.ids]).astype(np.int32)
         soft = ~np.isnan(targets.sparse.tail)
-        inner = self.tables.teacher.is_special[record.response_ids[:-1]].sum()
+        is_special = self.tables.teacher.is_special
+        specials = is_special[record.prompt_ids].sum() + is_special[record.response_ids].sum()
         counts += Counter(
             positions=len(spans.ids),
             soft=int(soft.sum()),
             conditional=int((~spans.is_anchor).sum()),
             unknown_observed=int(np.isnan(targets.observed_logprob).sum()),
             teacher_tokens=len(record.response_ids),
-            dropped_specials=int(self.tables.teacher.is_special[record.response_ids].sum() - spans.is_special.sum()),
-            inner_specials=int(inner),
+            dropped_specials=int(specials - self.tables.student.is_special[input_ids].sum()),
+            inner_specials=int(is_special[record.response_ids[:-1]].sum()),
         )
         counts["mapped_mass"] += float((1 - targets.sparse.tail[soft]).sum())  # type: ignore[assignment]
         sample = AlignedSample(
@@ -63,7 +65,7 @@ class Aligner:
             split=record.split,
             rule=record.sampling.rule,
             skill=record.skill,
-            input_ids=np.concatenate([prompt_ids, spans.ids]).astype(np.int32),
+            input_ids=input_ids,
             prompt_length=len(prompt_ids),
             byte_ends=spans.ends,
             is_anchor=spans.is_anchor,

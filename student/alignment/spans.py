@@ -1,12 +1,11 @@
 """A response in both tokenizations: who covers which bytes, where both have a boundary, and the prompt's student ids.
 
 Text between special tokens is encoded by the student's own tokenizer, byte-exactly. Special tokens go over by
-role; those whose role the student lacks are left out and counted. One pass, linear in the response.
+role; those whose role the student lacks are left out. One pass, linear in the response.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import NamedTuple
@@ -109,21 +108,16 @@ def covered_path(spans: Spans, i: int) -> tuple[int, int, tuple[int, ...]]:
     return fixed, int(spans.ids[i]), tuple(spans.teacher_ids[j:stop].tolist()) if whole else ()
 
 
-def retokenize(tables: PairTables, teacher_ids: ArrayLike, counts: Counter[str] | None = None) -> NDArray[np.int32]:
+def retokenize(tables: PairTables, teacher_ids: ArrayLike) -> NDArray[np.int32]:
     """The student's ids of a text in the teacher's ids: runs of text re-encoded, specials by role.
 
-    Specials whose role the student lacks are left out, and counted in `counts["dropped_specials"]`.
+    Specials whose role the student lacks are left out.
 
     Raises:
         VocabularyError: if an id is outside the teacher's vocabulary.
     """
     ids = np.asarray(teacher_ids, dtype=np.int32)
-    if not len(ids) or tables.same_tokenizer:
-        return ids
-    spans = lay_spans(tables, ids)
-    if counts is not None:
-        counts["dropped_specials"] += int(tables.teacher.is_special[ids].sum() - spans.is_special.sum())
-    return spans.ids
+    return ids if not len(ids) or tables.same_tokenizer else lay_spans(tables, ids).ids
 
 
 def _covering_tokens(

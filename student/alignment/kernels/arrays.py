@@ -90,16 +90,3 @@ class Scratch(NamedTuple):
 
     met_by: Ids
     related: Ids
-
-
-class Events(NamedTuple):
-    """Events of every position: counts [S], mass and member counts of each event, members, tail and known mass [S],
-    and how often the observed pair was not related."""
-
-    counts: Ids
-    mass: Floats
-    member_counts: Ids
-    members: Ids
-    tail: Floats
-    known: Floats
-    disagreements: int

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from shared.dataset.records import Distributions, offsets_of
 from student.alignment.kernels import events, paths, rows
-from student.alignment.kernels.arrays import Candidates, Events, Inside, Rows, Scratch, TeacherTokens
+from student.alignment.kernels.arrays import Candidates, Inside, Rows, Scratch, TeacherTokens
 from student.alignment.spans import Spans, covered_path
 from student.alignment.tables import Csr, PairTables
 from student.alignment.targets import SparseTargets, Targets
@@ -47,7 +47,7 @@ class TargetKernels:
         candidates = self._find_candidates(spans, read)
         inside = paths.survivors(spans, read, candidates, self._tokens, self._count_longer(spans), self.min_known_mass)
         chained, anchored = paths.observed_logprobs(spans, read, candidates, self._tokens, inside.kept)
-        built = events.build_events(
+        event_counts, event_mass, member_counts, members, tail, known, disagreements = events.build_events(
             spans,
             read,
             inside,
@@ -61,10 +61,18 @@ class TargetKernels:
         counts = Counter(
             contradictions=int(read.contradicts[spans.teacher_index].sum()),
             unusable_rows=int((~read.usable[spans.teacher_index]).sum()),
-            disagreements=built.disagreements,
-            below_known_mass=int((built.known[~spans.is_anchor] < self.min_known_mass).sum()),
+            disagreements=disagreements,
+            below_known_mass=int((known[~spans.is_anchor] < self.min_known_mass).sum()),
         )
-        return Targets(_sparse(built), chained.astype(np.float32), anchored.astype(np.float32), counts)
+        sparse = SparseTargets(
+            event_offsets=offsets_of(event_counts),
+            event_mass=event_mass.astype(np.float32),
+            member_offsets=offsets_of(member_counts),
+            members=members,
+            tail=tail.astype(np.float32),
+            known=known.astype(np.float32),
+        )
+        return Targets(sparse, chained.astype(np.float32), anchored.astype(np.float32), counts)
 
     def _find_candidates(self, spans: Spans, read: Rows) -> Candidates:
         matches, reach = rows.match_lengths(spans, read, self._tokens)
@@ -102,14 +110,3 @@ class TargetKernels:
         found = Csr.of(self.tables.continuations(*covered_path(spans, i)) for i in longer.tolist())
         counts[longer] = np.diff(found.offsets)
         return Csr(offsets_of(counts), found.values)
-
-
-def _sparse(built: Events) -> SparseTargets:
-    return SparseTargets(
-        event_offsets=offsets_of(built.counts),
-        event_mass=built.mass.astype(np.float32),
-        member_offsets=offsets_of(built.member_counts),
-        members=built.members,
-        tail=built.tail.astype(np.float32),
-        known=built.known.astype(np.float32),
-    )

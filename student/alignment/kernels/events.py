@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from student.alignment.kernels.arrays import Events, Floats, Ids, Inside, Ints, Rows, Scratch
+from student.alignment.kernels.arrays import Floats, Ids, Inside, Ints, Rows, Scratch
 from student.alignment.spans import Spans
 from student.alignment.tables import Csr
 
@@ -19,8 +19,9 @@ from student.alignment.tables import Csr
 def build_events(
     spans: Spans, rows: Rows, inside: Inside, tokenizations: Csr, extensions: Csr, inside_extensions: Csr, longer: Csr,
     anchored: Floats, scratch: Scratch,
-) -> Events:  # fmt: skip
-    """Events of every position.
+) -> tuple[Ids, Floats, Ids, Ids, Floats, Floats, int]:  # fmt: skip
+    """Events of every position: their counts [S], mass and member counts of each event, members, tail and known mass
+    [S], and how often the observed pair was not related.
 
     Args:
         tokenizations, extensions: of every teacher token [V_T].
@@ -108,7 +109,7 @@ def build_events(
         for e in range(first_event, events_total):
             assigned += event_mass[e]
         tail[i] = max(0.0, 1 - assigned)
-    return Events(
+    return (
         event_counts, event_mass[:events_total], member_counts[:events_total], members[:members_total].copy(),
         tail, known, disagreements,
     )  # fmt: skip
