@@ -188,8 +188,6 @@ PAIRS: dict[str, tuple[Callable[[], Tokenizer], Callable[[], Tokenizer]]] = {
     "llama3-llada": (llama3, llada_like),
     "llada-llama3": (llada_like, llama3),
     "llama3-tekken": (llama3, tekken),
-    "tekken-llama3": (tekken, llama3),
-    "llama3-qwen": (llama3, qwen),
     "qwen-llama3": (qwen, llama3),
     "llama3-llada without digits split": (llama3, lambda: llada_like(False)),
 }

@@ -195,12 +195,12 @@ def test_masses_are_the_enumerated_probabilities(seed: int, teacher_merges: int,
 @pytest.mark.slow
 def test_hundreds_of_random_pairs_are_nearly_always_exact() -> None:
     tally = Counter[str]()
-    for seed in range(400):
+    for seed in range(200):
         check_world(world_of(seed, seed % 6, seed % 7), seed, tally)
     # Merges without any order between the vocabularies are the hardest case that there is.
-    assert tally["exact"] > 0.9 * tally["positions"] > 3000
-    assert tally["inside exact"] > 500
-    assert tally["longer exact"] > 50
+    assert tally["exact"] > 0.9 * tally["positions"] > 1500
+    assert tally["inside exact"] > 250
+    assert tally["longer exact"] > 25
 
 
 @pytest.mark.parametrize(("teacher_merges", "student_merges"), [(6, 0), (0, 0)])

@@ -21,26 +21,26 @@ SETTINGS = LossSettings(loss="kl", block_length=4)
 END = 1
 
 
-@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("p", [0.1, 0.9])
 def test_the_expected_loss_is_the_sum_over_all_masks(p: float) -> None:
-    sample = make_sample("a", 3, 6, vocabulary=VOCABULARY - 1)
+    sample = make_sample("a", 3, 5, vocabulary=VOCABULARY - 1)
     model = tiny_model().double()
     module = DistillationModule(model, SETTINGS)
     ids = torch.tensor(sample.input_ids, dtype=torch.int64)
     prompt, answer = sample.input_ids[:3].astype(np.int64), sample.input_ids[3:].astype(np.int64)
     found = expected = 0.0
-    for bits in itertools.product([False, True], repeat=6):
+    for bits in itertools.product([False, True], repeat=5):
         masked = np.array(bits)
         probability = p ** masked.sum() * (1 - p) ** (~masked).sum()
-        batch = collate([[(sample, mask_answer(prompt, answer, masked, p, MASK))]], pad_id=0, row_tokens=12)
-        assert batch.target_count == 6
+        batch = collate([[(sample, mask_answer(prompt, answer, masked, p, MASK))]], pad_id=0, row_tokens=8)
+        assert batch.target_count == 5
         with torch.no_grad():
             found += probability * float(module(batch)[0]) / batch.target_count
             # The definition, with a model call of its own: the whole sequence bidirectional, no padding.
             hidden = torch.cat([ids[:3], ids[3:].where(~torch.tensor(bits), torch.tensor(MASK))])
             logits = model(hidden[None]).logits[0, 3:]
             each = F.cross_entropy(logits, ids[3:], reduction="none")
-            expected += probability * float(each[torch.tensor(bits)].sum() / p) / 6
+            expected += probability * float(each[torch.tensor(bits)].sum() / p) / 5
     assert found == pytest.approx(expected, rel=1e-6)  # the weight 1 / p is float32
 
 
