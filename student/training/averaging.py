@@ -8,8 +8,7 @@ and one pass over them a step. A skipped step leaves it as it is.
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -78,27 +77,12 @@ def _stepped_by_parameter(engine: Any) -> dict[torch.nn.Parameter, torch.Tensor]
     return dict(zip(chain(*parameters), chain(*stepped), strict=True))
 
 
-def convert(saved: Path, universal: Path, to_universal: Callable[[Path, Path], None]) -> None:
-    """Add the average in the checkpoint `saved` to its universal copy.
-
-    DeepSpeed's conversion knows Adam's moments alone. So it converts a second copy, whose first moment is the average.
-    """
-    with tempfile.TemporaryDirectory(dir=saved.parent) as scratch:
-        copy, converted = Path(scratch, saved.name), Path(scratch, universal.name)
-        copy.mkdir()
-        for path in saved.iterdir():
-            if not path.name.endswith("_optim_states.pt"):
-                (copy / path.name).symlink_to(path.resolve())
-                continue
-            content = torch.load(path, map_location="cpu", weights_only=False)
-            optimizer = content["optimizer_state_dict"]
-            by_stage = optimizer.get("base_optimizer_state") or optimizer["optimizer_state_dict"]  # 1 and 2, or 3
-            for state in by_stage["state"].values():
-                state["exp_avg"] = state[KEY]
-            torch.save(content, copy / path.name)
-        to_universal(copy, converted)
-        for average in converted.glob("zero/*/exp_avg.pt"):
-            average.rename(universal / "zero" / average.parent.name / f"{KEY}.pt")
+def add_to_universal(average: dict[str, torch.Tensor], universal: Path) -> None:
+    """Put the whole average, by the student's names, beside the moments, which alone DeepSpeed's conversion knows."""
+    for name, value in average.items():
+        folder = universal / "zero" / f"model.{name}"
+        if folder.exists():  # not of what is frozen
+            torch.save({"param": value.float()}, folder / f"{KEY}.pt")
 
 
 def load_universal(engine: Any, folder: Path) -> None:
@@ -111,6 +95,5 @@ def load_universal(engine: Any, folder: Path) -> None:
     for weights in optimizer.fp32_partitioned_groups_flat:
         optimizer.optimizer.state[weights][KEY] = torch.zeros_like(weights)
     for parameter in (parameter for group in optimizer.fp16_groups for parameter in group):
-        value = torch.load(folder / "zero" / optimizer.param_names[parameter] / f"{KEY}.pt", weights_only=True)
-        value = value["param"] if isinstance(value, dict) else value
-        safe_set_full_optimizer_state(parameter, value, KEY)
+        saved = torch.load(folder / "zero" / optimizer.param_names[parameter] / f"{KEY}.pt", weights_only=True)
+        safe_set_full_optimizer_state(parameter, saved["param"], KEY)

@@ -172,7 +172,7 @@ def prune(directory: Path, keep: int) -> None:
 
 
 def complete(
-    directory: Path, identity: dict[str, Any], is_longer: Callable[[dict[str, Any]], bool] | None = None
+    directory: Path, identity: dict[str, Any], is_longer: Callable[[dict[str, Any]], bool] = lambda _: False
 ) -> list[Checkpoint]:
     """Checkpoints whose save came to its end, the newest first; the log names the others.
 
@@ -190,7 +190,7 @@ def complete(
                 "%s has no %s: its save was interrupted or is an earlier release's; it is not used", folder, COMPLETE
             )
             continue
-        if is_longer is None or not is_longer(found.identity):
+        if not is_longer(found.identity):
             require_same_run(found.identity, identity, folder)
         checkpoints.append(found)
     return checkpoints
@@ -294,10 +294,10 @@ def reshard(checkpoint: Checkpoint, ranks: int, zero_stage: int) -> Path:
         checkpoint.directory, checkpoint.ranks, checkpoint.zero_stage, ranks, zero_stage,
     )  # fmt: skip
     _to_universal(checkpoint.directory, target)
-    if _has_average(checkpoint):
-        averaging.convert(checkpoint.directory, target, _to_universal)
     if (checkpoint.zero_stage == 3) != (zero_stage == 3):
         _bridge_stages(target, to_zero3=zero_stage == 3)
+    if _has_average(checkpoint):
+        averaging.add_to_universal(_average(checkpoint), target)
     return target
 
 
@@ -311,6 +311,16 @@ def _to_universal(saved: Path, target: Path) -> None:
 
 def _has_average(checkpoint: Checkpoint) -> bool:
     return checkpoint.identity.get("train.ema") is not None
+
+
+def _average(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    path = checkpoint.directory / AVERAGE
+    if not path.exists():
+        raise CheckpointError(
+            f"{checkpoint.directory} has no {AVERAGE}, so it is an earlier release's: train on from it, by "
+            f"{checkpoint.ranks} ranks under ZeRO-{checkpoint.zero_stage}"
+        )
+    return load_file(path)
 
 
 def _bridge_stages(folder: Path, to_zero3: bool) -> None:
@@ -384,9 +394,7 @@ def whole_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
     folder = checkpoint.directory
     if _has_average(checkpoint):
-        if not (folder / AVERAGE).exists():
-            raise CheckpointError(f"{folder} has no {AVERAGE}, so it is an earlier release's: train on from it")
-        return load_file(folder / AVERAGE)
+        return _average(checkpoint)
     for path in sorted(folder.rglob("*.pt")):
         if (problem := _code_in(path)) is not None:
             raise CheckpointError(f"{folder}: {problem}, so it is not of this project's training; train it anew here")
