@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from student.losses.objective import named_sums, summarize
+from student.losses.objective import loss_scale, named_sums, summarize
 from student.losses.settings import LossSettings
 from student.losses.targets import TargetBatch
 from tests.fixtures.loss_cases import (
@@ -78,19 +78,6 @@ def test_kl_of_complete_rows_is_ligers_and_hybrid_too(dense):
     )
     assert ours.total.item() / 6 == pytest.approx(theirs.item(), rel=1e-6)
     torch.testing.assert_close(*(torch.autograd.grad(x, student)[0] for x in (ours.total / 6, theirs)))
-
-
-@pytest.mark.slow
-def test_kl_of_complete_rows_is_trls(dense, monkeypatch):
-    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
-    from trl.experimental.gkd.gkd_trainer import GKDTrainer
-
-    student, teacher = dense
-    targets = complete_targets(teacher.softmax(1), [0] * 6)
-    ours = dense_terms(student, targets, KL).total
-    theirs = GKDTrainer.generalized_jsd_loss(student[None], teacher[None], beta=0.0, reduction="sum")
-    assert ours.item() == pytest.approx(theirs.item(), rel=1e-9)
-    torch.testing.assert_close(*(torch.autograd.grad(x, student)[0] for x in (ours, theirs)))
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5])
@@ -245,3 +232,13 @@ def test_summary_says_none_where_nothing_was_summed():
     assert log["loss"] is None
     assert log["kl"] is None
     assert log["alpha_by_depth"] == [None, None]
+
+
+def test_scale_undoes_both_divisions():
+    assert loss_scale(100, world_size=1, accumulation_steps=1) == 1 / 100
+    # DeepSpeed divides by 4 accumulation steps and averages over 8 ranks.
+    assert loss_scale(100, world_size=8, accumulation_steps=4) / 4 / 8 == pytest.approx(1 / 100)
+
+
+def test_a_step_without_targets_has_scale_zero():
+    assert loss_scale(0, world_size=2, accumulation_steps=1) == 0

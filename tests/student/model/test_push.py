@@ -27,6 +27,7 @@ from student.model.source import resolve
 from student.model.tokenizer import train_tokenizer
 from student.planning.shapes import shape_of
 from tests.fixtures.hub import Hub
+from tests.fixtures.served_run import special_ids
 from tests.fixtures.tiny_model import tiny_model
 from tests.fixtures.toy_run import TEXT, load_toy, write_toy_shards
 
@@ -42,8 +43,7 @@ def config(tmp_path: Path) -> PipelineConfig:
     config = load_toy(tmp_path)
     write_toy_shards(config, train=6, held_out=2)
     tokenizer = train_tokenizer([TEXT] * 3, 300)
-    ids = {name: getattr(tokenizer, name) for name in ("mask_token_id", "bos_token_id", "eos_token_id", "pad_token_id")}
-    model = tiny_model(vocab_size=len(tokenizer), draft_block_length=4, **ids)
+    model = tiny_model(vocab_size=len(tokenizer), draft_block_length=4, **special_ids(tokenizer))
     # As transformers leaves it of a start on this machine.
     model.config._name_or_path = str(config.student_init_dir)
     save_student(model, tokenizer, config.student_final_dir)

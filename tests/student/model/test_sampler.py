@@ -11,6 +11,7 @@ from student.model.generate import default_settings, generate
 from student.model.sampler import SamplerSettings, denoise, sample
 from student.model.tokenizer import train_tokenizer
 from tests.fixtures.conversations import conversations
+from tests.fixtures.served_run import special_ids
 from tests.fixtures.tiny_model import MASK, anchored_row, random_ids, tiny_config, tiny_model
 
 
@@ -164,8 +165,7 @@ def test_special_tokens_in_what_is_said_are_text_and_in_raw_text_are_tokens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = train_tokenizer(["what does it mean?"] * 3, 300)
-    shape: dict[str, Any] = {"vocab_size": len(tokenizer), "mask_token_id": tokenizer.mask_token_id}
-    save_student(tiny_model(**shape, eos_token_id=tokenizer.eos_token_id), tokenizer, tmp_path)
+    save_student(tiny_model(vocab_size=len(tokenizer), **special_ids(tokenizer)), tokenizer, tmp_path)
     asked: list[list[int]] = []
     steps: list[int] = []
 
@@ -192,8 +192,7 @@ def test_a_student_that_knows_one_answer_gives_it(tmp_path: Path) -> None:
     """Train on one conversation until it is known by heart, save, and ask."""
     question, answer = next(conversations(1))
     tokenizer = train_tokenizer([question, answer] * 3, 300)
-    shape: dict[str, Any] = {"vocab_size": len(tokenizer), "mask_token_id": tokenizer.mask_token_id, "init_std": 0.05}
-    model = tiny_model(**shape, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    model = tiny_model(vocab_size=len(tokenizer), init_std=0.05, **special_ids(tokenizer))
     turns = [{"role": "user", "content": question}]
     prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
     response = [*tokenizer(answer)["input_ids"], tokenizer.convert_tokens_to_ids("<|eot_id|>")]

@@ -18,6 +18,7 @@ from student.model.tokenizer import train_tokenizer
 from student.training.module import DistillationModule
 from tests.fixtures.aligned_samples import make_sample
 from tests.fixtures.conversations import conversations
+from tests.fixtures.served_run import special_ids
 from tests.fixtures.tiny_model import MASK, tiny_model, with_sequential_head
 
 ANCHORS = [0, 3, 9, 11]  # the last block goes over the response's end
@@ -70,8 +71,7 @@ def tokenizer() -> Any:
 
 
 def test_it_lies_beside_a_checkpoint_that_is_plain(tmp_path: Path, tokenizer: Any) -> None:
-    ids = {"mask_token_id": tokenizer.mask_token_id, "eos_token_id": tokenizer.eos_token_id}
-    model = with_sequential_head(tiny_model(vocab_size=len(tokenizer), **ids))
+    model = with_sequential_head(tiny_model(vocab_size=len(tokenizer), **special_ids(tokenizer)))
     save_student(model, tokenizer, tmp_path)
     assert not [name for name in tensor_shapes(tmp_path) if "sequential" in name]
     loaded, _ = load_student(tmp_path)
@@ -91,8 +91,9 @@ def test_it_lies_beside_a_checkpoint_that_is_plain(tmp_path: Path, tokenizer: An
 
 @pytest.mark.parametrize("damage", ["cut off", "another width", "other names"])
 def test_one_that_does_not_fit_is_refused(tmp_path: Path, tokenizer: Any, damage: str) -> None:
-    ids = {"mask_token_id": tokenizer.mask_token_id, "eos_token_id": tokenizer.eos_token_id}
-    save_student(with_sequential_head(tiny_model(vocab_size=len(tokenizer), **ids)), tokenizer, tmp_path)
+    save_student(
+        with_sequential_head(tiny_model(vocab_size=len(tokenizer), **special_ids(tokenizer))), tokenizer, tmp_path
+    )
     file = tmp_path / FILE
     if damage == "cut off":
         file.write_bytes(file.read_bytes()[:-50])
