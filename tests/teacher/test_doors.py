@@ -112,31 +112,6 @@ def test_the_doors_agree(
     assert record.response_ids.tolist() == response_ids
 
 
-@pytest.mark.parametrize("name", ["end of turn", "end of turn and of line", "end of text", "plain"])
-def test_a_response_has_exactly_one_end(name: str, tokenizer: Any, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    end = tokenizer.convert_tokens_to_ids(END)
-    _, ids = scored(tokenizer, tmp_path, *CASES[name], None)
-    assert ids[-1] == end
-    assert tokenizer.decode(ids[:-1]) in ("Paris.", "Seventeen.")
-    # With rows the number of rows says whether the end is among them.
-    for rows in (len(ids), len(ids) - 1):
-        entry = {"prompt": "x", "response": CASES[name][1], "logits": [[0.0]] * rows, "tokenID": [[5]] * rows}
-        record = EntryReader(tiny_checkpoint, ImportSettings()).record(entry, "here", 0)
-        assert record.response_ids.tolist() == ids[:rows]
-
-
-def test_a_prompts_file_of_rendered_text_has_one_beginning(tokenizer: Any, tmp_path: Path) -> None:
-    ids = collected(tokenizer, tmp_path, RENDERED, None)
-    assert tokenizer.decode(ids) == RENDERED
-    assert ids.count(tokenizer.convert_tokens_to_ids(HEADER)) == 2
-
-
-def test_special_tokens_in_words_are_no_tokens(tokenizer: Any, tmp_path: Path) -> None:
-    ids = collected(tokenizer, tmp_path, CASES["end in words"][0], None)
-    assert ids.count(tokenizer.convert_tokens_to_ids(END)) == 1  # the template's own
-    assert f"what does {END} mean?" in tokenizer.decode(ids)
-
-
 @pytest.mark.slow
 def test_the_demo_s_prompts_have_the_ids_of_apply_chat_template() -> None:
     root = Path(__file__).parents[2]

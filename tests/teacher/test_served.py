@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +15,7 @@ from shared.dataset.reader import Dataset
 from shared.dataset.records import Record
 from shared.errors import ServiceError
 from teacher.engine.service import ServiceEngine
+from teacher.prompts import load_prompts
 from tests.fixtures.teacher_server import Server
 from tests.teacher.conftest import finish, teacher, write_config
 
@@ -123,29 +121,15 @@ def test_another_model_behind_the_url_is_refused(folder: Path, tiny_model: Path,
         ServiceEngine(teacher.model_copy(update={"model": str(copy)}), top_k=8)
 
 
-def test_a_teacher_writes_prompts_and_goes_on_after_a_kill(folder: Path, tiny_model: Path, server: Server) -> None:
+def test_a_teacher_writes_prompts(folder: Path, tiny_model: Path, server: Server) -> None:
     server.wait()
+    written = folder / "written.jsonl"
+    section = f"{{path: {written}, count: 20, max_prompt_tokens: 100, min_characters: 2}}"
     config = config_of(folder, tiny_model, "write", [server.url])
-
-    def write(path: Path) -> subprocess.Popen[str]:
-        section = f"{{path: {path}, count: 200, max_prompt_tokens: 100, min_characters: 2}}"
-        return teacher("write-prompts", config, "--set", f"collect.write_prompts={section}")
-
-    whole, cut = folder / "whole.jsonl", folder / "cut.jsonl"
-    output = finish(write(whole))
-    assert "drafts" in output
-    process = write(cut)
-    partial = cut.with_name("cut.jsonl.partial")
-    while not partial.exists():
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    if not cut.exists():
-        finish(write(cut))
-    assert cut.read_text() == whole.read_text()
-    assert not partial.exists()
-    finish(teacher("plan", config, "--set", f"collect.prompts={whole}"))
+    assert "drafts" in finish(teacher("write-prompts", config, "--set", f"collect.write_prompts={section}"))
+    prompts = load_prompts(written)
+    assert len({prompt.content for prompt in prompts}) == 20
+    assert {prompt.skill for prompt in prompts} == {"self-generated"}
 
 
 def test_a_speculating_server_and_one_of_few_logprobs_are_refused(folder: Path, tiny_model: Path) -> None:

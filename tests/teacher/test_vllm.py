@@ -1,15 +1,11 @@
-"""The real engine, on the demo's real teacher: what is captured is what the model says. A kill costs nothing.
+"""The real engine, on a random teacher: what is captured is what the model says.
 
-Each engine lives in a process of its own, as it does for users: vLLM leaves global state behind.
+The engine lives in a process of its own, as it does for users: vLLM leaves global state behind.
 """
 
 from __future__ import annotations
 
-import json
 import multiprocessing
-import os
-import signal
-import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,35 +14,34 @@ import numpy as np
 import pytest
 
 from shared.config import load_config
-from shared.dataset.reader import Dataset
-from shared.dataset.records import Record, Sampling
+from shared.dataset.records import Sampling
 from shared.dataset.split import stable_hash
-from tests.fixtures.random_teacher import save_random_teacher, write_run
-from tests.teacher.conftest import finish, teacher, write_config
+from tests.fixtures.random_teacher import save_random_teacher
+from tests.teacher.conftest import write_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.usefixtures("warm_serving")]
 
-ROOT = Path(__file__).parents[2]
-DEMO = ROOT / "configs" / "demo.yaml"
 K = 16
-PROMPTS = 40
+VOCABULARY = 300
+"""Tokens of the tiny checkpoint."""
 TOLERANCE = 2e-3
 """Nats between decoding and scoring in float32; a shift by one position is off by whole nats."""
 
 
-def _probe() -> dict[str, Any]:
+def _probe(folder: Path) -> dict[str, Any]:
     """Answers of one engine, captured in every way that there is."""
-    from teacher.checkpoints import ensure_checkpoint, load_tokenizer
+    from teacher.checkpoints import load_tokenizer
     from teacher.engine import Engine, Request
     from teacher.prompts import Renderer, load_prompts
 
     # Not all prompts fit into one forward; vLLM's CPU build cannot read a seeded request's in parts.
-    small = ["teacher.max_sequence_tokens=128", "teacher.prefill_tokens=64"]
-    config = load_config(DEMO, ["teacher.kv_cache_gib=1", "teacher.max_num_seqs=8", *small])
+    config = load_config(
+        folder / "config.yaml",
+        ["teacher.kv_cache_gib=1", "teacher.enforce_eager=true", "teacher.max_num_seqs=8", "teacher.prefill_tokens=64"],
+    )
     renderer = Renderer(load_tokenizer(config.teacher))
-    prompts = load_prompts(ROOT / config.collect.prompts)[::90][:6]
-    rendered = {prompt.id: renderer.render(prompt).ids for prompt in prompts}
-    engine = Engine(config.teacher, str(ensure_checkpoint(config.teacher)), top_k=K)
+    rendered = {prompt.id: renderer.render(prompt).ids for prompt in load_prompts(folder / "prompts.jsonl")}
+    engine = Engine(config.teacher, config.teacher.model, top_k=K)
 
     def answer(temperature: float, seed: int, only: str | None = None) -> dict[str, Any]:
         requests = [
@@ -76,9 +71,16 @@ def _probe() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def probe() -> dict[str, Any]:
+def folder(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("probe")
+    write_config(folder, save_random_teacher(tiny_checkpoint, folder / "teacher"), prompts=6)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def probe(folder: Path) -> dict[str, Any]:
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_probe).result()
+        return pool.submit(_probe, folder).result()
 
 
 def test_the_numpy_rows_are_verified_and_equal_vllms_own_container(probe: dict[str, Any]) -> None:
@@ -101,6 +103,22 @@ def test_rows_belong_to_their_tokens(probe: dict[str, Any]) -> None:
         np.testing.assert_allclose(answer.columns.logprobs[:, 0], answer.columns.logprobs[:, 1], atol=1e-5)
 
 
+def test_the_rows_are_the_model_s_own(probe: dict[str, Any], folder: Path) -> None:
+    """As transformers computes them in float32, from the whole text at once."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "teacher", dtype=torch.float32)
+    for key, answer in probe["sampled"].items():
+        prompt = probe["prompts"][key]
+        text = np.concatenate([prompt, answer.response_ids])[None].astype(np.int64)
+        with torch.inference_mode():
+            logprobs = model(torch.from_numpy(text)).logits[0, len(prompt) - 1 : -1].log_softmax(-1).numpy()
+        expected = np.take_along_axis(logprobs, answer.columns.ids.astype(np.int64), axis=1)
+        np.testing.assert_allclose(answer.columns.logprobs, expected, atol=TOLERANCE)
+        np.testing.assert_allclose(answer.columns.logprobs[:, 1:], -np.sort(-logprobs, axis=1)[:, :K], atol=TOLERANCE)
+
+
 def test_scoring_a_text_agrees_with_generating_it(probe: dict[str, Any]) -> None:
     """The same rows, from a prefill and from decoding; the rows one position off must not pass for them."""
     from teacher.capture import response_columns, to_distributions
@@ -109,8 +127,8 @@ def test_scoring_a_text_agrees_with_generating_it(probe: dict[str, Any]) -> None
     for key, answer in probe["greedy"].items():
         length, prompt = len(answer.response_ids), len(probe["prompts"][key])
         rows = response_columns(probe["scored"][key].columns, prompt, length)
-        generated = to_distributions(answer.columns, answer.response_ids, 49_152)
-        scored = to_distributions(rows, answer.response_ids, 49_152)
+        generated = to_distributions(answer.columns, answer.response_ids, VOCABULARY)
+        scored = to_distributions(rows, answer.response_ids, VOCABULARY)
         np.testing.assert_allclose(scored.sampled, generated.sampled, atol=TOLERANCE)
         np.testing.assert_allclose(scored.logprobs, generated.logprobs, atol=TOLERANCE)
         np.testing.assert_allclose(scored.tail, generated.tail, atol=TOLERANCE)
@@ -127,98 +145,3 @@ def test_a_sample_depends_on_its_seed_and_not_on_its_neighbours(probe: dict[str,
         for key, found in probe["other_seed"].items()
     ]
     assert sum(different) >= len(different) // 2
-
-
-# --- the command line, killed and resumed -----------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def runs(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`whole` collected in one go; `cut` killed twice, by SIGKILL and by ctrl-C, and resumed; `scored` from `whole`."""
-    folder = tmp_path_factory.mktemp("collect")
-    base = write_config(folder, save_random_teacher(tiny_checkpoint, folder / "teacher"), prompts=PROMPTS)
-    decoding = [
-        {"split": "train", "temperature": 0, "max_response_tokens": 24},
-        {"split": "train", "temperature": 1, "max_response_tokens": 24},
-        {"split": "held_out", "temperature": 0, "max_response_tokens": 24},
-    ]
-    whole, cut, scored = (
-        write_run(base, name, top_k=K, unit_prompts=2, decoding=decoding) for name in ("whole", "cut", "scored")
-    )
-    finish(teacher("collect", whole))
-    commits = folder / "runs" / "cut" / "shards" / "commits"
-    for number, how in ((2, signal.SIGKILL), (6, signal.SIGINT)):
-        process = teacher("collect", cut)
-        while len(list(commits.glob("*.json"))) < number:
-            assert process.poll() is None, process.communicate()[0]
-            time.sleep(0.02)
-        os.kill(process.pid, how)
-        output, _ = process.communicate(timeout=60)
-        assert process.returncode != 0, f"it was done before it could be killed:\n{output}"
-        assert "Traceback" not in output
-    (folder / "resumed.txt").write_text(finish(teacher("collect", cut)))
-    finish(teacher("score", scored, "--set", f"collect.responses={folder / 'runs/whole/shards'}"))
-    return folder
-
-
-def _records(folder: Path, name: str) -> dict[str, Record]:
-    return {record.sample_id: record for record in Dataset.open(folder / "runs" / name / "shards").records()}
-
-
-def test_killed_and_resumed_is_uninterrupted(runs: Path) -> None:
-    whole, cut = _records(runs, "whole"), _records(runs, "cut")
-    assert list(whole) == list(cut)
-    for key, record in whole.items():
-        again = cut[key]
-        assert record.prompt_text == again.prompt_text
-        np.testing.assert_array_equal(record.response_ids, again.response_ids)
-        assert record.distributions is not None
-        assert again.distributions is not None
-        np.testing.assert_allclose(record.distributions.sampled, again.distributions.sampled, atol=TOLERANCE)
-    names = [
-        sorted(str(p.relative_to(runs / "runs" / name)) for p in (runs / "runs" / name).rglob("*"))
-        for name in ("whole", "cut")
-    ]
-    assert names[0] == names[1]  # no stray file
-
-
-def test_resuming_repeated_nothing(runs: Path) -> None:
-    words = " ".join((runs / "resumed.txt").read_text().split())
-    total = len(Dataset.open(runs / "runs" / "cut" / "shards").manifest.units)
-    done = int(words.partition(f" of {total} units are there")[0].split()[-1])
-    assert 6 <= done < total
-
-
-def test_a_finished_run_is_not_started_again(runs: Path) -> None:
-    before = (runs / "runs/whole/shards/manifest.json").read_bytes()
-    started = time.monotonic()
-    output = finish(teacher("collect", runs / "whole.yaml"))
-    assert "0 to collect" in " ".join(output.split())
-    assert "vLLM" not in output
-    assert time.monotonic() - started < 60
-    assert (runs / "runs/whole/shards/manifest.json").read_bytes() == before
-
-
-def test_the_summary_is_measured(runs: Path) -> None:
-    summary = json.loads((runs / "runs/whole/collect.json").read_text())
-    records = _records(runs, "whole")
-    assert summary["responses"] == len(records)
-    assert 1.5 * PROMPTS < len(records) < 2 * PROMPTS  # those in training two times
-    assert summary["tokens"] == sum(len(record.response_ids) for record in records.values())
-    assert summary["tokens_per_s"] > 0
-    kept = [record.distributions.tail for record in records.values() if record.distributions is not None]
-    assert summary["mean_topk_mass"] == pytest.approx(1 - np.concatenate(kept).mean(), abs=1e-3)
-    assert summary["capture_ratio"] is None  # it was not asked for
-
-
-def test_a_scored_dataset_has_the_collected_rows(runs: Path) -> None:
-    whole, scored = _records(runs, "whole"), _records(runs, "scored")
-    assert whole.keys() == scored.keys()
-    for key, record in whole.items():
-        again = scored[key]
-        np.testing.assert_array_equal(record.response_ids, again.response_ids)
-        assert (record.sampling, record.finish_reason) == (again.sampling, again.finish_reason)
-        assert record.distributions is not None
-        assert again.distributions is not None
-        # Both were rounded to 1/1024 nat on disk.
-        np.testing.assert_allclose(record.distributions.sampled, again.distributions.sampled, atol=TOLERANCE + 1 / 512)
