@@ -38,6 +38,7 @@ _logger = logging.getLogger(__name__)
 
 # Settings that change how a product is made or kept, not what it is.
 _WITHOUT_EFFECT = {"prepare": {"workers"}, "student": {"lora"}, "evaluate": {"batch"}}
+_DECIDES_DRAFTS = {"block_length", "draft_vocabulary", "denoising_steps", "denoising_order", "keep_extendable"}
 
 
 # --- fingerprints ---------------------------------------------------------------------------------------
@@ -147,8 +148,11 @@ def prepared_identity(settings: PrepareConfig, inputs: dict[str, str]) -> dict[s
 
 
 def evaluation_identity(config: PipelineConfig) -> dict[str, Any]:
-    """Of evaluate.json. Of the training's settings it has those by which held-out text is laid out and masked."""
+    """Of evaluate.json. Of the training's settings it has those by which held-out text is laid out and masked, of the
+    drafter's those that decide what is drafted."""
     identity = _settings("evaluate", config.evaluate)
+    identity["speculate.drafter"] = config.speculate.drafter.model_dump(include=_DECIDES_DRAFTS, exclude_defaults=True)
+    identity["speculate.max_context_tokens"] = config.speculate.max_context_tokens
     identity |= present(config, "dataset", "prepared data", "start", "model")
     train = _settings("train", config.train)
     layout = {"train.block_length", "train.max_sequence_tokens", "train.objectives"}
@@ -161,6 +165,7 @@ def evaluation_identity(config: PipelineConfig) -> dict[str, Any]:
 def speculation_identity(config: PipelineConfig) -> dict[str, Any]:
     """Of speculate.json, and of what else decodes with the student and the teacher."""
     identity = _settings("speculate", config.speculate) | present(config, "dataset", "model")
+    identity["speculate.drafter"] = config.speculate.drafter.model_dump(exclude_defaults=True)
     if config.speculate.dtype is None:
         identity["teacher.dtype"] = config.teacher.dtype
     return identity | {"teacher.quantization": config.teacher.quantization}
@@ -186,6 +191,11 @@ def differences(made: Mapping[str, Any], now: Mapping[str, Any], config: Pipelin
         for key in sorted(made.keys() & now.keys())
         if made[key] != now[key]
     ]
+
+
+def unrecorded(made: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """`key: …` for all of `now` that `made` does not say, where silence is no agreement."""
+    return [f"{key}: not recorded there" for key in sorted(now.keys() - made.keys())]
 
 
 def _shown(value: Any) -> str:

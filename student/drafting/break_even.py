@@ -121,7 +121,9 @@ class RehearsedProposer(LladaProposer):
             return draft
         right = int(self.accepted + self.random.random())
         following = said[len(context) :][: self.draft_tokens].tolist()
-        return following[:right] + [(token + 1) % self.vocabulary for token in following[right:]]
+        assert self.drafter is not None
+        vocabulary = len(self.drafter.bridge.teacher)
+        return following[:right] + [(token + 1) % vocabulary for token in following[right:]]
 
 
 def needed(measured: list[dict[str, Any]]) -> float:

@@ -30,7 +30,7 @@ from numpy.typing import ArrayLike, NDArray
 from shared.errors import VocabularyError
 from shared.tokenizer.vocabulary import Encoder, Vocabulary
 from student.alignment.tables import special_counterparts
-from student.drafting.tokens import TokenBuffer, leading_matches
+from student.drafting.tokens import leading_matches
 
 # No apostrophes: contractions (`I'll`) are tokens that start with one, and split unlike other punctuation.
 _SPLITTER_CANDIDATES = ' \t\r\n.,;:!?()[]{}<>"/*=，。、；：！？（）「」'
@@ -44,26 +44,18 @@ class BridgedContext:
     """One request's context in both vocabularies; made and extended by `ByteBridge`.
 
     Attributes:
-        teacher: what has been bridged so far.
-        student: the same text; a later `extend` may change what lies beyond the last stable boundary.
-        stable: how many tokens of `student` no later text can change.
-        unchanged: how many tokens of `student` the last `extend` left as they were.
+        teacher_ids: what has been bridged so far.
+        student_ids: the same text; a later `extend` may change what lies beyond the last stable boundary.
+        stable: how many tokens of `student_ids` no later text can change.
+        unchanged: how many tokens of `student_ids` the last `extend` left as they were.
         open_bytes: text after the last stable boundary, or after the last special token.
     """
 
-    teacher: TokenBuffer = field(default_factory=TokenBuffer)
-    student: TokenBuffer = field(default_factory=TokenBuffer)
+    teacher_ids: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
+    student_ids: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
     stable: int = 0
     unchanged: int = 0
     open_bytes: bytes = b""
-
-    @property
-    def teacher_ids(self) -> NDArray[np.int32]:
-        return self.teacher.ids
-
-    @property
-    def student_ids(self) -> NDArray[np.int32]:
-        return self.student.ids
 
 
 class ByteBridge:
@@ -117,8 +109,8 @@ class ByteBridge:
         first = context.stable
         ids, stable, text = self._student_tokens(context, new)
         context.unchanged = first + leading_matches(context.student_ids[first:], ids)
-        context.teacher.write(len(context.teacher), new)
-        context.student.write(first, ids)
+        context.teacher_ids = np.concatenate((context.teacher_ids, new.astype(np.int32)))
+        context.student_ids = np.concatenate((context.student_ids[:first], ids))
         context.stable, context.open_bytes = stable, text
         return context
 

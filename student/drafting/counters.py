@@ -31,7 +31,7 @@ def _prometheus(name: str) -> Any:
 
 
 class Counters:
-    """Counts by name and label. `counts` is since the start or the last `reset`; Prometheus' never go back."""
+    """Counts by name and label, since the start."""
 
     def __init__(self) -> None:
         self.counts: Counter[tuple[str, str]] = Counter()
@@ -40,9 +40,6 @@ class Counters:
         if amount:
             self.counts[name, label] += amount  # type: ignore[assignment]
             _prometheus(name).labels(label).inc(amount)
-
-    def reset(self) -> None:
-        self.counts.clear()
 
     def tree(self) -> dict[str, dict[str, float]]:
         """name → label → count, for JSON."""

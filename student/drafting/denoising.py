@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Order = Literal["confidence", "left_to_right"]
+from shared.config.speculate import Order
 
 
 @dataclass(frozen=True)

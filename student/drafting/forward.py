@@ -29,9 +29,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from shared.config.speculate import Way
 from shared.errors import CheckpointError
 from student.drafting.denoising import Denoising
-from student.drafting.products import Linear, Way, activation_dtype, fused, local, of_weight, separate
+from student.drafting.products import Linear, activation_dtype, fused, local, of_weight, separate
 from student.model.modeling_llada import LladaForMaskedDiffusion, rotary_tables
 from student.model.prefix_cache import DraftStep, PrefixCache, page_bytes
 from student.model.sequential_head import SequentialHead

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike
 
 CANDIDATES = 20
@@ -78,6 +79,7 @@ class Tally:
         statistic = float(deviation_C[kept] @ np.linalg.solve(covariance_CxC[np.ix_(kept, kept)], deviation_C[kept]))
         if (np.abs(deviation_C[~possible_C]) > 0.5).any():
             statistic = math.inf
+        half_freedom = torch.tensor(max(freedom, 1) / 2, dtype=torch.float64)
         spread = math.sqrt(covariance_CxC[0, 0])
         by_position = {
             name: {"tokens": int(count), "mean_logprob": logprob / count, "outside_top_5": outside / count}
@@ -86,21 +88,9 @@ class Tally:
         }
         return {
             "tokens": int(tokens),
-            "p": chi_square_tail(statistic, freedom),
+            "p": float(torch.special.gammaincc(half_freedom, torch.tensor(statistic / 2, dtype=torch.float64))),
             "detectable": _NONCENTRALITY * spread / tokens if tokens else None,
             "observed": dict(zip(CLASSES, self.observed_C, strict=True)),
             "expected": dict(zip(CLASSES, self.expected_C, strict=True)),
             "by_position": by_position,
         }
-
-
-def chi_square_tail(statistic: float, freedom: int) -> float:
-    """P(χ² with so many degrees of freedom ≥ statistic); 1 without any freedom and any deviation."""
-    import torch
-
-    if math.isinf(statistic):
-        return 0.0
-    if freedom == 0:
-        return 1.0
-    half = torch.tensor([freedom / 2, statistic / 2], dtype=torch.float64)
-    return float(torch.special.gammaincc(half[0], half[1]))

@@ -249,10 +249,6 @@ class Policy:
         self._asked_R[rows] = self.draft_tokens  # what is not worth verifying was paid for, too
         self._maker_R[: len(given_R)] = plan.maker_R
 
-    def read(self, row: int) -> int:
-        """Tokens of the row's context that LLaDA has read."""
-        return int(self._read_R[row])
-
     # --- what to do ---------------------------------------------------------------------------------------
 
     def plan(self, going: int, open_R: NDArray[np.bool_], found_RxK: Ints) -> Plan:

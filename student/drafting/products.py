@@ -17,15 +17,16 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from shared.config.speculate import Way
+
 logger = logging.getLogger(__name__)
 
-Way = Literal["float32", "bfloat16", "float16_weights"]
 Linear = Callable[[Tensor], Tensor]
 
 _ROWS, _ROUNDS = 6, 5

@@ -34,12 +34,13 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch.distributed import ProcessGroup
 
+from shared.config.speculate import DrafterConfig, Way
 from shared.errors import CheckpointError, ConfigError
 from shared.tokenizer.vocabulary import Encoder, Vocabulary, load_tokenizer
 from student.drafting.bridge import BridgedContext, ByteBridge
 from student.drafting.denoising import Denoising
 from student.drafting.frequencies import frequent_tokens
-from student.drafting.products import Way, fastest_way
+from student.drafting.products import fastest_way
 from student.model.prefix_cache import pages_for
 
 if TYPE_CHECKING:
@@ -117,41 +118,35 @@ class Drafter:
         teacher: Vocabulary,
         teacher_tokenizer: str | Path,
         draft_tokens: int,
-        block_length: int | None = None,
+        options: DrafterConfig,
         *,
-        memory_bytes: int | None = None,
         max_context_tokens: int | None = None,
-        draft_vocabulary: int | None = None,
         way: Way | Literal["fastest"] | None = "fastest",
         group: ProcessGroup | None = None,
-        denoising: Denoising | None = None,
         in_turns: bool = False,
-        keep_extendable: bool = False,
     ) -> Drafter:
         """A drafter for `teacher` of a loaded student and the tokenizer in its `directory`.
 
         Args:
             model: in evaluation mode, on its device.
             teacher_tokenizer: the teacher's tokenizer; its vocabulary must be `teacher`.
-            block_length: null is what the student was trained on (its config's `draft_block_length`).
+            options: the block's length, where there is none, is the model's `draft_block_length`.
             max_context_tokens: longest context, in student tokens, block included; null is the model's own limit. A
                 longer context gets no draft.
-            draft_vocabulary: draft only so many student tokens, the most frequent of the training responses, and the
-                ends of turn and text; null is all.
-            way: how products are computed; null reads the weights of a model that is in training (`DraftForward`).
-            denoising: how a block is filled; null is one step.
+            way: how products are computed; "fastest" is `options.dtype`, or else measured; null reads the weights of a
+                model that is in training (`DraftForward`).
             group: ranks that share the weights out; all must make the same calls. Each has loaded the whole model,
                 which is left in parts.
 
         Raises:
             CheckpointError: if no block length is given or recorded, or model and tokenizer do not belong together.
             VocabularyError: if a tokenizer cannot be read, or the teacher's is not `teacher`.
-            ConfigError: if `memory_bytes` is less than a page of the cache.
+            ConfigError: if `options.memory_gib` is less than a page of the cache.
         """
         from student.drafting.forward import DraftForward
         from student.drafting.parallel import shard
 
-        length = block_length or model.config.draft_block_length
+        length = options.block_length or model.config.draft_block_length
         if length is None:
             raise CheckpointError(
                 f"{directory}/config.json has no draft_block_length, so this student was not trained to draft; "
@@ -159,11 +154,11 @@ class Drafter:
             )
         bridge = ByteBridge(teacher, Encoder.from_tokenizer(teacher_tokenizer, teacher), *load_tokenizer(directory))
         draftable = bridge.draftable_ids
-        if draft_vocabulary is not None:
-            kept = frequent_tokens(Path(directory), draft_vocabulary)
+        if options.draft_vocabulary is not None:
+            kept = frequent_tokens(Path(directory), options.draft_vocabulary)
             draftable = draftable[np.isin(draftable, kept) | bridge.student.is_special[draftable]]
         if way == "fastest":
-            way = fastest_way(model.device)
+            way = options.dtype or fastest_way(model.device)
         if group is not None:
             assert way is not None, "a model in training is not shared out"
             chosen = [way]  # one for all: each rank has measured for itself
@@ -171,15 +166,16 @@ class Drafter:
             way = chosen[0]
             shard(model, group)
         limit = model.config.max_sequence_length
+        denoising = Denoising(options.denoising_steps, options.denoising_order)
         forward = DraftForward(model, draftable, way, min(limit, max_context_tokens or limit), group, denoising)
         return cls(
             forward,
             bridge,
             draft_tokens,
             length,
-            memory_bytes=memory_bytes,
+            memory_bytes=None if options.memory_gib is None else int(options.memory_gib * 2**30),
             in_turns=in_turns,
-            keep_extendable=keep_extendable,
+            keep_extendable=options.keep_extendable,
         )
 
     def propose(self, request_ids: Sequence[Hashable], contexts: Sequence[ArrayLike]) -> list[list[int]]:
@@ -197,11 +193,13 @@ class Drafter:
         rows = [np.asarray(ids) for ids in contexts]
         requests = self._find(request_ids, rows)
         for request, row in zip(requests, rows, strict=True):
-            self.bridge.extend(request.context, row[len(request.context.teacher) :])
+            self.bridge.extend(request.context, row[len(request.context.teacher_ids) :])
             self.cache.truncate(request.slot, min(self.cache.length(request.slot), request.context.unchanged))
         longest = self.forward.max_tokens - self.block_length
-        waiting = [request for request in requests if len(request.context.student) <= longest]
-        self.passed_over = {request.name: "too long" for request in requests if len(request.context.student) > longest}
+        waiting = [request for request in requests if len(request.context.student_ids) <= longest]
+        self.passed_over = {
+            request.name: "too long" for request in requests if len(request.context.student_ids) > longest
+        }
         self.confidence = {}
         drafts: dict[int, list[int]] = {}
         while waiting:
@@ -238,7 +236,7 @@ class Drafter:
             if found[row] is None:
                 candidates = [request for request in free.values() if request.continues_to(context)]
                 if candidates:
-                    found[row] = free.pop(max(candidates, key=lambda request: len(request.context.teacher)).slot)
+                    found[row] = free.pop(max(candidates, key=lambda request: len(request.context.teacher_ids)).slot)
         requests = [request or _Request(next(self._numbers)) for request in found]
         for name, request in zip(names, requests, strict=True):
             request.name = name
@@ -273,7 +271,7 @@ class Drafter:
         return admitted, others
 
     def _pages_of(self, request: _Request) -> int:
-        return pages_for(len(request.context.student) + self.block_length)
+        return pages_for(len(request.context.student_ids) + self.block_length)
 
     def _new(self, request: _Request) -> NDArray[np.int32]:
         """Student tokens of a request that are not cached."""

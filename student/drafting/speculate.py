@@ -110,7 +110,7 @@ def variants(
 
 
 def held_out_prompts(dataset: Dataset, most: int | None, max_sequence_tokens: int) -> dict[str, list[int]]:
-    """Prompt id → the teacher's tokens, each held-out prompt once, in order of id.
+    """Prompt id → the teacher's tokens, each held-out prompt once, in order of id, the first `most`.
 
     Raises:
         DatasetError: if there is none, or one leaves no room for an answer.
@@ -122,13 +122,14 @@ def held_out_prompts(dataset: Dataset, most: int | None, max_sequence_tokens: in
         raise DatasetError(
             "the dataset holds no held-out prompt; collect with collect.held_out above 0 and a held_out decoding"
         )
+    prompts = {name: prompts[name] for name in sorted(prompts)[:most]}
     too_long = next((name for name, ids in prompts.items() if len(ids) >= max_sequence_tokens), None)
     if too_long is not None:
         raise DatasetError(
             f"held-out prompt {too_long!r} has {len(prompts[too_long])} tokens, but teacher.max_sequence_tokens is "
             f"{max_sequence_tokens}; raise it to what the dataset was collected with"
         )
-    return {name: prompts[name] for name in sorted(prompts)[:most]}
+    return prompts
 
 
 def shared_arguments(config: PipelineConfig) -> dict[str, Any]:
@@ -148,22 +149,29 @@ def drafter_arguments(config: PipelineConfig, student: str, dataset: Dataset | N
         dataset: whose copy of the teacher's tokenizer is taken; null takes the one that vLLM serves with.
 
     Raises:
-        ConfigError: if `speculate.drafter` has an unknown name or value.
+        CheckpointError: if there is no student.
     """
-    options: dict[str, Any] = {"student": student, "block_length": config.train.block_length}
-    options |= {key: getattr(config.speculate, key) for key in ("max_context_tokens", "policy", "lookup")}
-    options |= {"acceptance_by_confidence": measured_chances(config)}
+    settings = config.speculate
+    found: dict[str, Any] = {
+        "block_length": read_config(Path(student)).draft_block_length or config.train.block_length,
+        "acceptance_by_confidence": measured_chances(config),
+    }
     if dataset is not None:
-        options |= {"teacher_tokenizer": str(dataset.tokenizer_dir), "teacher_roles": dataset.vocabulary.roles}
-    options |= config.speculate.drafter
-    DrafterOptions.parse(options, "speculate.drafter")
+        found |= {"teacher_tokenizer": str(dataset.tokenizer_dir), "teacher_roles": dataset.vocabulary.roles}
+    options = DrafterOptions(
+        student=student,
+        max_context_tokens=settings.max_context_tokens,
+        policy=settings.policy,
+        lookup=settings.lookup,
+        **found | settings.drafter.model_dump(exclude_none=True),
+    )
     return {
         "speculative_config": {
             "method": "custom_class",
             "model": "student.drafting.vllm_proposer.LladaProposer",
             "num_speculative_tokens": config.speculate.draft_tokens,
         },
-        "additional_config": {OPTIONS_KEY: options},
+        "additional_config": {OPTIONS_KEY: options.model_dump(exclude_none=True)},
     }
 
 

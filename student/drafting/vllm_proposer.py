@@ -29,25 +29,22 @@ from __future__ import annotations
 import logging
 import time
 import traceback
-from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
+from pydantic import PositiveInt, ValidationError
 
+from shared.config.speculate import DrafterConfig
 from shared.errors import CheckpointError, ConfigError
 from shared.tokenizer.vocabulary import Vocabulary
 from student.drafting import vllm_sampling
 from student.drafting.acceptance import LLADA, MAKERS, Ints
-from student.drafting.confidence import BINS
 from student.drafting.counters import Counters
-from student.drafting.denoising import Denoising, Order
 from student.drafting.lookup import Lookup
 from student.drafting.policy import Plan, Policy
-from student.drafting.products import Way
 from student.drafting.propose import Drafter
 from student.lineage import warn_of_another_teacher
 from student.model.export import load_student
@@ -61,73 +58,38 @@ logger = logging.getLogger(__name__)
 OPTIONS_KEY = "llada_drafter"
 
 
-@dataclass(frozen=True)
-class DrafterOptions:
-    """What `additional_config["llada_drafter"]` may hold.
+class DrafterOptions(DrafterConfig):
+    """What `additional_config["llada_drafter"]` may hold: the keys of `speculate.drafter`, and these.
 
     Attributes:
         student: directory of the trained student.
-        teacher_tokenizer: directory of the teacher's tokenizer; null is the one that vLLM serves with.
-        teacher_roles: role → id of its special tokens, where its settings and chat template do not say.
-        block_length: null is the student's own.
-        memory_gib: of the contexts' keys and values, allocated when vLLM loads its model; a request that finds no room
-            is not drafted for. Null is room for 16 contexts of the longest length, or a tenth of what is free.
-        max_context_tokens: longest context that is drafted for, in student tokens; null is the student's limit.
-        keep_extendable: also propose a last token that further bytes could still merge.
-        draft_vocabulary: draft only so many student tokens, the most frequent of the training responses; null is all.
-        dtype: of the student's products, a way of `products.py`; null measures which is fastest on this device.
-        policy: draft only where it is expected to pay; false drafts for every request in every step.
-        lookup: also propose what followed the same words before in the context.
-        acceptance_by_confidence: chances that the policy starts from, one for each bin of `confidence.py`, as
-            `student evaluate` measures them; null takes the student's confidence for them.
-        denoising_steps, denoising_order: how a block is filled (`Denoising`).
+        max_context_tokens, policy, lookup: as in the config's section `speculate`.
     """
 
     student: str
-    teacher_tokenizer: str | None = None
-    teacher_roles: dict[str, int] | None = None
-    block_length: PositiveInt | None = None
-    memory_gib: PositiveFloat | None = None
     max_context_tokens: PositiveInt | None = None
-    keep_extendable: bool = False
-    draft_vocabulary: PositiveInt | None = None
-    dtype: Way | None = None
     policy: bool = True
     lookup: bool = True
-    acceptance_by_confidence: Annotated[list[float | None], Field(min_length=BINS, max_length=BINS)] | None = None
-    denoising_steps: PositiveInt = 1
-    denoising_order: Order = "confidence"
 
     @classmethod
     def of(cls, vllm_config: VllmConfig) -> DrafterOptions:
         """Read them from vLLM's config.
 
         Raises:
-            ConfigError: if they are missing or have unknown keys.
+            ConfigError: if they are missing, or have unknown keys or values.
         """
         options = vllm_config.additional_config
         given = options.get(OPTIONS_KEY) if isinstance(options, dict) else None
-        return cls.parse(given, f"additional_config[{OPTIONS_KEY!r}]")
-
-    @classmethod
-    def parse(cls, given: Any, place: str) -> DrafterOptions:
-        """Of a mapping that stands at `place`.
-
-        Raises:
-            ConfigError: if it is none, lacks `student`, or has unknown keys or values.
-        """
-        known = [field.name for field in fields(cls)]
-        if not isinstance(given, dict) or "student" not in given or not set(given) <= set(known):
-            raise ConfigError(
-                f"{place} is {given!r}, expected a mapping with 'student', the trained student's directory, and at "
-                f"most the keys {known}"
-            )
         try:
-            return TypeAdapter(cls).validate_python(given)
+            return cls.model_validate(given)
         except ValidationError as error:
             problem = error.errors()[0]
-            at, value = "".join(f"[{key!r}]" for key in problem["loc"]), problem["input"]
-            raise ConfigError(f"{place}{at} is {value!r}: {problem['msg']}") from error
+            at = "".join(f"[{key!r}]" for key in problem["loc"])
+            raise ConfigError(
+                f"additional_config[{OPTIONS_KEY!r}]{at} is {problem['input']!r}: {problem['msg']}; expected is a "
+                "mapping with 'student', the trained student's directory, and at most the keys "
+                f"{', '.join(cls.model_fields)}"
+            ) from error
 
 
 class LladaProposer:
@@ -152,18 +114,15 @@ class LladaProposer:
         """In each token of this step's drafts, by row."""
         self.lookup: Lookup | None = None
         self.ends: frozenset[int] = frozenset()
-        self.vocabulary = 0
-        """Ids from here on are none of the teacher's; 0 where they are not checked."""
         self.counters = Counters()
         self._logged: set[tuple[str, int | None]] = set()
         self._ended = time.perf_counter()
         self.reset()
 
     def reset(self, **changes: Any) -> None:
-        """Forget what was measured and counted, and go on with other `policy` or `lookup` options."""
-        self.options = replace(self.options, **changes)
+        """Forget what was measured, and go on with other `policy` or `lookup` options."""
+        self.options = self.options.model_copy(update=changes)
         self.policy = self._new_policy()
-        self.counters.reset()
         if self.drafter is not None:
             self._load_lookup()
 
@@ -216,17 +175,11 @@ class LladaProposer:
             teacher,
             tokenizer,
             self.draft_tokens,
-            self.options.block_length,
-            memory_bytes=None if self.options.memory_gib is None else int(self.options.memory_gib * 2**30),
+            self.options,
             max_context_tokens=self.options.max_context_tokens,
-            draft_vocabulary=self.options.draft_vocabulary,
-            way=self.options.dtype or "fastest",
-            keep_extendable=self.options.keep_extendable,
-            denoising=Denoising(self.options.denoising_steps, self.options.denoising_order),
             group=None if self.ranks is None else self.ranks.device_group,
         )
         self.ends = teacher.end_ids
-        self.vocabulary = len(teacher)
 
     def propose(
         self,
@@ -278,12 +231,10 @@ class LladaProposer:
             found_RxK = self.lookup.find(np.flatnonzero(going_R), lengths, tokens_RxL)
         plan = policy.plan(int(going_R.sum()), going_R & ~policy.refused_R[:rows], found_RxK)
 
-        chosen = [row for row in plan.llada_rows.tolist() if self._in_vocabulary(row, lengths[row], tokens_RxL)]
-        llada_rows = np.array(chosen, int)
         self._passed_over.clear()
         self._confidence.clear()
         started = time.perf_counter()
-        drafted = self._draft(self._agreed(chosen), lengths, tokens_RxL)
+        drafted = self._draft(self._agreed(plan.llada_rows.tolist()), lengths, tokens_RxL)
         spent = time.perf_counter() - started
         confidence_RxK = np.zeros((rows, self.draft_tokens))
         for row, confidence in self._confidence.items():
@@ -292,8 +243,8 @@ class LladaProposer:
         made = {row: found_RxK[row].tolist() for row in np.flatnonzero(plan.maker_R != LLADA)} | drafted
         drafts = [made.get(row, [])[: handed_on_R[row]] for row in range(rows)]
         given_R = np.array([len(draft) for draft in drafts])
-        policy.drafted(plan, given_R, llada_rows, spent, confidence_RxK)
-        if chosen:
+        policy.drafted(plan, given_R, plan.llada_rows, spent, confidence_RxK)
+        if len(plan.llada_rows):
             self.counters.add("seconds", MAKERS[LLADA], spent)
         self._count(plan, given_R, going_R & (given_R == 0), [row for row, draft in drafted.items() if draft])
         return drafts
@@ -320,13 +271,6 @@ class LladaProposer:
         ):
             self.counters.add("undrafted", reason, int((undrafted_R & these_R).sum()))
             undrafted_R &= ~these_R
-
-    def _in_vocabulary(self, row: int, length: int, tokens_RxL: NDArray[Any]) -> bool:
-        """Whether the drafter knows every token of the row that it has not read yet; else the request is refused."""
-        unread = tokens_RxL[row, self.policy.read(row) : length]
-        known = not self.vocabulary or (unread.min(initial=0) >= 0 and unread.max(initial=0) < self.vocabulary)
-        self.policy.refused_R[row] |= not known
-        return bool(known)
 
     def _agreed(self, rows: list[int] | None) -> list[int]:
         """The rows that the leading rank drafts for, on every rank: clocks differ, so that only one of them plans."""

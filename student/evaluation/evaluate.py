@@ -23,7 +23,7 @@ from student.drafting.propose import Drafter
 from student.drafting.steps import spans
 from student.evaluation.measure import HeldOut, drafter_of, gathered, measure
 from student.evaluation.offline_acceptance import steps_along
-from student.lineage import IDENTITY, differences, evaluation_identity, require_current_model
+from student.lineage import IDENTITY, differences, evaluation_identity, require_current_model, unrecorded
 from student.model.export import load_student
 from student.model.generate import answer, default_settings
 from student.training import launch
@@ -88,7 +88,8 @@ def outstanding(config: PipelineConfig) -> Work:
     require_current_model(config)
     identity = evaluation_identity(config)
     earlier = read_json(config.run_dir / RESULT) or {}
-    changed = differences(earlier.get(IDENTITY) or {}, identity) if "before" in earlier else ["all"]
+    made = earlier.get(IDENTITY) or {}
+    changed = [*differences(made, identity), *unrecorded(made, identity)] if "before" in earlier else ["all"]
     if not changed:
         logger.info("already evaluated: %s", config.run_dir / RESULT)
         return Work(earlier, identity, ())

@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from shared.config import PipelineConfig, TrainConfig
+from shared.config.speculate import Way
 from shared.console import progress
 from shared.dataset.reader import Dataset
 from shared.dataset.records import Record
@@ -28,7 +30,6 @@ from student.data.batch import LaidOut, collate
 from student.data.blocks import fitting_anchors, lay_out, leaves_room
 from student.data.packing import pack
 from student.data.random_masking import randomly_masked
-from student.drafting.products import Way
 from student.drafting.propose import Drafter
 from student.evaluation.bounds import acceptance_bounds
 from student.evaluation.offline_acceptance import OfflineAcceptance, draft_along
@@ -150,15 +151,7 @@ class Measurement:
             "alpha_high": high / positions if positions else None,
         }
         figures: dict[str, Any] = dict(bounds)
-        if (headline := self.acceptance.get(rule)) is not None:
-            figures |= {
-                "tau": 1 + headline.mean_accepted,
-                "accepted_one_hot": headline.mean_accepted,
-                "by_depth": headline.by_depth(),
-                "drafts": headline.drafts,
-                "by_skill": headline.by_skill(),
-            }
-        figures["rules"] = {
+        rules = {
             name: {
                 "tau": 1 + result.mean_accepted,
                 "acceptance_length": result.acceptance_length,
@@ -168,6 +161,10 @@ class Measurement:
             }
             for name, result in self.acceptance.items()
         }
+        if (headline := self.acceptance.get(rule)) is not None:
+            figures |= {key: rules[rule][key] for key in ("tau", "by_depth", "drafts")}
+            figures |= {"accepted_one_hot": headline.mean_accepted, "by_skill": headline.by_skill()}
+        figures["rules"] = rules
         figures["ratio"] = {} if self.sums is None else _of_blocks(self.sums) | bounds
         figures["masked_ce"] = self.masked[0] / self.masked[1] if self.masked[1] else None
         return figures
@@ -186,10 +183,13 @@ def _of_blocks(sums: torch.Tensor) -> dict[str, Any]:
 
 def merged(parts: Sequence[Measurement]) -> Measurement:
     """The measurement of all parts together."""
-    rules = {rule for part in parts for rule in part.acceptance}
+    acceptance = {
+        rule: reduce(add, [part.acceptance[rule] for part in parts if rule in part.acceptance])
+        for rule in dict.fromkeys(rule for part in parts for rule in part.acceptance)
+    }
     sums = [part.sums for part in parts if part.sums is not None]
     return Measurement(
-        {rule: OfflineAcceptance.merged([p.acceptance[rule] for p in parts if rule in p.acceptance]) for rule in rules},
+        acceptance,
         sum(sums[1:], sums[0]) if sums else None,
         tuple(sum(column) for column in zip(*(part.alpha for part in parts), strict=True)),
         tuple(sum(column) for column in zip(*(part.masked for part in parts), strict=True)),
@@ -232,7 +232,8 @@ def measure(
 
 
 def drafter_of(held_out: HeldOut, model: Any, directory: Path, way: Way | None = None) -> Drafter | None:
-    """A loaded student as a drafter for the teacher of the held-out text; None where no text is drafted along.
+    """A loaded student as a drafter for the teacher of the held-out text, with the options that it is served with; None
+    where no text is drafted along.
 
     Args:
         directory: has the student's tokenizer.
@@ -240,13 +241,19 @@ def drafter_of(held_out: HeldOut, model: Any, directory: Path, way: Way | None =
     """
     if not any(held_out.records.values()):
         return None
+    config = held_out.config
+    options = config.speculate.drafter
+    changes: dict[str, Any] = {"block_length": options.block_length or config.train.block_length, "memory_gib": None}
+    if directory != config.student_final_dir:  # only a trained student has counts of its tokens (`frequencies.py`)
+        changes["draft_vocabulary"] = None
     return Drafter.from_student(
         model,
         directory,
         held_out.dataset.vocabulary,
         held_out.dataset.tokenizer_dir,
-        held_out.config.evaluate.draft_tokens,
-        held_out.config.train.block_length,
+        config.evaluate.draft_tokens,
+        options.model_copy(update=changes),
+        max_context_tokens=config.speculate.max_context_tokens,
         way=way,
         in_turns=True,
     )

@@ -8,8 +8,9 @@ after n accepted tokens the teacher adds one of its own, so that the next draft 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,50 +23,61 @@ from student.drafting.steps import Step
 from student.drafting.tokens import leading_matches
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class OfflineAcceptance:
-    """What came of N drafts.
+    """What came of some drafts; that of more of them is the sum.
 
     Attributes:
-        skills_N: of each draft's prompt.
-        proposed_N, accepted_N: tokens of each draft, which may be empty, and those of them that were accepted.
         draft_tokens: tokens drafted at most.
+        counts: drafts by the skill of their prompt and the number of their tokens that were accepted.
+        empty: drafts without a token, which are among them.
         by_confidence: [2, bins] tokens verified and accepted, by the drafter's confidence in them (`confidence.count`).
     """
 
-    skills_N: NDArray[np.str_]
-    proposed_N: NDArray[np.int64]
-    accepted_N: NDArray[np.int64]
     draft_tokens: int
-    by_confidence: NDArray[np.int64]
+    counts: Counter[tuple[str, int]] = field(default_factory=Counter)
+    empty: int = 0
+    by_confidence: NDArray[np.int64] = field(default_factory=lambda: np.zeros((2, confidence.BINS), np.int64))
 
-    @classmethod
-    def merged(cls, parts: Sequence[OfflineAcceptance]) -> OfflineAcceptance:
-        """Of responses that were drafted along in parts."""
-        skills_N, proposed_N, accepted_N = (
-            np.concatenate([getattr(part, name) for part in parts]) for name in ("skills_N", "proposed_N", "accepted_N")
+    def __add__(self, other: OfflineAcceptance) -> OfflineAcceptance:
+        return OfflineAcceptance(
+            self.draft_tokens,
+            self.counts + other.counts,
+            self.empty + other.empty,
+            self.by_confidence + other.by_confidence,
         )
-        counts = np.sum([part.by_confidence for part in parts], axis=0)
-        return cls(skills_N, proposed_N, accepted_N, parts[0].draft_tokens, counts)
+
+    def of_skill(self, skill: str) -> OfflineAcceptance:
+        """Of the prompts of one skill, without what is not counted by skill."""
+        counts = {key: count for key, count in self.counts.items() if key[0] == skill}
+        return OfflineAcceptance(self.draft_tokens, Counter(counts))
 
     @property
     def drafts(self) -> int:
-        return len(self.accepted_N)
+        return self.counts.total()
+
+    @property
+    def accepted(self) -> int:
+        """Tokens, of all drafts."""
+        return sum(accepted * count for (_, accepted), count in self.counts.items())
 
     @property
     def mean_accepted(self) -> float:
         """Accepted tokens per draft; the acceptance length tau is this plus the teacher's own token."""
-        return float(self.accepted_N.sum()) / max(self.drafts, 1)
+        return self.accepted / max(self.drafts, 1)
 
     @property
     def acceptance_length(self) -> float:
         """1 + accepted tokens per draft that is not empty: what vLLM counts, which sees no empty draft."""
-        return 1 + float(self.accepted_N.sum()) / max(int((self.proposed_N > 0).sum()), 1)
+        return 1 + self.accepted / max(self.drafts - self.empty, 1)
 
     def by_depth(self) -> list[float]:
         """Share of drafts whose first d tokens were accepted, d = 1 …"""
-        depths = range(1, self.draft_tokens + 1)
-        return [float((self.accepted_N >= depth).sum()) / max(self.drafts, 1) for depth in depths]
+        reached = (
+            sum(count for (_, accepted), count in self.counts.items() if accepted >= depth)
+            for depth in range(1, self.draft_tokens + 1)
+        )
+        return [drafts / max(self.drafts, 1) for drafts in reached]
 
     def chances(self) -> list[dict[str, Any]]:
         """Of each bin of confidence: where it starts, the tokens verified, and the share accepted, null for none."""
@@ -77,8 +89,7 @@ class OfflineAcceptance:
 
     def by_skill(self) -> dict[str, float]:
         """Acceptance length of each skill."""
-        skills = np.unique(self.skills_N).tolist()
-        return {skill: 1 + float(self.accepted_N[self.skills_N == skill].mean()) for skill in skills}
+        return {skill: 1 + self.of_skill(skill).mean_accepted for skill in sorted({skill for skill, _ in self.counts})}
 
 
 def draft_along(
@@ -89,24 +100,16 @@ def draft_along(
     Args:
         advance: is told how many responses have been drafted along since the last call.
     """
-    skills, proposed, accepted = [], [], []
-    by_confidence = np.zeros((2, confidence.BINS), np.int64)
+    found = OfflineAcceptance(drafter.draft_tokens)
     for start in range(0, len(records), batch):
         group = records[start : start + batch]
         for record, _, draft, matches in _drafts(drafter, group):
-            skills.append(record.skill)
-            proposed.append(len(draft))
-            accepted.append(matches)
+            found.counts[record.skill, matches] += 1
+            found.empty += not draft
             sure = np.array([drafter.confidence.get(record.sample_id, [])])
-            by_confidence += confidence.count(sure, np.array([matches]))
+            found.by_confidence += confidence.count(sure, np.array([matches]))
         advance(len(group))
-    return OfflineAcceptance(
-        np.array(skills, np.str_),
-        np.array(proposed, np.int64),
-        np.array(accepted, np.int64),
-        drafter.draft_tokens,
-        by_confidence,
-    )
+    return found
 
 
 def steps_along(drafter: Drafter, record: Record) -> list[Step]:

@@ -126,7 +126,7 @@ def _stale(config: PipelineConfig, stages: dict[str, dict[str, Any]]) -> dict[st
     }
     stale = {}
     for name, (made, wanted) in now.items():
-        problems = ["it does not say what it was made from"] if made is None else differences(made, wanted, config)
+        problems = ["it does not say what it was made from"] if not made else differences(made, wanted, config)
         if stages[name] and problems:
             command = _COMMANDS.get(name, f"student {name}")
             stale[name] = f"{'; '.join(problems)}; run `{command}` again"
@@ -221,6 +221,7 @@ def _page(config: PipelineConfig, report: dict[str, Any], pictures: list[tuple[s
     from student.alignment.prepare import REASONS
 
     counts = report["details"]["prepare"].get("counts", {})
+    made = report["details"]["train"].get(IDENTITY) or {}  # fingerprints, and settings, which have a dot
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("student.evaluation", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -234,7 +235,10 @@ def _page(config: PipelineConfig, report: dict[str, Any], pictures: list[tuple[s
         identical=_identical(report["details"]["speculate"]),
         met=[(reason, counts[key]) for key, reason in REASONS.items() if counts.get(key)],
         speeds=_cards(config, report),
-        provenance=_provenance(config, report),
+        provenance=[
+            ("teacher", config.teacher.model),
+            *((key, value) for key, value in made.items() if "." not in key),
+        ],
         certificate=report["details"]["certify"].get("passed"),
         answers=report["details"]["evaluate"].get("answers", []),
     )
@@ -249,12 +253,6 @@ def _cards(config: PipelineConfig, report: dict[str, Any]) -> list[tuple[float |
     ]
     words = {True: "slower than without a draft", False: "as fast as without a draft", None: "speed with a draft"}
     return [(speedup, f"{words[None if speedup is None else speedup < 1]}, {case}") for speedup, case in cases]
-
-
-def _provenance(config: PipelineConfig, report: dict[str, Any]) -> list[tuple[str, Any]]:
-    """The teacher, and the fingerprints of what the student was trained from."""
-    trained = report["details"]["train"].get(IDENTITY) or {}
-    return [("teacher", config.teacher.model), *((key, value) for key, value in trained.items() if "." not in key)]
 
 
 def figure(value: Any) -> str:
@@ -279,35 +277,33 @@ Stage = tuple[str, str, list[tuple[str, Any]]]
 
 def _stages(config: PipelineConfig, report: dict[str, Any]) -> list[Stage]:
     """For the page and the screen."""
-    stale = report["stale"]
-    return [
-        (name, f"out of date: {stale[name]}" if name in stale else what, rows)
-        for name, what, rows in _figures(config, report)
-    ]
+    stages: list[Stage] = []
 
+    def add(name: str, what: str, rows: list[tuple[str, Any]]) -> None:
+        stale = report["stale"].get(name)
+        stages.append((name, what if stale is None else f"out of date: {stale}", rows))
 
-def _figures(config: PipelineConfig, report: dict[str, Any]) -> Iterator[Stage]:
     train, speculate = report["train"], report["speculate"]
     before, after, rule = (report["evaluate"][key] for key in ("before", "after", "rule"))
     alpha = _known("{:.3f} … {:.3f}", after["alpha_low"], after["alpha_high"])
     what = f"{config.teacher.model} answered; its top {config.collect.top_k} were kept"
-    yield "collect", what, [(label, report["collect"][key]) for key, label in COLLECT.items()]
+    add("collect", what, [(label, report["collect"][key]) for key, label in COLLECT.items()])
     what = "stored rows were mapped to the student's vocabulary"
-    yield "prepare", what, [(label, report["prepare"][key]) for key, label in PREPARE.items()]
+    add("prepare", what, [(label, report["prepare"][key]) for key, label in PREPARE.items()])
     rows = [
         ("steps", train["steps"]),
         ("tokens", train["tokens"]),
         ("loss, first → last", _known("{:.3f} → {:.3f}", train["loss_first"], train["loss_last"])),
         ("tokens/s", train["tokens_per_s"]),
     ]
-    yield "train", f"blocks of {config.train.block_length}, loss {config.train.loss}", rows
+    add("train", f"blocks of {config.train.block_length}, loss {config.train.loss}", rows)
     what = f"held-out prompts, {rule} decoding, one-hot drafts of {config.evaluate.draft_tokens} teacher tokens"
     rows = [
         ("acceptance length τ, before → after", _known("{:.3f} → {:.3f}", before["tau"], after["tau"])),
         ("accepted to depth d", after["by_depth"]),
         ("α at depth 1, bounds (T = 1, rejection sampling)", alpha),
     ]
-    yield "evaluate", what, rows
+    add("evaluate", what, rows)
     rows = [
         *_one_in_flight(report),
         ("many in flight: tokens/s without draft, with", _speeds_of(speculate)),
@@ -315,7 +311,8 @@ def _figures(config: PipelineConfig, report: dict[str, Any]) -> Iterator[Stage]:
         ("outputs identical", _identical(report["details"]["speculate"])),
         *_proven(report["details"]),
     ]
-    yield "speculate", "vLLM decoded the held-out prompts greedily, with the draft and without", rows
+    add("speculate", "vLLM decoded the held-out prompts greedily, with the draft and without", rows)
+    return stages
 
 
 def _one_in_flight(report: dict[str, Any]) -> list[tuple[str, Any]]:

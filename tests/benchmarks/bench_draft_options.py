@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, get_args
 
 import numpy as np
 import typer
@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from shared.config import load_config
+from shared.config.speculate import DrafterConfig, Order
 from shared.console import ConfigArgument, SetOption
-from student.drafting.denoising import Denoising, Order
 from student.drafting.frequencies import FILE, count_tokens, frequent_tokens, write_counts
 from student.drafting.propose import Drafter
 from student.evaluation.measure import HeldOut
@@ -44,21 +44,21 @@ def main(
     samples = [held_out.prepared[int(number)] for number in held_out.prepared.indices("held_out", "greedy")]
     said = np.concatenate([sample.input_ids[sample.prompt_length :] for sample in samples])
     records, tokens = held_out.records["greedy"], config.evaluate.draft_tokens
-    variants: list[dict[str, Any]] = [{"draft_vocabulary": size} for size in sizes or [256, 512, 1024, 2048, 4096]]
-    variants += [{}, *({"denoising": Denoising(n, order)} for n in (2, 4) for order in get_args(Order))]
+    variants = [DrafterConfig(draft_vocabulary=size) for size in sizes or [256, 512, 1024, 2048, 4096]]
+    variants.append(DrafterConfig())
+    variants += [DrafterConfig(denoising_steps=n, denoising_order=order) for n in (2, 4) for order in get_args(Order)]
     rows = []
-    for variant in variants:
+    for options in variants:
         drafter = Drafter.from_student(
             model.eval(),
             directory,
             held_out.dataset.vocabulary,
             held_out.dataset.tokenizer_dir,
             tokens,
-            config.train.block_length,
+            options.model_copy(update={"block_length": config.train.block_length}),
             in_turns=True,
-            **variant,
         )
-        size, way = variant.get("draft_vocabulary"), variant.get("denoising", Denoising())
+        size, steps = options.draft_vocabulary, options.denoising_steps
         kept = drafter.forward._draftable_S.numpy() if size is None else frequent_tokens(directory, size)
         result = draft_along(drafter, records, config.evaluate.batch)
         started = time.perf_counter()
@@ -66,7 +66,7 @@ def main(
         rows.append(
             {
                 "draft vocabulary": len(drafter.forward._draftable_S),
-                "denoising": f"{way.steps}, {way.order}" if way.steps > 1 else "1",
+                "denoising": f"{steps}, {options.denoising_order}" if steps > 1 else "1",
                 "inside": float(np.isin(said, kept).mean()),
                 "tau": 1 + result.mean_accepted,
                 "ms a draft": 1e3 * (time.perf_counter() - started) / alone.drafts,

@@ -30,6 +30,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from shared.config.speculate import DrafterConfig
 from shared.tokenizer.vocabulary import Encoder, Vocabulary
 from student.drafting.bridge import BridgedContext
 from student.drafting.products import available_ways
@@ -197,18 +198,15 @@ def main() -> None:
         directory = options.student or random_student(Path(scratch), options.rows)
         teacher = Vocabulary.from_tokenizer(LLAMA3, LLAMA3_ROLES)
 
-        def of_way(way: Any, **settings: Any) -> Drafter:
+        def of_way(way: Any, draft_vocabulary: int | None = None) -> Drafter:
             model, _ = load_student(directory)
-            return Drafter.from_student(
-                model.eval().to(device), directory, teacher, LLAMA3, 4, way=way, memory_bytes=1 << 30, **settings
-            )
+            drafting = DrafterConfig(dtype=way, memory_gib=1, draft_vocabulary=draft_vocabulary)
+            return Drafter.from_student(model.eval().to(device), directory, teacher, LLAMA3, 4, drafting)
 
         for way in available_ways(device):
             drafters[way] = of_way(way)
             if options.draft_vocabulary:
-                drafters[f"{way}, {options.draft_vocabulary} tokens"] = of_way(
-                    way, draft_vocabulary=options.draft_vocabulary
-                )
+                drafters[f"{way}, {options.draft_vocabulary} tokens"] = of_way(way, options.draft_vocabulary)
         first = next(iter(drafters.values()))
         model, _ = load_student(directory)
         forward: Any = PlainForward(model.eval().to(device), first.bridge.draftable_ids, first.forward.max_tokens)

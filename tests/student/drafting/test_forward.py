@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from shared.config.speculate import Way
 from student.drafting import products
 from student.drafting.denoising import Denoising
 from student.drafting.forward import DraftForward
-from student.drafting.products import Way
 from student.model.attention import AnchoredLayout
 from student.model.modeling_llada import LladaForMaskedDiffusion, PrefixCache
 from student.model.sequential_head import add_sequential_head

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from shared.config import load_config
+from shared.config.speculate import DrafterConfig
 from shared.errors import CheckpointError
 from shared.tokenizer.vocabulary import Vocabulary
 from student.alignment.prepare import prepare
@@ -39,9 +40,8 @@ def test_a_drafter_of_frequent_tokens(tmp_path: Path) -> None:
     def drafter_of(most: int | None) -> Drafter:
         directory = Path(config.teacher.model)
         vocabulary = Vocabulary.from_tokenizer(directory)
-        return Drafter.from_student(
-            model.eval(), student, vocabulary, directory, 4, 4, draft_vocabulary=most, way="float32"
-        )
+        options = DrafterConfig(block_length=4, draft_vocabulary=most, dtype="float32")
+        return Drafter.from_student(model.eval(), student, vocabulary, directory, 4, options)
 
     with pytest.raises(CheckpointError, match="draft over the whole vocabulary"):
         drafter_of(10)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from shared.config.speculate import DrafterConfig
 from shared.errors import CheckpointError, ConfigError, VocabularyError
 from shared.tokenizer.vocabulary import load_tokenizer
 from student.drafting import propose
@@ -18,7 +19,7 @@ from student.drafting.propose import Drafter
 from student.model.configuration_llada import LladaConfig
 from student.model.modeling_llada import LladaForMaskedDiffusion
 from student.model.prefix_cache import PrefixCache, pages_for
-from tests.student.drafting.conftest import CORPUS, STUDENT_ROLES, Side, train_byte_level
+from tests.student.drafting.conftest import CORPUS, Side, train_byte_level
 
 BLOCK = 6
 
@@ -377,17 +378,17 @@ def test_from_student_checks_what_it_is_given(
     from student.model.tokenizer import train_tokenizer
 
     train_tokenizer(CORPUS, 400).save_pretrained(tmp_path / "student")
-    teacher = small_teacher.vocabulary
-    drafter = Drafter.from_student(model, tmp_path / "student", teacher, small_teacher.directory, 4, way="float32")
+    teacher, options = small_teacher.vocabulary, DrafterConfig(dtype="float32")
+    drafter = Drafter.from_student(model, tmp_path / "student", teacher, small_teacher.directory, 4, options)
     assert drafter.block_length == BLOCK
-    other = train_byte_level(tmp_path / "other", 600, list(STUDENT_ROLES.values())[:-1])
+    other = train_byte_level(tmp_path / "other", 600)
     with pytest.raises(VocabularyError, match=teacher.fingerprint[:12]):
-        Drafter.from_student(model, tmp_path / "student", teacher, other, 4)
+        Drafter.from_student(model, tmp_path / "student", teacher, other, 4, options)
     untrained = LladaForMaskedDiffusion(LladaConfig(**{**model.config.to_dict(), "draft_block_length": None}))
     with pytest.raises(CheckpointError, match="draft_block_length"):
-        Drafter.from_student(untrained, tmp_path / "student", teacher, small_teacher.directory, 4)
-    large = train_byte_level(tmp_path / "large", 900, list(STUDENT_ROLES.values()))
-    large_side = ByteBridge(teacher, small_teacher.encoder, *load_tokenizer(large, STUDENT_ROLES))
+        Drafter.from_student(untrained, tmp_path / "student", teacher, small_teacher.directory, 4, options)
+    large = train_byte_level(tmp_path / "large", 900)
+    large_side = ByteBridge(teacher, small_teacher.encoder, *load_tokenizer(large))
     with pytest.raises(CheckpointError, match="rows"):
         forward_of(model, large_side)
 

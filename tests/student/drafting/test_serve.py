@@ -24,7 +24,7 @@ from shared.errors import CheckpointError
 from student.cli import app
 from student.drafting.serve import serve, server_command
 from student.drafting.speculate import held_out_prompts
-from tests.fixtures.served_run import pipeline
+from tests.fixtures.served_run import BLOCK, pipeline
 from tests.test_house import ROOT
 from tests.test_readme import blocks
 
@@ -40,6 +40,11 @@ def test_the_command_is_printed(served_run: Path, served_teacher: Path, capsys: 
     assert json.loads(words[words.index("--additional-config") + 1])["llada_drafter"]["student"] == student
     speculation = json.loads(words[words.index("--speculative-config") + 1])
     assert speculation["num_speculative_tokens"] == 3
+    # A config that was edited since does not change what the student was trained on.
+    edited = pipeline(served_run, served_teacher, train={"block_length": BLOCK + 3})
+    for made in (config, edited):
+        words = server_command(made, student)
+        assert json.loads(words[words.index("--additional-config") + 1])["llada_drafter"]["block_length"] == BLOCK
     assert "--enforce-eager" in server_command(config, student)
     assert "--enable-prefix-caching" in server_command(config, student)
     without = config.model_copy(update={"teacher": config.teacher.model_copy(update={"prefix_caching": False})})

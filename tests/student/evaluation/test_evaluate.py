@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,11 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from shared.config import load_config
 from shared.errors import DatasetError
+from shared.files import write_json
 from student.alignment.prepare import prepare
 from student.data.batch import collate
 from student.data.blocks import lay_out
-from student.evaluation.evaluate import RESULT, answers, evaluate
-from student.evaluation.measure import HeldOut, _rejection_sampling
+from student.evaluation.evaluate import RESULT, answers, evaluate, outstanding
+from student.evaluation.measure import HeldOut, _rejection_sampling, drafter_of
+from student.lineage import evaluation_identity
 from student.losses.settings import LossSettings
 from student.model.export import load_student
 from student.model.initialize import initialize_student
@@ -80,8 +83,33 @@ def test_prompts_that_are_too_long_for_the_student_do_not_end_the_evaluation(tmp
 
     model, tokenizer = load_student(config.student_init_dir)
     model.config.max_sequence_length = shortest
+    drafting = {"keep_extendable": True, "denoising_steps": 2, "draft_vocabulary": 7, "memory_gib": 1e-6}
+    overrides = [f"speculate.drafter={json.dumps(drafting)}", "speculate.max_context_tokens=9"]
+    served = HeldOut.open(load_config(toy_config(tmp_path), overrides))
+    drafter = drafter_of(served, model, config.student_init_dir)
+    assert drafter is not None
+    assert drafter.keep_extendable
+    assert drafter.forward.denoising.steps == 2
+    assert drafter.forward.max_tokens == 9
     (shown,) = answers(held_out, held_out.some(1), model.eval(), tokenizer, config.student_init_dir, None)
     assert "exceed the model's max_sequence_length" in shown["student"]
+
+
+@pytest.mark.parametrize("identity", [{}, None, "without the drafter's options"])
+def test_a_result_that_does_not_say_what_it_was_measured_on_is_measured_again(tmp_path: Path, identity: Any) -> None:
+    config = load_config(toy_config(tmp_path))
+    write_toy_shards(config, train=8, held_out=7)
+    initialize_student(config)
+    prepare(config)
+    shutil.copytree(config.student_init_dir, config.student_final_dir)
+    made = evaluation_identity(config)
+    result = {"before": {}, "after": {}, "identity": made}
+    write_json(config.run_dir / RESULT, result)
+    assert outstanding(config).students == ()
+    if identity:
+        identity = {key: value for key, value in made.items() if key != "speculate.drafter"}
+    write_json(config.run_dir / RESULT, result | {"identity": identity})
+    assert outstanding(config).students == ("before", "after")
 
 
 def flat(tree: Any, name: str = "") -> dict[str, float]:

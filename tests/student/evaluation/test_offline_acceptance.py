@@ -54,8 +54,7 @@ def test_a_perfect_drafter_is_accepted_to_the_end() -> None:
     records = [record("a1", [1, 2, 3, 4, 5, 6, 7, 8, 9]), record("b1", [1, 2, 3])]
     drafter = Oracle(records)
     result = draft_along(drafter, records, batch=2)
-    assert result.accepted_N.tolist() == [3, 2, 3]
-    assert result.skills_N.tolist() == ["a", "b", "a"]
+    assert result.counts == {("a", 3): 2, ("b", 2): 1}
     assert drafter.contexts[0] == [100, 101, 1], "the first response token is the teacher's own"
     assert drafter.responses == {}, "requests are released"
 
@@ -63,7 +62,7 @@ def test_a_perfect_drafter_is_accepted_to_the_end() -> None:
 def test_after_n_accepted_tokens_the_teacher_adds_one() -> None:
     records = [record("a1", [1, 2, 3, 4, 5, 6, 7, 8, 9])]
     result = draft_along(Oracle(records, right=1), records, batch=1)
-    assert result.accepted_N.tolist() == [1, 1, 1, 1]
+    assert result.counts == {("a", 1): 4}
     assert result.mean_accepted == 1
     assert result.by_depth() == [1, 0, 0]
     assert result.by_skill() == {"a": 2}
@@ -81,8 +80,8 @@ def test_empty_drafts_count_for_tau_but_not_for_what_vllm_counts() -> None:
     records = [record("a1", list(range(8)))]
     result = draft_along(EverySecond(records, right=2), records, batch=1)
     # Contexts of 3, 6 and 7 tokens (two of them the prompt): 2 accepted, nothing drafted, the last 2 accepted.
-    assert result.proposed_N.tolist() == [3, 0, 3]
-    assert result.accepted_N.tolist() == [2, 0, 2]
+    assert result.counts == {("a", 2): 2, ("a", 0): 1}
+    assert result.empty == 1
     assert result.mean_accepted == 4 / 3
     assert result.acceptance_length == 3
 
@@ -113,3 +112,13 @@ def test_acceptance_is_counted_by_confidence() -> None:
     result = draft_along(Sure(records), records, batch=1)
     shares = {entry["from"]: entry["accepted"] for entry in result.chances() if entry["tokens"]}
     assert shares == {0.95: 1.0, 0.5: 1.0, 0.0: 1.0}
+
+
+def test_parts_add_up() -> None:
+    records = [record("a1", [1, 2, 3, 4, 5, 6, 7, 8, 9]), record("b1", [1, 2, 3]), record("b2", [4, 5, 6, 7])]
+    first, rest = (draft_along(Sure(part, right=2), part, batch=2) for part in (records[:1], records[1:]))
+    whole, both = draft_along(Sure(records, right=2), records, batch=2), first + rest
+    for figure in ("drafts", "mean_accepted", "acceptance_length"):
+        assert getattr(both, figure) == getattr(whole, figure)
+    for figures in ("by_depth", "by_skill", "chances"):
+        assert getattr(both, figures)() == getattr(whole, figures)()
