@@ -69,20 +69,14 @@ def locate_gguf(name: str) -> Path:
     if path.is_file():
         return path
     package, _, file = name.partition("/")
-    folders: list[str] = []
-    if file and package.isidentifier():
-        spec = importlib.util.find_spec(package)
-        if spec is not None and spec.submodule_search_locations is not None:
-            folders = list(spec.submodule_search_locations)
-    for folder in folders:
+    spec = importlib.util.find_spec(package) if file and package.isidentifier() else None
+    for folder in (spec and spec.submodule_search_locations) or ():
         if (Path(folder) / file).is_file():
             return Path(folder) / file
-    why = (
-        f"package {package} is installed without {file}"
-        if folders
-        else "no such file and no installed package of that name"
+    raise CheckpointError(
+        f"teacher.gguf {name} is no file here, nor FILE of an installed package as PACKAGE/FILE; give one of the two "
+        "(`make setup` installs the demo's)"
     )
-    raise CheckpointError(f"teacher.gguf {name}: {why}; give a path or PACKAGE/FILE (`make setup` installs the demo's)")
 
 
 def vocabulary_size(teacher: TeacherConfig) -> int:
@@ -191,16 +185,16 @@ def _directory(teacher: TeacherConfig) -> Path:
     """The checkpoint, or the snapshot of a hub name; errors as `ensure_checkpoint`."""
     directory = Path(teacher.model)
     if not directory.exists():
-        if is_hub_name(teacher.model) and not directory.parent.exists():  # a folder `owner` makes it a path
-            return _fetch_snapshot(teacher.model, teacher.revision)
-        raise CheckpointError(
-            f"teacher.model {teacher.model} does not exist; point it at a checkpoint directory, or set teacher.gguf "
-            "to a GGUF file that it can be converted from"
-        )
+        if not is_hub_name(teacher.model) or directory.parent.exists():  # a folder `owner` makes it a path
+            raise CheckpointError(
+                f"teacher.model {teacher.model} does not exist; point it at a checkpoint directory, or set "
+                "teacher.gguf to a GGUF file that it can be converted from"
+            )
+        directory = _fetch_snapshot(teacher.model, teacher.revision)
     if not (directory / "config.json").is_file():
         raise CheckpointError(
-            f"teacher.model {teacher.model}: the directory holds no config.json, expected a checkpoint "
-            "with config.json, safetensors and a tokenizer; point teacher.model at one"
+            f"teacher.model {teacher.model}: {directory} holds no config.json, expected a checkpoint with config.json, "
+            "safetensors and a tokenizer; point teacher.model at one"
         )
     return directory
 
@@ -221,37 +215,23 @@ def _fetch_snapshot(name: str, revision: str | None) -> Path:
         RevisionNotFoundError,
     )
 
-    shown = name if revision is None else f"{name} at teacher.revision {revision}"
     log_in = "`hf auth login`, or set HF_TOKEN to a token of an account that may read it"
+    reasons = {
+        GatedRepoError: "is gated and this machine has no access: accept its terms at "
+        f"https://huggingface.co/{name}, then log in with {log_in}",
+        RepositoryNotFoundError: "is neither a directory here nor a repository that can be seen on the hub; correct "
+        f"the name or, if it is private, log in with {log_in}",
+        RevisionNotFoundError: "has no such branch, tag or commit; correct teacher.revision",
+        LocalEntryNotFoundError: "is not in the hub's cache and the hub cannot be reached; fetch it where there is a "
+        f"network (`hf download {name}`, then copy the cache), or point teacher.model at a directory",
+    }
     try:
-        directory = Path(snapshot_download(name, revision=revision, allow_patterns=_SNAPSHOT_FILES))
-    except GatedRepoError as error:
-        raise CheckpointError(
-            f"teacher.model {shown} is gated and this machine has no access: accept its terms at "
-            f"https://huggingface.co/{name}, then log in with {log_in}"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise CheckpointError(
-            f"teacher.model {shown} is neither a directory here nor a repository that can be seen on the hub; correct "
-            f"the name or, if it is private, log in with {log_in}"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise CheckpointError(
-            f"teacher.model {shown}: the repository has no such branch, tag or commit; correct teacher.revision"
-        ) from error
-    except LocalEntryNotFoundError as error:
-        raise CheckpointError(
-            f"teacher.model {shown} is not in the hub's cache and the hub cannot be reached; fetch it where there is "
-            f"a network (`hf download {name}`, then copy the cache), or point teacher.model at a directory"
-        ) from error
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_SNAPSHOT_FILES))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise CheckpointError(f"teacher.model {shown} cannot be fetched: {error}") from error
-    if not (directory / "config.json").is_file():
-        raise CheckpointError(
-            f"teacher.model {shown}: its snapshot {directory} holds no config.json, expected a checkpoint in the "
-            "format of transformers; name such a repository"
-        )
-    return directory
+        shown = name if revision is None else f"{name} at teacher.revision {revision}"
+        # The first that fits: a gated repository counts as one that is not found, too.
+        fitting = (text for kind, text in reasons.items() if isinstance(error, kind))
+        raise CheckpointError(f"teacher.model {shown} {next(fitting, f'cannot be fetched: {error}')}") from error
 
 
 def _restore_pre_tokenizer(tokenizer: Any, source: Path) -> None:

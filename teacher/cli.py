@@ -97,12 +97,10 @@ def serve(
 ) -> None:
     """Print the command of a vLLM server of the teacher, for `teacher.service` of a collection, or start it."""
     configure_logging(log_level)
-    from teacher.engine.serve import server_command
+    from teacher.engine.serve import serve as command_of
 
-    command = server_command(load_config(config, overrides).teacher, host, port)
-    if start:
-        command.run()
-    stdout.print(str(command), markup=False, highlight=False, soft_wrap=True)
+    command = command_of(load_config(config, overrides).teacher, host, port, start)
+    stdout.print(command, markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -116,14 +114,14 @@ def write_prompts(config: ConfigArgument, overrides: SetOption = None, log_level
 
 def _launch(runner: Runner, workers: int | None, shard: str | None, retry_failed: bool) -> Launch:
     from teacher.collect import Launch
-    from teacher.runners.local import Shard
+    from teacher.runners.local import parse_shard
 
     if workers is not None and runner != "ray":
         raise ConfigError(
             f"--workers {workers} is for --runner ray; without Ray start one process for each engine: they share the "
             "units by themselves, or by --shard I/N"
         )
-    return Launch(runner, workers, None if shard is None else Shard.parse(shard), retry_failed)
+    return Launch(runner, workers, parse_shard(shard), retry_failed)
 
 
 def _show(summary: Summary | None) -> None:

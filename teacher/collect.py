@@ -10,7 +10,7 @@ import logging
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ from teacher.checkpoints import ensure_checkpoint, fingerprint, hub_commit, voca
 from teacher.engine import prepare_environment, version_of
 from teacher.prompts import Renderer, load_renderer, load_sources, prompts_fingerprint, split_prompts
 from teacher.prompts.lengths import FittingPrompts, fit_prompts
-from teacher.runners.local import Job, Kind, Shard, run_here
+from teacher.runners.local import Job, Kind, run_here
 from teacher.runners.ray_pool import run_on_ray
 from teacher.summary import Summary, read_summary, summarize, write_failures
 from teacher.units import Unit, cut_units, open_failures, retry_units
@@ -87,20 +87,17 @@ class Launch:
     Attributes:
         runner: in this process, or on a Ray cluster.
         workers: of the Ray runner; None is as many as the cluster has GPUs for.
-        shard: the share of the units that this process does; None is all that no other process does.
+        shard: the share of the units that this process does.
         retry_failed: ask again for the responses that failed in earlier sessions.
     """
 
     runner: Literal["local", "ray"] = "local"
     workers: int | None = None
-    shard: Shard | None = None
+    shard: slice = field(default_factory=lambda: slice(None))
     retry_failed: bool = False
 
 
-DEFAULT = Launch()
-
-
-def collect(config: PipelineConfig, launch: Launch = DEFAULT) -> Summary | None:
+def collect(config: PipelineConfig, launch: Launch) -> Summary | None:
     """Collect everything that `config` asks for and is not there yet; resumes where it was interrupted."""
     plan = prepare(config)
     plan.fitting.save(config.run_dir)
@@ -113,7 +110,7 @@ def run(
     renderer: Renderer,
     prompts_sha256: str,
     kind: Kind,
-    launch: Launch = DEFAULT,
+    launch: Launch,
 ) -> Summary | None:
     """Bring the dataset of `config` to hold exactly `units`, or the share of them that `launch` says.
 
@@ -133,7 +130,7 @@ def run(
     vocabulary = Vocabulary.from_tokenizer(model)
     provenance = provenance_of(config, vocabulary, renderer, prompts_sha256, kind)
     writer = DatasetWriter(config.shards_dir, provenance, vocabulary, model, advice=_ADVICE)
-    ours = units if launch.shard is None else launch.shard.of(units)
+    ours = units[launch.shard]
     ours = [*ours, *retry_units(ours, writer.failures, writer.begun(), launch.retry_failed)]
     missing = sum(unit.name not in writer.committed for unit in ours)
     log.info("%d of %d units are there, %d to %s", len(ours) - missing, len(ours), missing, kind)

@@ -21,7 +21,7 @@ from shared.dataset.records import UNKNOWN_SAMPLING
 from shared.errors import ConfigError, VocabularyError
 from shared.tokenizer.vocabulary import Vocabulary
 from teacher.checkpoints import ensure_checkpoint
-from teacher.collect import DEFAULT, Launch, check_top_k, run
+from teacher.collect import Launch, check_top_k, run
 from teacher.engine import prepare_environment
 from teacher.prompts import Prompt, load_prompts, load_renderer, prompts_fingerprint, split_prompts
 from teacher.prompts.lengths import fit_prompts
@@ -29,7 +29,7 @@ from teacher.summary import Summary
 from teacher.units import Task, Unit, slices
 
 
-def score(config: PipelineConfig, launch: Launch = DEFAULT) -> Summary | None:
+def score(config: PipelineConfig, launch: Launch) -> Summary | None:
     """Score the responses that `collect.responses` names into the run's shards; resumes where it was interrupted.
 
     Raises:

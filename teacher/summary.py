@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from rich.table import Table
 
 from shared.config import PipelineConfig
@@ -72,7 +72,7 @@ def read_summary(run_dir: Path) -> Summary:
     """The run's collect.json; an empty summary where there is none or it cannot be read."""
     try:
         return Summary.model_validate(json.loads((run_dir / FILE).read_text()))
-    except (OSError, ValueError, ValidationError):
+    except (OSError, ValueError):  # of pydantic, too
         return Summary()
 
 
@@ -89,12 +89,10 @@ def write_failures(run_dir: Path, failures: Mapping[str, str]) -> None:
 
 def summarize(config: PipelineConfig, dataset: Dataset, rates: Summary, failures: int = 0) -> Summary:
     """Count the dataset, take the rates from `rates`, and write collect.json in one step."""
-    kept, counted = 0.0, 0
+    kept = 0.0
     for table in dataset.tables(["tail_mass"]):
         tail = pc.list_flatten(table["tail_mass"]).to_numpy()
-        known = tail[~np.isnan(tail)]
-        kept += float((1.0 - known.astype(np.float64)).sum())
-        counted += len(known)
+        kept += float((1.0 - tail.astype(np.float64)).sum())
     manifest = dataset.manifest
     summary = Summary(
         responses=manifest.rows,
@@ -103,7 +101,7 @@ def summarize(config: PipelineConfig, dataset: Dataset, rates: Summary, failures
         tokens_per_s=rates.tokens_per_s,
         workers=rates.workers,
         bytes_per_token=manifest.bytes / manifest.tokens if manifest.tokens else None,
-        mean_topk_mass=kept / counted if counted else None,
+        mean_topk_mass=kept / manifest.tokens if manifest.tokens else None,
         capture_ratio=rates.capture_ratio,
     )
     write_json(config.run_dir / FILE, summary.model_dump())

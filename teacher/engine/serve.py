@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-from dataclasses import dataclass
 
 from shared import vllm_settings
 from shared.config import TeacherConfig
@@ -12,33 +11,14 @@ from teacher.checkpoints import ensure_checkpoint
 from teacher.engine.in_process import capturing_arguments
 
 
-@dataclass(frozen=True, slots=True)
-class ServerCommand:
-    """A command with the variables that it needs."""
+def serve(teacher: TeacherConfig, host: str, port: int, start: bool = False) -> str:
+    """The command of this teacher's server with its variables, as a shell takes it.
 
-    arguments: list[str]
-    environment: dict[str, str]
-
-    def __str__(self) -> str:
-        """As a shell takes it."""
-        assignments = [f"{name}={value}" for name, value in self.environment.items()]
-        return shlex.join([*(["env", *assignments] if assignments else []), *self.arguments])
-
-    def run(self) -> None:
-        """Become the server; does not return.
-
-        Raises:
-            MissingExtraError: if vLLM is not installed.
-        """
-        vllm_settings.engine_version()
-        os.execvpe(self.arguments[0], self.arguments, {**os.environ, **self.environment})
-
-
-def server_command(teacher: TeacherConfig, host: str, port: int) -> ServerCommand:
-    """The server of this teacher.
+    Args:
+        start: become the server, and do not return.
 
     Raises:
-        CheckpointError: as `ensure_checkpoint`.
+        CheckpointError: as `ensure_checkpoint`. MissingExtraError: if it is to start and vLLM is not installed.
     """
     arguments = capturing_arguments(teacher, str(ensure_checkpoint(teacher))) | {
         "data_parallel_size": teacher.data_parallel if teacher.data_parallel > 1 else None,
@@ -46,4 +26,8 @@ def server_command(teacher: TeacherConfig, host: str, port: int) -> ServerComman
         "host": host,
         "port": port,
     }
-    return ServerCommand(vllm_settings.server_command(arguments), vllm_settings.environment(teacher))
+    command, variables = vllm_settings.server_command(arguments), vllm_settings.environment(teacher)
+    if start:
+        vllm_settings.engine_version()
+        os.execvpe(command[0], command, os.environ | variables)
+    return shlex.join(["env", *(f"{name}={value}" for name, value in variables.items()), *command])

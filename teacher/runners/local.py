@@ -20,7 +20,7 @@ from shared.errors import ConfigError
 from shared.stopping import StopRequest
 from shared.tokenizer.vocabulary import Vocabulary
 from teacher.collector import Collector, Counts
-from teacher.engine import TeacherEngine, open_engine, version_of
+from teacher.engine import TeacherEngine, open_engine
 from teacher.interrupts import lasting_interrupts, nothing_in_hand
 from teacher.prompts import Renderer
 from teacher.runners.progress import Display
@@ -34,28 +34,18 @@ Kind = Literal["collect", "score"]
 LABELS: dict[Kind, str] = {"collect": "answering", "score": "scoring"}
 
 
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """Share `index` of `count`, from 0: every `count`-th unit."""
+def parse_shard(text: str | None) -> slice:
+    """Share `I/N` of the units: every Nth from I on; all of them where none is asked for.
 
-    index: int
-    count: int
-
-    @classmethod
-    def parse(cls, text: str) -> Shard:
-        """`I/N`.
-
-        Raises:
-            ConfigError: if it is not, or I is not below N.
-        """
-        index, _, count = text.partition("/")
-        if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
-            raise ConfigError(f"--shard {text!r} is not I/N with I from 0 to N - 1, for example --shard 0/4")
-        return cls(int(index), int(count))
-
-    def of(self, units: Sequence[Unit]) -> list[Unit]:
-        """The units of this share."""
-        return list(units[self.index :: self.count])
+    Raises:
+        ConfigError: if it is not `I/N`, or I is not below N.
+    """
+    if text is None:
+        return slice(None)
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise ConfigError(f"--shard {text!r} is not I/N with I from 0 to N - 1, for example --shard 0/4")
+    return slice(int(index), None, int(count))
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +82,7 @@ def engine_for(job: Job) -> TeacherEngine:
     engine = open_engine(job.config, job.kind == "score")
     log.info(
         "vLLM %s is up after %.0f s: %s, head in %s, rows captured through %s",
-        version_of(job.config.teacher),
+        job.provenance.engine_version,
         time.monotonic() - started,
         job.config.teacher.dtype,
         engine.head_dtype,

@@ -28,14 +28,14 @@ from shared.errors import AlignmentError, ConfigError, DatasetError, EngineError
 from shared.tokenizer.vocabulary import Vocabulary
 from teacher import collect as collecting
 from teacher.capture import Columns
-from teacher.collect import check_top_k, prepare, provenance_of
+from teacher.collect import Launch, check_top_k, prepare, provenance_of
 from teacher.collector import WRITERS, Collector, Counts
 from teacher.engine import Answer, Request
 from teacher.engine.numpy_rows import ColumnBuffer
 from teacher.plan import Assumptions, estimate
 from teacher.prompts import prompts_fingerprint
 from teacher.runners import progress, worker
-from teacher.runners.local import Shard
+from teacher.runners.local import parse_shard
 from teacher.runners.worker import Worker
 from teacher.summary import Summary, summarize, write_failures
 from teacher.units import Unit, open_failures, retry_units
@@ -240,11 +240,11 @@ def test_memory_holds_few_units_whatever_the_number_of_prompts(make_config: Make
 
 def test_shards_divide_the_units_without_a_coordinator(make_config: Maker) -> None:
     units = prepare(make_config(prompts=20)).units
-    shares = [Shard.parse(f"{i}/3").of(units) for i in range(3)]
+    shares = [units[parse_shard(f"{i}/3")] for i in range(3)]
     assert sorted(unit.name for share in shares for unit in share) == sorted(unit.name for unit in units)
     for text in ("3/3", "1", "a/2", "-1/2", "0/0"):
         with pytest.raises(ConfigError, match=f"--shard '{text}' is not I/N .* for example --shard 0/4"):
-            Shard.parse(text)
+            parse_shard(text)
 
 
 def test_the_progress_of_a_log_counts_units_and_what_is_left(
@@ -397,7 +397,7 @@ def test_another_configuration_says_that_another_name_collects_again(make_config
     with pytest.raises(
         DatasetError, match=r"top_k: 8 there, 7 here\n.*another `name` .* every response is generated again"
     ):
-        collecting.collect(make_config(collect__top_k=7))
+        collecting.collect(make_config(collect__top_k=7), Launch())
 
 
 def test_answers_that_may_be_cut_are_announced(make_config: Maker, caplog: pytest.LogCaptureFixture) -> None:

@@ -13,6 +13,7 @@ import pytest
 from shared.config import PipelineConfig
 from shared.dataset.reader import Dataset
 from shared.errors import VocabularyError
+from teacher.collect import Launch
 from teacher.score import StoredTasks, _stored_units, score
 from tests.teacher.test_collect import ScriptedEngine, collector_of
 
@@ -36,7 +37,7 @@ def test_a_dataset_of_another_tokenizer_is_refused(make_config: Maker, tmp_path:
     (model / "tokenizer.json").write_text(json.dumps(tree))
     config = make_config(name="scored", collect__responses=str(make_config().shards_dir), teacher__model=str(model))
     with pytest.raises(VocabularyError, match=r"other has the fingerprint \w+ .* was collected with \w+ "):
-        score(config)
+        score(config, Launch())
     assert not config.run_dir.exists()
 
 

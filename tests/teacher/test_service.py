@@ -21,7 +21,7 @@ from shared.config import TeacherConfig
 from shared.dataset.records import Sampling
 from shared.errors import ServiceError
 from teacher.engine import Request, version_of
-from teacher.engine.serve import server_command
+from teacher.engine.serve import serve
 from teacher.engine.service import ServiceEngine, _by_id, to_columns
 
 V = 300
@@ -327,7 +327,7 @@ def test_columns_hold_the_token_and_then_the_candidates() -> None:
 def test_the_command_of_a_server_has_the_flags_that_the_probe_asks_for(tiny_checkpoint: Path) -> None:
     settings = {"data_parallel": 2, "quantization": "fp8", "prefix_caching": False, "dtype": "bfloat16"}
     teacher = TeacherConfig.model_validate({"model": str(tiny_checkpoint), "max_sequence_tokens": 128} | settings)
-    text = str(server_command(teacher, "0.0.0.0", 8123))
+    text = serve(teacher, "0.0.0.0", 8123)
     for flag in (
         f"--served-model-name {tiny_checkpoint}", "--max-logprobs -1", "--logprobs-mode raw_logprobs", "--port 8123",
         "--kv-cache-dtype auto", "--data-parallel-size 2", "--quantization fp8", "--no-enable-prefix-caching",
