@@ -19,9 +19,7 @@ import pickle
 import shutil
 import subprocess
 import sys
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import pytest
@@ -46,6 +44,7 @@ from student.model.tokenizer import train_tokenizer
 from student.training.checkpoint import Checkpoint, damage, whole_weights
 from teacher.checkpoints import ensure_checkpoint, load_tokenizer
 from tests.fixtures.conversations import conversations
+from tests.fixtures.hub import refusing_hub
 from tests.fixtures.records import small_units, start, write_dataset
 from tests.fixtures.s3 import BUCKET
 from tests.fixtures.tiny_model import tiny_model
@@ -324,31 +323,14 @@ def test_keys_of_a_store_stay_in_the_environment(tmp_path: Path) -> None:
 
 
 def test_a_token_of_the_hub_stays_in_the_environment(tmp_path: Path) -> None:
-    seen: list[str | None] = []
-
-    class Hub(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            seen.append(self.headers["Authorization"])
-            self.send_response(403)
-            self.send_header("X-Error-Code", "GatedRepo")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        do_HEAD = do_GET
-
-        def log_message(self, *_arguments: object) -> None: ...
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    Thread(target=server.serve_forever, daemon=True).start()
     path = tmp_path / "config.yaml"
     tree = yaml.safe_load(toy_config(tmp_path).read_text())
     tree["teacher"]["model"] = "someone/gated"
     tree["collect"]["prompts"] = str(ROOT / "configs" / "prompts" / "demo.jsonl")
     path.write_text(yaml.safe_dump(tree))
-    hub = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_TOKEN": SECRET, "HF_HUB_OFFLINE": "0"}
-    printed = run("teacher.cli", "plan", path, HF_HOME=str(tmp_path / "hub"), **hub)
-    server.shutdown()
-    server.server_close()
+    with refusing_hub("GatedRepo", 403) as (url, seen):
+        hub = {"HF_ENDPOINT": url, "HF_TOKEN": SECRET, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hub")}
+        printed = run("teacher.cli", "plan", path, **hub)
     assert "is gated and this machine has no access" in printed
     assert f"Bearer {SECRET}" in seen
     assert SECRET not in printed

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +14,7 @@ import yaml
 
 from shared.config import PipelineConfig, load_config
 from shared.tokenizer.vocabulary import Vocabulary
+from tests.fixtures.random_teacher import save_random_teacher
 
 ROOT = Path(__file__).parents[2]
 TEMPLATE = (
@@ -52,18 +52,13 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_model(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same checkpoint with weights: a random LLaMA of two layers, which vLLM serves within seconds."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     directory = tmp_path_factory.mktemp("teacher") / "tiny-model"
-    shutil.copytree(tiny_checkpoint, directory)
-    torch.manual_seed(0)
-    size = json.loads((tiny_checkpoint / "config.json").read_text())["vocab_size"]
     # Heads of 64: vLLM's attention on CPUs has no kernel for heads of 16.
-    config = LlamaConfig(
-        vocab_size=size, hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=256, bos_token_id=None, eos_token_id=2, initializer_range=0.2,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
+    shape = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
+    save_random_teacher(tiny_checkpoint, directory, initializer_range=0.2, **shape)
+    model = LlamaForCausalLM.from_pretrained(directory)
     # The first dimension is a bias: what this teacher says is mostly printable, and ends.
     vocabulary = Vocabulary.from_tokenizer(directory)
     ends = vocabulary.end_ids

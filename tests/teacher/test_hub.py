@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
-from threading import Thread
 
 import huggingface_hub.constants
 import pytest
@@ -22,6 +19,7 @@ from teacher.checkpoints import ensure_checkpoint, fingerprint, hub_commit, load
 from teacher.collect import prepare, provenance_of
 from teacher.engine.in_process import capturing_arguments
 from teacher.prompts import load_prompts, load_renderer
+from tests.fixtures.hub import refusing_hub
 
 Maker = Callable[..., PipelineConfig]
 NAME = "someone/tiny"
@@ -111,31 +109,6 @@ def test_what_is_not_in_the_cache_is_refused_offline(hub: Path, tiny_checkpoint:
         ensure_checkpoint(TeacherConfig(model=NAME))
 
 
-@contextmanager
-def refusing_hub(code: str, status: int) -> Iterator[str]:
-    """A hub that answers every request with one of the hub's error codes."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(status)
-            self.send_header("X-Error-Code", code)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        do_HEAD = do_GET
-
-        def log_message(self, *_arguments: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
 @pytest.mark.parametrize(
     ("code", "status", "message"),
     [
@@ -151,7 +124,7 @@ def test_what_the_hub_refuses_says_what_to_do(
     monkeypatch: pytest.MonkeyPatch, code: str, status: int, message: str
 ) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    with refusing_hub(code, status) as url:
+    with refusing_hub(code, status) as (url, _):
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
         monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", url)
         with pytest.raises(CheckpointError, match=message):
