@@ -32,14 +32,14 @@ from student.model.export import export_student
 from student.model.initialize import initialize_student
 from student.training.checkpoint import complete, run_identity
 from student.training.train import forget
-from tests.fixtures.conversations import conversations, teacher_tokenizer
+from tests.fixtures.ranks import wait_for_lines
 from tests.fixtures.toy_run import toy_config, write_toy_shards
 from tests.fixtures.warm import COLD
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("warm_training")]
 
 KILLS = int(os.environ.get("TRAINING_KILLS", "1"))
-"""SIGKILLs per launcher; TRAINING_KILLS=20 is the run of the record."""
+"""SIGKILLs; TRAINING_KILLS=20 is the run of the record."""
 WHOLE = ("train.world_size=2", f"train.steps={max(40, 8 * KILLS)}")
 
 
@@ -101,35 +101,31 @@ def weights(config: PipelineConfig) -> dict[str, torch.Tensor]:
     return load_file(config.student_final_dir / "model.safetensors")
 
 
-@pytest.mark.parametrize("loss", ["ce", "kl", "hybrid"])
-def test_each_loss_trains_on_two_ranks(run: Path, loss: str) -> None:
-    done = train(run, f"train.loss={loss}", "train.world_size=2", "train.steps=40")
-    assert f"loss: {loss}, as train.loss says" in " ".join(done.stderr.split())
+def test_a_hybrid_loss_trains_on_two_ranks(run: Path) -> None:
+    done = train(run, "train.loss=hybrid", "train.world_size=2", "train.steps=40")
+    assert "loss: hybrid, as train.loss says" in " ".join(done.stderr.split())
     losses = [entry["loss"] for entry in metrics(run)]
     assert len(losses) == 40
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
-    # Whatever is trained, the student comes closer to both the text and the teacher.
+    # The student comes closer to both the text and the teacher.
     first, last = metrics(run)[0], metrics(run)[-1]
     assert last["ce"] < 0.75 * first["ce"]
     assert last["kl"] < 0.75 * first["kl"]
 
 
-def test_ranks_micro_batches_and_zero_stage_change_nothing(run: Path, tmp_path: Path) -> None:
-    zero3 = tmp_path / "zero3.json"
-    zero3.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}))
-    layouts = {
-        "one rank": ("train.world_size=1", "train.micro_batch=4"),
-        "two ranks": ("train.world_size=2", "train.micro_batch=2"),
-        "two ranks, accumulating": ("train.world_size=2", "train.micro_batch=1"),
-        "two ranks, ZeRO-3": ("train.world_size=2", "train.micro_batch=2", f"train.deepspeed={zero3}"),
-    }
-    losses = {}
-    for name, overrides in layouts.items():
-        train(run, "train.steps=12", *overrides)
-        losses[name] = torch.tensor([entry["loss"] for entry in metrics(run)])
+def test_ranks_micro_batches_and_zero_stage_change_nothing(run: Path) -> None:
+    """Gradients are compared by their norms: Adam's steps hide a scale."""
+    zero3 = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+    found = []
+    for layout in (
+        ("train.world_size=1", "train.micro_batch=4"),
+        ("train.world_size=2", "train.micro_batch=1", f"train.deepspeed={json.dumps(zero3)}"),
+    ):
+        train(run, "train.steps=12", *layout)
+        found.append(torch.tensor([(entry["loss"], entry["grad_norm"]) for entry in metrics(run)]))
         shutil.rmtree(load_config(run).student_final_dir)
-    for name, of_layout in losses.items():
-        torch.testing.assert_close(of_layout, losses["one rank"], rtol=1e-4, atol=0, msg=lambda m, n=name: f"{n}: {m}")
+    torch.testing.assert_close(found[1][:, 0], found[0][:, 0], rtol=1e-4, atol=0)
+    torch.testing.assert_close(found[1][:, 1], found[0][:, 1], rtol=1e-3, atol=0)
 
 
 def interrupt(path: Path, overrides: Sequence[str], step: int) -> None:
@@ -260,9 +256,6 @@ def test_every_launcher_starts_the_same_run(run: Path) -> None:
         "two torchrun agents": lambda: [
             launched(run, *agent, *nodes, f"--node-rank={node}", "-m", options=options) for node in range(2)
         ],
-        "deepspeed": lambda: [
-            launched(run, str(bin_dir / "deepspeed"), *deepspeed, "--module", options=options, **path)
-        ],
         "deepspeed, no local rank": lambda: [
             launched(
                 run,
@@ -289,21 +282,6 @@ def test_every_launcher_starts_the_same_run(run: Path) -> None:
         losses[name] = [entry["loss"] for entry in metrics(run)]
         assert json.loads((config.student_final_dir / "training.json").read_text())["steps"] == 3
     assert all(of_launcher == losses["srun"] for of_launcher in losses.values()), losses
-
-
-def test_a_rank_that_a_launcher_started_refuses_shifted_rows(tmp_path: Path) -> None:
-    config = load_config(toy_config(tmp_path))
-    write_toy_shards(config, shift=1)
-    initialize_student(config)
-    prepare(config)
-    ranks = launched(
-        tmp_path / "toy.yaml",
-        *[sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"],
-    )
-    output = " ".join(ranks.communicate(timeout=300)[0].split())
-    assert ranks.returncode != 0
-    assert output.count("error: the stored rows give the observed tokens a mean probability of") == 1, output
-    assert not config.student_final_dir.exists()
 
 
 def test_a_finished_run_is_left_alone_and_other_settings_are_refused(run: Path) -> None:
@@ -351,40 +329,6 @@ def test_a_finished_run_is_made_longer_from_its_last_checkpoint(run: Path) -> No
     warmed = round(0.05 * steps)  # train.warmup
     expected = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (6 - warmed) / (steps - warmed)))
     assert longer[6] == pytest.approx(expected * max(longer), rel=1e-6)
-
-
-def test_conversations_alone_train_by_random_masking_and_are_answered(tmp_path: Path) -> None:
-    """`configs/sft.yaml` as its head says, with a tiny start in place of the demo's model."""
-    entries = [
-        {"id": str(number), "messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
-        for number, (q, a) in enumerate(conversations(120))
-    ]
-    (tmp_path / "conversations.json").write_text(json.dumps(entries))
-    tokenizer = teacher_tokenizer(tmp_path / "tokenizer")
-    shape = "{d_model: 64, n_layers: 2, n_heads: 4, n_kv_heads: 2, mlp_hidden_size: 128}"
-    overrides = [
-        f"runs={tmp_path / 'runs'}", "student.checkpoint=null", "student.layers=null", f"student.shape={shape}",
-        "student.tokenizer.vocab_size=400", "train.world_size=1", "train.learning_rate=3e-3", "train.epochs=12",
-        "train.dtype=float32", "train.max_sequence_tokens=128", "prepare.workers=1", "train.checkpoint_steps=20",
-        "train.evaluate_checkpoints=true",
-    ]  # fmt: skip
-    config = load_config(Path("configs/sft.yaml"), overrides)
-    imported = [
-        sys.executable, "-m", "shared.commands.cli", "import-json", str(tmp_path / "conversations.json"),
-        str(config.shards_dir), "--tokenizer", str(tokenizer), "--held-out", "0.2",
-    ]  # fmt: skip
-    subprocess.run(imported, check=True)
-    initialize_student(config)
-    prepare(config)
-    train(Path("configs/sft.yaml"), *overrides)
-    figures = evaluate(config)
-    assert figures["after"]["masked_ce"] < 0.6 * figures["before"]["masked_ce"]
-    assert "tau" not in figures["after"]
-    measured = [entry["evaluation"]["masked_ce"] for entry in metrics_of(config) if "evaluation" in entry]
-    assert len(measured) >= 3
-    assert measured[-1] == pytest.approx(figures["after"]["masked_ce"], rel=1e-3)
-    assert len(figures["answers"]) == 3
-    assert all(said["student"] for said in figures["answers"])
 
 
 def test_checkpoints_are_measured_the_best_is_kept_and_exported(run: Path, tmp_path: Path) -> None:
@@ -495,11 +439,7 @@ def test_a_signal_saves_and_ends_with_the_code_for_requeue(
     with subprocess.Popen(
         command(run, overrides), stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
     ) as process:
-        journal, deadline = config.run_dir / "metrics.jsonl", time.monotonic() + 300
-        while not journal.exists() or journal.read_text().count("\n") < 3:
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        wait_for_lines(config.run_dir / "metrics.jsonl", 3, process)
         process.send_signal(signal.SIGUSR1)
         said = " ".join(process.communicate(timeout=300)[1].split())
     assert process.returncode == REQUEUE_EXIT_CODE, said
@@ -516,11 +456,7 @@ def test_a_signal_to_one_of_two_nodes_saves_and_ends_both_with_that_code(run: Pa
         meeting = {"PET_NNODES": "2", "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": str(free.getsockname()[1])}
     options = ["--set", "train.steps=5000"]
     nodes = [launched(run, sys.executable, "-m", options=options, **meeting, PET_NODE_RANK=str(n)) for n in range(2)]
-    journal, deadline = load_config(run).run_dir / "metrics.jsonl", time.monotonic() + 300
-    while not journal.exists() or journal.read_text().count("\n") < 2:
-        assert [node.poll() for node in nodes] == [None, None]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for_lines(load_config(run).run_dir / "metrics.jsonl", 2, *nodes)
     nodes[1].send_signal(signal.SIGTERM)
     said = [node.communicate(timeout=300)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [REQUEUE_EXIT_CODE] * 2, said
@@ -532,11 +468,7 @@ def test_a_rank_that_hangs_ends_the_job_with_a_stack(run: Path) -> None:
     with subprocess.Popen(
         command(run, overrides, COLD), stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
     ) as process:
-        journal, deadline = load_config(run).run_dir / "metrics.jsonl", time.monotonic() + 300
-        while not journal.exists() or journal.read_text().count("\n") < 3:
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        wait_for_lines(load_config(run).run_dir / "metrics.jsonl", 3, process)
         ranks = psutil.Process(process.pid).children()
         ranks[0].suspend()
         said = process.communicate(timeout=120)[1]
@@ -559,11 +491,10 @@ def test_what_cannot_be_measured_or_tracked_is_refused(run: Path) -> None:
 
 
 @pytest.mark.timeout(900 + 120 * KILLS)
-@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_killed_at_any_moment_and_started_again_ends_as_if_nothing_had_happened(
-    run: Path, whole: tuple[list[dict[str, Any]], dict[str, Any]], launcher: str
+    run: Path, whole: tuple[list[dict[str, Any]], dict[str, Any]]
 ) -> None:
-    """Every rank and launcher is killed at random moments, saves included; several epochs go by."""
+    """Every rank and the launcher, DeepSpeed's, is killed at random moments, saves included; several epochs go by."""
     steps = (*WHOLE, "train.checkpoint_steps=2")
     config = load_config(run, list(steps))
     assert whole[0][-1]["epoch"] > 2
@@ -571,23 +502,20 @@ def test_killed_at_any_moment_and_started_again_ends_as_if_nothing_had_happened(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    by = {
-        "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"],
-        "deepspeed": [
-            *(sys.executable, "-m", "deepspeed.launcher.runner"),
-            *("--num_accelerators=2", f"--master_port={port}", "--module"),
-        ],
-    }[launcher]
+    launcher = [
+        *(sys.executable, "-m", "deepspeed.launcher.runner"),
+        *("--num_accelerators=2", f"--master_port={port}", "--module"),
+    ]
     options = [word for step in steps for word in ("--set", step)]
     path = {"PATH": f"{Path(COLD).parent}{os.pathsep}{os.environ['PATH']}"}
-    journal, moments = config.run_dir / "metrics.jsonl", random.Random(launcher)
+    journal, moments = config.run_dir / "metrics.jsonl", random.Random("deepspeed")
     killed = 0
 
     def done() -> int:
         return journal.read_text().count("\n") if journal.exists() else 0
 
     while not config.student_final_dir.exists():
-        process = launched(run, *by, options=options, **path)
+        process = launched(run, *launcher, options=options, **path)
         before = done()
         if killed < KILLS:
             # A run gets ahead by a few steps, then is killed within the time of one or two.
