@@ -33,8 +33,8 @@ logger = logging.getLogger(__name__)
 RESULT, PAGE = "certificate.json", "certificate.md"
 AGREEMENT = 0.05
 """Of served and offline acceptance length, where there are many drafts."""
-DEVIATIONS = 3
-"""So many standard deviations are chance, where there are few."""
+DEVIATIONS = 2.576
+"""Where there are few, a difference of so many standard deviations is chance, once in a hundred times."""
 
 
 def certify(config: PipelineConfig, tokens: int = 100_000) -> dict[str, Any]:
@@ -107,8 +107,7 @@ def acceptance_check(config: PipelineConfig, drafted: Result) -> dict[str, Any]:
     """Whether LLaDA alone accepts what evaluate.json says, within `tolerance`: `AGREEMENT`, or what chance makes of so
     few drafts. Where there is nothing to compare `passed` is null, and `reason` says why.
 
-    Of K tokens, m of which are accepted on average, the accepted number has a standard deviation of at most
-    sqrt(m (K - m)) (Bhatia and Davis, 2000): that of drafts that are accepted whole or not at all.
+    The accepted number N of a draft has E N = sum_d P(N >= d) and E N^2 = sum_d (2 d - 1) P(N >= d).
     """
     counters = drafted.passes[THROUGHPUT].counters
     served = 1 + counters["accepted_tokens"] / counters["drafts"] if counters.get("drafts") else None
@@ -118,7 +117,8 @@ def acceptance_check(config: PipelineConfig, drafted: Result) -> dict[str, Any]:
     if served is None or reason is not None:
         return {"passed": None, "served": served, "offline": None, "tolerance": None, "reason": reason}
     expected = figures["acceptance_length"]  # not tau: vLLM counts no draft where the proposer has none
-    deviation = math.sqrt((expected - 1) * max(config.speculate.draft_tokens + 1 - expected, 0))
+    squares = sum((2 * depth - 1) * share for depth, share in enumerate(figures["by_depth"], 1))
+    deviation = math.sqrt(squares - sum(figures["by_depth"]) ** 2)
     chance = DEVIATIONS * deviation * math.sqrt(1 / counters["drafts"] + 1 / figures["drafts"])
     tolerance = max(AGREEMENT, chance / expected)
     passed = abs(served / expected - 1) <= tolerance

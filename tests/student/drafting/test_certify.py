@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -85,7 +86,8 @@ def test_acceptance_is_held_to_what_evaluate_found(served_run: Path, served_teac
 
     def evaluated(length: float, drafts: int = 100_000, **changes: Any) -> dict[str, Any]:
         # The headline is of sampled text; half of the drafts along greedy text were empty, which vLLM does not count.
-        greedy = {"tau": 1 + (length - 1) / 2, "acceptance_length": length, "drafts": drafts}
+        share = (length - 1) / 6  # of drafts, accepted whole
+        greedy = {"tau": 1 + 3 * share, "acceptance_length": length, "drafts": drafts, "by_depth": [share] * 3}
         found = {"rule": "sample", "draft_tokens": 3, "after": {"tau": 1.2, "rules": {"greedy": greedy}}}
         return found | {IDENTITY: evaluation_identity(config)} | changes
 
@@ -96,7 +98,7 @@ def test_acceptance_is_held_to_what_evaluate_found(served_run: Path, served_teac
     # Of 150 drafts, such a difference is chance.
     few = check(evaluated(1.6, drafts=150), drafts=150)
     assert few["passed"]
-    assert 0.1 < few["tolerance"] < 0.3
+    assert few["tolerance"] == pytest.approx(2.576 * math.sqrt(0.9 - 0.3**2) * math.sqrt(2 / 150) / 1.6)
     assert not check(evaluated(2.5, drafts=150), drafts=150)["passed"]
 
     slower = config.speculate.model_copy(update={"drafter": DrafterConfig(denoising_steps=2)})
