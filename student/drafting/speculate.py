@@ -171,7 +171,7 @@ def drafter_arguments(config: PipelineConfig, student: str, dataset: Dataset | N
             "model": "student.drafting.vllm_proposer.LladaProposer",
             "num_speculative_tokens": config.speculate.draft_tokens,
         },
-        "additional_config": {OPTIONS_KEY: options.model_dump(exclude_none=True)},
+        "additional_config": {OPTIONS_KEY: options.model_dump(exclude_defaults=True)},
     }
 
 
