@@ -155,7 +155,8 @@ class _Pool:
                     self._start(group)
                 while self._working:
                     if stop.name and deadline == float("inf"):
-                        deadline = time.monotonic() + GRACE_S + 5
+                        # Nothing is in hand while the engines are being loaded.
+                        deadline = time.monotonic() + (GRACE_S + 5 if self._counts().responses else 0)
                         for one in self._working.values():
                             one.actor.stop.remote()
                     if time.monotonic() > deadline:

@@ -51,6 +51,11 @@ class ScriptedReplica(Replica):
         return SlowEngine(top_k=8, window=1)
 
 
+class LoadingReplica(Replica):
+    def open_engine(self) -> Any:
+        time.sleep(10_000)
+
+
 class DyingReplica(Replica):
     def work(self, units: Sequence[Unit]) -> Any:
         del units
@@ -105,6 +110,17 @@ def test_an_actor_that_dies_is_replaced_and_its_units_are_repeated(
     assert outcome.counts.units <= len(units)
     assert outcome.counts.responses >= sum(len(unit.tasks) for unit in units) - 8
     writer.finish([unit.name for unit in units])
+
+
+@pytest.mark.timeout(120)
+def test_a_stop_does_not_wait_for_engines_that_are_being_loaded(
+    make_config: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_pool, "Replica", LoadingReplica)
+    monkeypatch.setattr(ray_pool, "GRACE_S", 10_000)
+    stop = StopRequest()
+    stop.name = "SIGTERM"
+    assert pool(*started(make_config()), workers=1).run(stop).stopped_by == "SIGTERM"
 
 
 def test_a_stop_ends_the_actors_and_another_pool_goes_on(make_config: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
