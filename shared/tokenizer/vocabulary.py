@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -293,8 +293,8 @@ def load_tokenizer(path: str | Path, roles: Mapping[str, int | str] | None = Non
     return vocabulary, Encoder(file, vocabulary)
 
 
-def first_difference(left: Sequence[object], right: Sequence[object]) -> int:
-    """The first place at which two texts differ; the shorter one's end where it begins the other."""
+def first_difference(left: Collection[Any], right: Collection[Any]) -> int:
+    """The first place at which two texts, of bytes or tokens, differ; the end of one that begins the other."""
     return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
 
 

@@ -28,9 +28,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from shared.errors import VocabularyError
-from shared.tokenizer.vocabulary import Encoder, Vocabulary
+from shared.tokenizer.vocabulary import Encoder, Vocabulary, first_difference
 from student.alignment.tables import special_counterparts
-from student.drafting.tokens import leading_matches
 
 # No apostrophes: contractions (`I'll`) are tokens that start with one, and split unlike other punctuation.
 _SPLITTER_CANDIDATES = ' \t\r\n.,;:!?()[]{}<>"/*=，。、；：！？（）「」'
@@ -108,7 +107,7 @@ class ByteBridge:
             )
         first = context.stable
         ids, stable, text = self._student_tokens(context, new)
-        context.unchanged = first + leading_matches(context.student_ids[first:], ids)
+        context.unchanged = first + first_difference(context.student_ids[first:], ids)
         context.teacher_ids = np.concatenate((context.teacher_ids, new.astype(np.int32)))
         context.student_ids = np.concatenate((context.student_ids[:first], ids))
         context.stable, context.open_bytes = stable, text

@@ -24,8 +24,8 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from shared.files import write_json
+from shared.tokenizer.vocabulary import first_difference
 from student.drafting.goodness_of_fit import CANDIDATES, Tally
-from student.drafting.tokens import leading_matches
 
 THROUGHPUT, LATENCY, SAMPLED = "throughput", "latency", "sampled"
 """How the name of a pass starts: greedy with many requests in flight, greedy with one, sampled."""
@@ -239,7 +239,7 @@ def first_differences(outputs: list[list[int]], others: list[list[int]]) -> list
     differences = []
     for prompt, (ours, theirs) in enumerate(zip(outputs, others, strict=True)):
         if ours != theirs:
-            position = leading_matches(ours, theirs)
+            position = first_difference(ours, theirs)
             here, there = (ids[position] if position < len(ids) else None for ids in (ours, theirs))
             differences.append(Difference(prompt, position, here, there))
     return differences

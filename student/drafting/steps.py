@@ -5,12 +5,15 @@ from __future__ import annotations
 import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from rich.text import Text
 
-from shared.tokenizer.vocabulary import Vocabulary
-from student.drafting.tokens import TokenIds, leading_matches
+from shared.tokenizer.vocabulary import Vocabulary, first_difference
 
+Ids = Sequence[int] | NDArray[np.integer[Any]]
 COLORS = {"accepted": "green", "rejected": "red strike", "own": ""}
 _MARKS = {"accepted": "{+%s+}", "rejected": "[-%s-]", "own": "%s"}  # as wdiff has them
 
@@ -24,13 +27,13 @@ class Step:
     own: list[int]
 
     @classmethod
-    def of(cls, draft: TokenIds, said: TokenIds, *, ended: bool = False) -> Step:
+    def of(cls, draft: Ids, said: Ids, *, ended: bool = False) -> Step:
         """Of a draft, and what the teacher said in its place.
 
         Args:
             ended: the response ends with `said`, so that the draft beyond was not verified.
         """
-        matches = leading_matches(draft, said)
+        matches = first_difference(draft, said)
         rejected = draft[matches : len(said) if ended else None]
         return cls(*([int(index) for index in ids] for ids in (draft[:matches], rejected, said[matches:])))
 

