@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from shared.config import PipelineConfig
 from shared.dataset.reader import Dataset
 from shared.dataset.records import UNKNOWN_SAMPLING
-from shared.errors import ConfigError, VocabularyError
+from shared.errors import ConfigError
 from shared.tokenizer.vocabulary import Vocabulary
 from teacher.checkpoints import ensure_checkpoint
 from teacher.collect import Launch, check_top_k, run
@@ -75,13 +75,12 @@ def _score_dataset(config: PipelineConfig, dataset: Dataset, launch: Launch) -> 
             f"{config.collect.responses} has {longest} tokens in a prompt and its response, "
             f"teacher.max_sequence_tokens is {config.teacher.max_sequence_tokens}; raise it to {longest + 1}"
         )
-    scoring, stored = Vocabulary.from_tokenizer(ensure_checkpoint(config.teacher)), dataset.vocabulary
-    if scoring.fingerprint != stored.fingerprint:
-        raise VocabularyError(
-            f"the tokenizer of teacher.model {config.teacher.model} has the fingerprint {scoring.fingerprint[:12]} "
-            f"({len(scoring)} tokens), but {config.collect.responses} was collected with {stored.fingerprint[:12]} "
-            f"({len(stored)} tokens): score a dataset that was collected with this teacher's tokenizer"
-        )
+    Vocabulary.from_tokenizer(ensure_checkpoint(config.teacher)).require_equal(
+        dataset.vocabulary,
+        config.teacher.model,
+        config.collect.responses,
+        "score a dataset that was collected with this teacher's tokenizer",
+    )
     return run(config, units, load_renderer(config), dataset.manifest.provenance, "score", launch)
 
 

@@ -115,12 +115,8 @@ def _first_problem(records: Sequence[Record], rows: Rows, vocabulary_size: int) 
 
 def id_problems(ids: NDArray[np.int32], what: str, vocabulary_size: int) -> Iterator[tuple[int, str]]:
     """Index and message of each of `ids` that the vocabulary does not have."""
-    for at in np.flatnonzero((ids < 0) | (ids >= vocabulary_size)):
-        yield (
-            int(at),
-            f"{what} token {at} has the id {ids[at]}, expected 0 to {vocabulary_size - 1}: it is another tokenizer's "
-            "token",
-        )
+    for at, problem in _foreign_ids(ids, vocabulary_size):
+        yield int(at), f"{what} token {at} has the {problem}"
 
 
 def size_problems(
@@ -154,11 +150,8 @@ def row_problems(rows: Rows, vocabulary_size: int) -> Iterator[tuple[int, str]]:
     def row_of(at: np.intp) -> np.intp:
         return np.searchsorted(ends, at, side="right")
 
-    for at in np.flatnonzero((ids < 0) | (ids >= vocabulary_size)):
-        yield (
-            int(row_of(at)),
-            f"candidate id {ids[at]}, expected 0 to {vocabulary_size - 1}: it is another tokenizer's token",
-        )
+    for at, problem in _foreign_ids(ids, vocabulary_size):
+        yield int(row_of(at)), f"candidate {problem}"
     for token, double in _doubles(rows.widths, ids):
         yield token, f"candidate id {double} stands twice in the row"
     for at in np.flatnonzero(~np.isfinite(logprobs)):
@@ -219,3 +212,8 @@ def _doubles(widths: NDArray[np.int32], ids: NDArray[np.int32]) -> Iterator[tupl
     keys.sort()
     for key in keys[1:][keys[1:] == keys[:-1]]:
         yield int(key >> 32), int(key & 0xFFFFFFFF)
+
+
+def _foreign_ids(ids: NDArray[np.int32], vocabulary_size: int) -> Iterator[tuple[np.intp, str]]:
+    for at in np.flatnonzero((ids < 0) | (ids >= vocabulary_size)):
+        yield at, f"id {ids[at]}, expected 0 to {vocabulary_size - 1}: it is another tokenizer's token"

@@ -79,6 +79,21 @@ class Vocabulary:
         digest.update(b"".join(self.tokens))
         return digest.hexdigest()
 
+    def require_equal(self, other: Vocabulary, model: object, collected: object, fix: str) -> None:
+        """Refuse a teacher whose vocabulary this is, where `collected` has the tokens of `other`.
+
+        Args:
+            model, collected: places of the two, for the message. fix: what it advises.
+
+        Raises:
+            VocabularyError: if the two differ.
+        """
+        if self.fingerprint != other.fingerprint:
+            raise VocabularyError(
+                f"the tokenizer of teacher.model {model} has the fingerprint {self.fingerprint[:12]} ({len(self)} "
+                f"tokens), but {collected} was collected with {other.fingerprint[:12]} ({len(other)} tokens): {fix}"
+            )
+
     @cached_property
     def byte_lengths(self) -> NDArray[np.int64]:
         """int64 [V], 0 for specials."""

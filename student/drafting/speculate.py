@@ -20,7 +20,7 @@ from typing import Any
 
 from shared.config import PipelineConfig
 from shared.dataset.reader import Dataset
-from shared.errors import CheckpointError, DatasetError, VocabularyError
+from shared.errors import CheckpointError, DatasetError
 from shared.files import read_json, write_json
 from shared.hub import is_hub_name
 from shared.tokenizer.vocabulary import Vocabulary
@@ -308,10 +308,9 @@ def check_teacher(config: PipelineConfig, dataset: Dataset | None) -> None:
         return  # a hub name: fetching it is vLLM's business
     if dataset is None:
         return
-    served = Vocabulary.from_tokenizer(directory)
-    if served.fingerprint != dataset.vocabulary.fingerprint:
-        raise VocabularyError(
-            f"the tokenizer of teacher.model {directory} has the fingerprint {served.fingerprint[:12]} "
-            f"({len(served)} tokens), but {config.shards_dir} was collected with {dataset.vocabulary.fingerprint[:12]} "
-            f"({len(dataset.vocabulary)} tokens): serve the teacher that the student was trained on"
-        )
+    Vocabulary.from_tokenizer(directory).require_equal(
+        dataset.vocabulary,
+        directory,
+        config.shards_dir,
+        "serve the teacher that the student was trained on",
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,14 +21,7 @@ from student.training.module import DistillationModule
 from tests.fixtures.toy_run import load_toy, write_toy_shards
 
 
-@pytest.fixture
-def _alone(tmp_path: Path) -> Iterator[None]:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.usefixtures("_alone")
+@pytest.mark.usefixtures("alone")
 def test_what_drafts_in_a_measurement_is_the_average_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A drafter copies the head when it is made, and reads the other weights in place."""
     config = load_toy(tmp_path, ["train.ema=0.5"])

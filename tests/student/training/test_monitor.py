@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,14 +11,7 @@ from student.training.monitor import GradientStatistics, StepMonitor
 from tests.fixtures.tiny_model import anchored_row, random_ids, tiny_model
 
 
-@pytest.fixture
-def _alone(tmp_path: Path) -> Iterator[None]:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.usefixtures("_alone")
+@pytest.mark.usefixtures("alone")
 def test_gradient_statistics_are_those_of_the_gradients(caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_model()
     statistics = GradientStatistics(model)
@@ -42,7 +33,7 @@ def test_gradient_statistics_are_those_of_the_gradients(caplog: pytest.LogCaptur
     assert not statistics.watching
 
 
-@pytest.mark.usefixtures("_alone")
+@pytest.mark.usefixtures("alone")
 def test_parts_of_a_step_are_summed_and_memory_is_read() -> None:
     monitor = StepMonitor(flops=1e9)
     began = time.perf_counter()
@@ -61,7 +52,7 @@ def test_parts_of_a_step_are_summed_and_memory_is_read() -> None:
     assert monitor.finish(1.0)["seconds"]["forward"] == 0, "the next step starts from nothing"
 
 
-@pytest.mark.usefixtures("_alone")
+@pytest.mark.usefixtures("alone")
 @pytest.mark.slow
 def test_what_collectives_hold_up_is_communication(monkeypatch: pytest.MonkeyPatch) -> None:
     """A blocking one by its call; of one that runs beside the computing, what is waited for."""
@@ -95,7 +86,7 @@ def test_what_collectives_hold_up_is_communication(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("_alone")
+@pytest.mark.usefixtures("alone")
 def test_compiled_blocks_have_the_same_gradients_and_show_them() -> None:
     plain, compiled = tiny_model().train(), tiny_model().train()
     statistics = [GradientStatistics(model) for model in (plain, compiled)]
