@@ -31,6 +31,8 @@ IDENTITY = "identity"
 """The key under which a product's JSON file has its identity."""
 RECORD = "training.json"
 """Beside a trained model: what it was trained from, and a summary."""
+SEQUENTIAL_HEAD = "sequential_head.safetensors"
+"""Beside a model's weights, where it has such a head (`student/model/sequential_head.py`)."""
 TRAINED_FROM = ("dataset", "tokenizer", "start", "prepared data")
 """The inputs of a trained model that may lie in its run's directory."""
 

@@ -6,7 +6,8 @@ flight (throughput) and some of them one at a time (latency), in turns where the
 are vLLM's own acceptance metrics, wall-clock tokens per second, and whether the outputs are the same. Where one
 differs, the last engine scores both candidates at the first differing token, which tells a numerical tie (`TIE`) from a
 wrong output. In `speculate.json` many requests in flight stand at the top level, one in flight in `latency`;
-`acceptance_length` is 1 + accepted / drafts, as vLLM counts.
+`acceptance_length` is 1 + accepted / drafts, as vLLM counts; `tokens_per_step` counts a request's steps without a draft
+too.
 """
 
 from __future__ import annotations
@@ -225,6 +226,8 @@ def figures_of(drafted: Decoded, baseline: Decoded) -> dict[str, Any]:
         "accepted_tokens": accepted,
         # A draft is one forward of the teacher: it emits what was accepted and one token more.
         "acceptance_length": 1 + accepted / drafts if drafts else None,
+        # This one compares drafters that draft at different places.
+        "tokens_per_step": drafted.tokens / max(drafted.tokens - accepted, 1),
         "accepted_per_position": [count / drafts for count in drafted.accepted_per_position] if drafts else None,
         "tokens": drafted.tokens,
         "tokens_per_s": speed,

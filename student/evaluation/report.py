@@ -307,7 +307,7 @@ def _stages(config: PipelineConfig, report: dict[str, Any]) -> list[Stage]:
     rows = [
         *_one_in_flight(report),
         ("many in flight: tokens/s without draft, with", _speeds_of(speculate)),
-        ("many in flight: acceptance length", speculate["acceptance_length"]),
+        ("many in flight: acceptance length, tokens a step", _accepted(report["details"]["speculate"])),
         ("outputs identical", _identical(report["details"]["speculate"])),
         *_proven(report["details"]),
     ]
@@ -321,12 +321,16 @@ def _one_in_flight(report: dict[str, Any]) -> list[tuple[str, Any]]:
         ("one request in flight: times as fast", latency["speedup"]),
         ("  with LLaDA alone", latency["llada_alone"]["speedup"]),
         ("  tokens/s without draft, with", _speeds_of(latency)),
-        ("  acceptance length", details.get("acceptance_length")),
+        ("  acceptance length (a draft), tokens a step", _accepted(details)),
     ]
     for name, label in _DRAFTS.items():
         if found := details.get(name):
-            rows.append((f"  acceptance length of {label}", found["acceptance_length"]))
+            rows.append((f"  the same of {label}", _accepted(found)))
     return rows
+
+
+def _accepted(figures: dict[str, Any]) -> str | None:
+    return _known("{:.3f}, {:.3f}", figures.get("acceptance_length"), figures.get("tokens_per_step"))
 
 
 def _proven(details: dict[str, Any]) -> list[tuple[str, Any]]:

@@ -19,7 +19,7 @@ from shared.config import LoraConfig
 from shared.dataset.manifest import MANIFEST
 from shared.errors import CheckpointError
 from shared.files import new_directory, read_json, write_json
-from student.lineage import IDENTITY, RECORD, config_of, require_current_model, require_start_of_run
+from student.lineage import IDENTITY, RECORD, SEQUENTIAL_HEAD, config_of, require_current_model, require_start_of_run
 from student.model.lora import add_lora, merge_lora
 from student.model.tokenizer import pretrained_tokenizer
 
@@ -270,14 +270,14 @@ def weight_files(directory: Path) -> list[Path]:
 def weights_fingerprint(directory: Path) -> str:
     """sha256 over every tensor's name, type and shape and 4 KiB at its start, middle and end.
 
-    The same whatever files the tensors lie in. Reads a few MB of a model of any size: enough to tell two starts or two
-    trainings apart, not to find a flipped bit.
+    A sequential head beside them counts. The same whatever files the tensors lie in. Reads a few MB of a model of any
+    size: enough to tell two starts or two trainings apart, not to find a flipped bit.
 
     Raises:
         CheckpointError: if a file is missing or damaged.
     """
     samples = []
-    for path in weight_files(directory):
+    for path in [*weight_files(directory), *directory.glob(SEQUENTIAL_HEAD)]:
         try:
             with path.open("rb") as file:
                 length, size = int.from_bytes(file.read(8), "little"), path.stat().st_size

@@ -21,7 +21,7 @@ from shared.dataset.reader import Dataset
 from shared.errors import ConfigError
 from shared.files import new_directory, read_json, write_json
 from shared.tokenizer.vocabulary import Vocabulary, load_tokenizer
-from student.lineage import IDENTITY, present, start_identity
+from student.lineage import IDENTITY, SEQUENTIAL_HEAD, present, start_identity
 from student.model.export import save_student
 from student.model.source import EMBEDDING, HEAD, NO_IDS, Source, changed
 from student.model.tokenizer import MASK, pretrained_tokenizer, train_tokenizer
@@ -48,7 +48,6 @@ def initialize_student(config: PipelineConfig) -> Path:
     import torch
 
     from student.model.modeling_llada import LladaForMaskedDiffusion
-    from student.model.sequential_head import FILE
 
     settings = config.student
     made_from = present(config, "dataset") if settings.tokenizer.kind == "trained" else {}
@@ -79,8 +78,8 @@ def initialize_student(config: PipelineConfig) -> Path:
     summary = _summary(config, source, shape, new, transplanted, sum(tensor.numel() for tensor in weights.values()))
     with new_directory(config.student_init_dir) as partial:
         save_student(model, tokenizer, partial, state_dict=weights)
-        if source is not None and (draft_head := source.directory / FILE).exists():
-            shutil.copyfile(draft_head, partial / FILE)
+        if source is not None and (draft_head := source.directory / SEQUENTIAL_HEAD).exists():
+            shutil.copyfile(draft_head, partial / SEQUENTIAL_HEAD)
             _logger.info("its sequential head goes along: a train.sequential_rank equal to its rank trains it on")
         (partial / "resolved_config.yaml").write_text(dump_config(config), encoding="utf-8")
         write_json(partial / "initialization.json", summary | identity)

@@ -28,11 +28,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from shared.errors import CheckpointError
+from student.lineage import SEQUENTIAL_HEAD
 
 if TYPE_CHECKING:
     from student.model.modeling_llada import LladaForMaskedDiffusion
 
-FILE = "sequential_head.safetensors"
 _PREFIX = "sequential_head."
 
 
@@ -82,7 +82,7 @@ def load_sequential_head(model: LladaForMaskedDiffusion, directory: Path) -> Non
     Raises:
         CheckpointError: if it cannot be read, or is another model's.
     """
-    file = directory / FILE
+    file = directory / SEQUENTIAL_HEAD
     if not file.exists():
         return
     try:
@@ -103,4 +103,4 @@ def take_sequential_head(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def save_sequential_head(weights: dict[str, Tensor], directory: Path) -> None:
     """Write what `take_sequential_head` gave."""
     if weights:
-        save_file({name: weight.contiguous() for name, weight in weights.items()}, directory / FILE)
+        save_file({name: weight.contiguous() for name, weight in weights.items()}, directory / SEQUENTIAL_HEAD)

@@ -95,7 +95,7 @@ def run_ranks(count: int, train: TrainConfig, arguments: list[str]) -> NoReturn:
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    threads = max((os.cpu_count() or count) // count, 1)
+    threads = max(len(os.sched_getaffinity(0)) // count, 1)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     os.environ[CHECKED] = "1"
     signals = ",".join(["SIGINT", "SIGHUP", "SIGQUIT", *(number.name for number in SIGNALS)])

@@ -32,6 +32,7 @@ from student.lineage import (
 )
 from student.model.export import export_student, load_student, save_student, weights_fingerprint
 from student.model.initialize import initialize_student
+from student.model.sequential_head import add_sequential_head
 from student.training.checkpoint import run_identity
 from student.training.train import check, decide, identity_of, is_finished
 from tests.fixtures.toy_run import load_toy, write_toy_shards
@@ -233,6 +234,13 @@ def test_weights_have_one_fingerprint_however_they_are_stored(config: PipelineCo
     parameter.data[-1, -1] += 1
     save_student(model, tokenizer, tmp_path / "other")
     assert weights_fingerprint(tmp_path / "other") != weights_fingerprint(config.student_init_dir), name
+    head = add_sequential_head(model, rank=2)
+    seen = {weights_fingerprint(tmp_path / "other")}
+    for _ in range(2):
+        save_student(model, tokenizer, tmp_path / "other")
+        seen.add(weights_fingerprint(tmp_path / "other"))
+        head.out.weight.data += 1
+    assert len(seen) == 3, "a sequential head is part of a student"
 
 
 # --- the trained model ----------------------------------------------------------------------------------

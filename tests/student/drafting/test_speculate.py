@@ -176,8 +176,8 @@ def test_differences_are_found_at_their_first_token() -> None:
 
 def test_the_figures_are_vllms_own() -> None:
     counters = {"drafts": 10, "draft_tokens": 40, "accepted_tokens": 15}
-    fast = Decoded([[1, 2, 3, 4]], 2.0, 4, counters, [8, 5, 2, 0], {"seconds": {"all": 0.5}})
-    alone, plain = replace(fast, seconds=2.5, counters={}), Decoded([[1, 7]], 4.0, 4)
+    fast = Decoded([[1, 2, 3, 4]], 2.0, 40, counters, [8, 5, 2, 0], {"seconds": {"all": 0.5}})
+    alone, plain = replace(fast, seconds=2.5, counters={}), Decoded([[1, 7]], 4.0, 40)
     drafted = Result({"throughput": fast, "latency": fast, LLADA_ALONE: alone})
     tie = Difference(0, 1, 7, 8, 0.5 * TIE["float32"], WITH_DRAFT, "latency")
 
@@ -190,15 +190,16 @@ def test_the_figures_are_vllms_own() -> None:
     for found in (same, same["latency"]):
         assert found["acceptance_length"] == 2.5
         assert found["accepted_per_position"] == [0.8, 0.5, 0.2, 0.0]
-        assert (found["tokens_per_s"], found["baseline_tokens_per_s"], found["speedup"]) == (2.0, 1.0, 2.0)
+        assert (found["tokens_per_s"], found["baseline_tokens_per_s"], found["speedup"]) == (20.0, 10.0, 2.0)
+        assert found["tokens_per_step"] == 40 / 25
         assert found["drafting_share"] == 0.25
         assert found["ngram"] is None
     assert same["latency"]["llada_alone"]["speedup"] == 1.6
     assert same["latency"]["llada_alone"]["acceptance_length"] is None
     assert figures(ngram=Result({"throughput": plain, "latency": fast}))["latency"]["ngram"]["speedup"] == 2.0
     assert headline(same, 8) == (
-        "one request in flight: 2.00 × the speed without a draft (2.0 against 1.0 tokens/s; LLaDA alone 1.60 ×); "
-        "8 in flight: 2.00 × (2.0 against 1.0); outputs identical"
+        "one request in flight: 2.00 × the speed without a draft (20.0 against 10.0 tokens/s; LLaDA alone 1.60 ×); "
+        "8 in flight: 2.00 × (20.0 against 10.0); outputs identical"
     )
 
     differs = figures(tie)

@@ -137,8 +137,17 @@ def test_a_long_training_is_drawn_in_some_of_its_steps(tmp_path: Path, monkeypat
 
 def test_speeds_are_shown_by_kind_of_draft(tmp_path: Path) -> None:
     config = load_toy(tmp_path)
-    speed = {"tokens_per_s": 25.0, "baseline_tokens_per_s": 20.0, "speedup": 1.25, "acceptance_length": 1.5}
-    alone, ngram = speed | {"speedup": 1.125, "tokens_per_s": 22.5}, speed | {"acceptance_length": 1.0625}
+    speed = {
+        "tokens_per_s": 25.0,
+        "baseline_tokens_per_s": 20.0,
+        "speedup": 1.25,
+        "acceptance_length": 1.5,
+        "tokens_per_step": 1.2,
+    }
+    alone, ngram = (
+        speed | {"speedup": 1.125, "tokens_per_s": 22.5},
+        speed | {"acceptance_length": 1.0625, "tokens_per_step": 1.04},
+    )
     latency = speed | {"llada_alone": alone, "ngram": ngram, "suffix": None}
     finished(config, **speed, latency=latency, ngram=ngram, suffix=None)
     report = write_report(config)
@@ -147,7 +156,7 @@ def test_speeds_are_shown_by_kind_of_draft(tmp_path: Path) -> None:
     page = (config.report_dir / "index.html").read_text()
     assert (config.report_dir / "speed.svg").read_text() in page
     assert "1.250 ×</b>as fast as without a draft, one request in flight" in page
-    for shown in ("1.250", "1.125", "1.062", "20.0, 25.0", "acceptance length of vLLM&#39;s ngram"):
+    for shown in ("1.250", "1.125", "1.062, 1.040", "20.0, 25.0", "the same of vLLM&#39;s ngram"):
         assert shown in page
 
 

@@ -10,10 +10,11 @@ from torch import Tensor
 from shared.errors import CheckpointError
 from student.data.batch import MicroBatch, collate
 from student.data.blocks import lay_out
+from student.lineage import SEQUENTIAL_HEAD
 from student.losses.settings import LossSettings
 from student.model.export import load_student, save_student, tensor_shapes
 from student.model.modeling_llada import LladaForMaskedDiffusion
-from student.model.sequential_head import FILE, add_sequential_head
+from student.model.sequential_head import add_sequential_head
 from student.model.tokenizer import train_tokenizer
 from student.training.module import DistillationModule
 from tests.fixtures.aligned_samples import make_sample
@@ -82,7 +83,7 @@ def test_it_lies_beside_a_checkpoint_that_is_plain(tmp_path: Path, tokenizer: An
     half, _ = load_student(tmp_path, torch.bfloat16)
     assert half.sequential_head is not None
     assert half.sequential_head.get_parameter("out.weight").dtype == torch.bfloat16
-    (tmp_path / FILE).rename(tmp_path / "elsewhere")
+    (tmp_path / SEQUENTIAL_HEAD).rename(tmp_path / "elsewhere")
     plain, _ = load_student(tmp_path)
     assert plain.sequential_head is None
     shown = torch.arange(2, 20)[None]
@@ -94,7 +95,7 @@ def test_one_that_does_not_fit_is_refused(tmp_path: Path, tokenizer: Any, damage
     save_student(
         with_sequential_head(tiny_model(vocab_size=len(tokenizer), **special_ids(tokenizer))), tokenizer, tmp_path
     )
-    file = tmp_path / FILE
+    file = tmp_path / SEQUENTIAL_HEAD
     if damage == "cut off":
         file.write_bytes(file.read_bytes()[:-50])
     elif damage == "another width":
