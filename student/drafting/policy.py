@@ -48,7 +48,7 @@ WORTHWHILE = 1.05
 so an optimistic one: on a machine whose speed drifts, plans that seemed to gain a little lost more."""
 CLEAR = 1.5
 """A plan this many times as fast as a plain step needs no plain step to be measured again."""
-PLAIN_EVERY = 64
+PLAIN_EVERY = 16
 """Steps after which a plain step is measured again, where drafting is not clearly faster."""
 HORIZON = 32
 """Drafts over which the reading of a context that the drafter has not seen yet is spread."""

@@ -27,7 +27,8 @@ class Engine:
             LLaDA's confidence says which, or not, as `tells` has it. draft: seconds of (a call, a row, a token that is
             read).
         found: chance that the lookup finds something. found_right: that a token of it is right.
-        answer: tokens of each response. noise: relative deviation of every time.
+        answer: tokens of each response. noise: relative deviation of every time. drift: the deviation of a factor of
+            all times that wanders over some twenty steps; it is in what the policy sees, and left out of the speed.
     """
 
     rows: int = 8
@@ -43,6 +44,7 @@ class Engine:
     found_right: float = 0.0
     answer: int = 60
     noise: float = 0.0
+    drift: float = 0.0
     prompt: int = 40
     seed: int = 0
     plans: list[Plan] = field(default_factory=list)
@@ -52,7 +54,8 @@ class Engine:
     def run(self, policy: Policy | None, steps: int) -> float:
         """Tokens a second over this many steps; without a policy nothing is drafted."""
         rng = np.random.default_rng(self.seed)
-        emitted = seconds = 0.0
+        emitted = seconds = wandering = 0.0
+        drifting = np.random.default_rng([self.seed, 1])
         tokens = rng.integers(0, 50, (self.rows, LENGTH))
         lengths = np.full(self.rows, self.prompt)
         read, new = np.zeros(self.rows, int), [1] * self.rows
@@ -65,6 +68,8 @@ class Engine:
             step = self.fixed + self.token * (self.rows + drafted) + self.graph * (drafted > 0)
             step += self.piecewise * (drafted < self.rows * K)
             step *= 1 + self.noise * rng.standard_normal() if self.noise else 1
+            wandering = 0.95 * wandering + (1 - 0.95**2) ** 0.5 * drifting.standard_normal()
+            level = float(np.exp(self.drift * wandering))
             for row in range(self.rows):
                 chance = chances[row] if maker[row] == LLADA else np.full(K, self.found_right)
                 accepted = next((k for k in range(given[row]) if rng.random() >= chance[k]), int(given[row]))
@@ -82,7 +87,7 @@ class Engine:
             emitted += sum(new)
             ended = lengths >= self.prompt + self.answer
             if policy is not None:
-                policy.observe(step, new, lengths, tokens)
+                policy.observe(level * step, new, lengths, tokens)
                 find = (rng.random(self.rows) < self.found) & ~ended
                 found = np.where(find[:, None], rng.integers(0, 50, (self.rows, K)), -1)
                 plan = policy.plan(int((~ended).sum()), ~ended, found)
@@ -100,7 +105,7 @@ class Engine:
                     cost = a_call + a_row * len(rows) + a_token * (lengths[rows] - read[rows]).sum()
                     read[rows] = lengths[rows]
                 seconds += cost
-                policy.drafted(plan, given, rows, cost, confidence)
+                policy.drafted(plan, given, rows, level * cost, confidence)
             for row in np.flatnonzero(ended):  # another request in its place
                 tokens[row] = rng.integers(0, 50, LENGTH)
                 lengths[row], read[row], given[row], found[row] = self.prompt, 0, 0, -1
@@ -132,6 +137,14 @@ def test_a_student_that_is_always_wrong_costs_three_percent_at_most(
     speed, engine = ratio(rows=rows, right=0.0, noise=noise, draft=draft)
     assert speed > 0.97
     assert any(plan.explores for plan in engine.plans)
+
+
+@pytest.mark.parametrize(("rows", "right"), [(1, 0.0), (8, 0.0), (8, 0.4), (8, 0.5), (32, 0.5)])
+def test_a_machine_whose_speed_drifts_does_not_make_drafts_look_cheap(rows: int, right: float) -> None:
+    """Drafts that about pay, or do not, while a step takes from half to twice its usual time for seconds on end."""
+    shape: dict[str, Any] = {"rows": rows, "right": right, "token": 0.004, "noise": 0.1, "drift": 0.3}
+    speeds = [ratio(seed=seed, found=0.2, found_right=0.4, **shape)[0] for seed in range(4)]
+    assert np.mean(speeds) > 0.97
 
 
 @pytest.mark.parametrize("rows", [1, 8, 32])
