@@ -6,9 +6,9 @@ Its own process, because vLLM frees a model's memory only by ending. One load of
 over the prompts: many in flight or one at a time, each with other options of the proposer. The time of a pass is that
 of `LLM.generate` after a warm-up: no loading, no detokenization, no prefix cache.
 
-The parent (`engines.py`) reads lines on stdout: `progress DONE TOTAL NOTE`; `turn` before each part of a pass, and
-`others` before the results of `Job.compare_with` are read, each of which waits for a line on stdin. All other output
-goes to stderr.
+The parent (`engines.py`) reads lines on stdout: `progress DONE TOTAL NOTE`; `turn` before each part of a pass, which
+is one response or, with many in flight, half as many as are in flight; and `others` before the results of
+`Job.compare_with` are read. Both wait for a line on stdin, and waiting is not counted. All other output goes to stderr.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,6 @@ from student.drafting.goodness_of_fit import CANDIDATES, Tally
 THROUGHPUT, LATENCY, SAMPLED = "throughput", "latency", "sampled"
 """How the name of a pass starts: greedy with many requests in flight, greedy with one, sampled."""
 PROGRESS, TURN, OTHERS = "progress", "turn", "others"
-_BATCHES_PER_TURN = 4  # the machine should not change meanwhile, nor the end, with fewer in flight, weigh much
 _WARM_UP_TOKENS = 12  # the proposer's first steps are measurements
 _SCORED = 20  # candidates asked for where two runs differ
 _READ_TOGETHER = 64  # responses whose rows are held at a time, as Python objects
@@ -194,16 +194,27 @@ def _decode_pass(llm: Any, job: Job, each: Pass, done: int, total: int) -> Decod
     llm.generate(prompts[:in_flight], warm_up, use_tqdm=False)
     before, proposed_before = _metrics(llm), _proposed(llm)
     responses: list[Any] = []
-    seconds = 0.0
-    part = 1 if each.one_by_one else _BATCHES_PER_TURN * in_flight
-    for start in range(0, len(prompts), part):
-        if start:
-            _wait_for(TURN)
-        bar = False if each.one_by_one else _progress_bar(done + start, total)
-        started = time.perf_counter()
-        responses += llm.generate(prompts[start : start + part], sampling, use_tqdm=bar)
-        seconds += time.perf_counter() - started
-        _report(done + len(responses), total, "one at a time" if each.one_by_one else "decoding")
+    started, waited = time.perf_counter(), 0.0
+
+    def take_turns() -> None:
+        nonlocal waited
+        asked = time.perf_counter()
+        _wait_for(TURN)
+        pause = time.perf_counter() - asked
+        waited += pause
+        if each.options is not None:
+            llm.collective_rpc(_pause_proposer, args=(pause,))
+
+    if each.one_by_one:
+        for prompt in prompts:
+            if responses:
+                take_turns()
+            responses += llm.generate([prompt], sampling, use_tqdm=False)
+            _report(done + len(responses), total, "one at a time")
+    else:
+        bar = _progress_bar(done, total, max(in_flight // 2, 1), take_turns)
+        responses = llm.generate(prompts, sampling, use_tqdm=bar)
+    seconds = time.perf_counter() - started - waited
     after, proposed = _metrics(llm), _proposed(llm)
     outputs = [[int(index) for index in response.outputs[0].token_ids] for response in responses]
     return Decoded(
@@ -221,6 +232,10 @@ def _decode_pass(llm: Any, job: Job, each: Pass, done: int, total: int) -> Decod
 
 def _reset_proposer(worker: Any, **options: Any) -> None:
     worker.model_runner.drafter.reset(**options)
+
+
+def _pause_proposer(worker: Any, seconds: float) -> None:
+    worker.model_runner.drafter.leave_out(seconds)
 
 
 def _proposed(llm: Any) -> dict[str, dict[str, float]]:
@@ -317,8 +332,8 @@ def _wait_for(what: str) -> None:
         sys.exit(f"the process that started this one ended before it gave {what!r}")
 
 
-def _progress_bar(done: int, total: int) -> Any:
-    """vLLM draws with tqdm; this one draws nowhere and tells the parent."""
+def _progress_bar(done: int, total: int, part: int, take_turns: Callable[[], None]) -> Any:
+    """vLLM draws with tqdm; this one draws nowhere, tells the parent, and calls `take_turns` after each `part`."""
     from tqdm import tqdm
 
     class Reporting(tqdm):  # type: ignore[type-arg,unused-ignore]
@@ -328,8 +343,11 @@ def _progress_bar(done: int, total: int) -> Any:
             super().__init__(*args, **{**kwargs, "disable": False, "file": nowhere})
 
         def update(self, n: float | None = 1) -> bool | None:
+            before = int(self.n) // part
             moved = super().update(n)
             _report(done + int(self.n), total, str(self.postfix or "decoding"))
+            if int(self.n) // part > before and self.n < self.total:
+                take_turns()
             return moved
 
     return Reporting

@@ -126,6 +126,10 @@ class LladaProposer:
         if self.drafter is not None:
             self._load_lookup()
 
+    def leave_out(self, seconds: float) -> None:
+        """So long the engine has waited since the last draft: it is no part of a step's time."""
+        self._ended += seconds
+
     def _new_policy(self) -> Policy:
         return Policy(
             self.rows,

@@ -210,6 +210,23 @@ def test_the_first_steps_are_measured_without_a_draft() -> None:
     assert proposer.counters.tree()["undrafted"] == {"measuring": 64 * FIRST_PLAIN + 63}
 
 
+def test_the_time_that_an_engine_waits_is_no_part_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, seen = [0.0], []
+    monkeypatch.setattr("student.drafting.vllm_proposer.time.perf_counter", lambda: clock[0])
+    proposer = LladaProposer(vllm_config({OPTIONS_KEY: {"student": "none"}}))
+    proposer.drafter = FailingDrafter(bad=77)  # type: ignore[assignment]
+    observe = proposer.policy.observe
+    monkeypatch.setattr(
+        proposer.policy, "observe", lambda seconds, *rest: seen.append(seconds) or observe(seconds, *rest)
+    )
+    tokens, lengths = np.full((2, MAX_LENGTH), 7, np.int32), np.array([10, 12])
+    for waits in (0.0, 100.0, 0.0):
+        clock[0] += 1 + waits
+        proposer.leave_out(waits)
+        step(proposer, tokens, lengths)
+    assert seen == [1, 1, 1]
+
+
 def test_nothing_is_drafted_where_the_sampler_is_wrong(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
