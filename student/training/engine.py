@@ -43,13 +43,12 @@ def initialize_process_group(*, with_deepspeed: bool = True) -> tuple[int, int]:
     Args:
         with_deepspeed: for DeepSpeed's use too, which takes seconds to import.
     """
-    if "RANK" not in os.environ:
-        import socket
-
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    alone: dict[str, Any] = {}
+    if "RANK" not in os.environ or os.environ["WORLD_SIZE"] == "1":
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+        # It meets nobody: whichever port is free, where a chosen one could be taken before it listens there.
+        store = torch.distributed.TCPStore("127.0.0.1", 0, world_size=1, is_master=True)
+        alone = {"store": store, "rank": 0, "world_size": 1}
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # collectives of objects use the current device
     backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -62,9 +61,10 @@ def initialize_process_group(*, with_deepspeed: bool = True) -> tuple[int, int]:
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         # DeepSpeed calls names that this torch already calls old.
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-        deepspeed.init_distributed(dist_backend=backend, timeout=LONGEST_WAIT)
-    else:
-        torch.distributed.init_process_group(backend, timeout=LONGEST_WAIT)
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group(backend, timeout=LONGEST_WAIT, **alone)
+    if with_deepspeed:
+        deepspeed.init_distributed(dist_backend=backend, timeout=LONGEST_WAIT)  # takes the group that is there
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 

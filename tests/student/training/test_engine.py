@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -161,3 +165,15 @@ def test_a_cpu_build_beside_gpus_is_refused_unless_they_are_hidden(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     require_gpu_build()
+
+
+def test_a_world_of_one_listens_where_it_can() -> None:
+    """Many runs that start at once would race for free ones."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        world["MASTER_PORT"] = str(taken.getsockname()[1])
+        call = "from student.training.engine import initialize_process_group as join; print(join(with_deepspeed=False))"
+        done = subprocess.run([sys.executable, "-c", call], env=os.environ | world, capture_output=True, text=True)
+    assert done.stdout == "(0, 1)\n", done.stderr
