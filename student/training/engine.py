@@ -47,7 +47,7 @@ def initialize_process_group(*, with_deepspeed: bool = True) -> tuple[int, int]:
     if "RANK" not in os.environ or os.environ["WORLD_SIZE"] == "1":
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
         # It meets nobody: whichever port is free, where a chosen one could be taken before it listens there.
-        store = torch.distributed.TCPStore("127.0.0.1", 0, world_size=1, is_master=True)
+        store = torch.distributed.TCPStore("127.0.0.1", 0, world_size=1, is_master=True)  # type: ignore[attr-defined]
         alone = {"store": store, "rank": 0, "world_size": 1}
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # collectives of objects use the current device

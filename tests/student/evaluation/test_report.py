@@ -17,7 +17,7 @@ from shared.files import write_json
 from student.evaluation import plots
 from student.evaluation import report as report_module
 from student.evaluation.plots import INK
-from student.evaluation.report import figure, write_report
+from student.evaluation.report import _speeds, figure, write_report
 from student.lineage import IDENTITY, evaluation_identity, prepared_identity, present, speculation_identity
 from tests.fixtures.toy_run import load_toy, write_toy_shards
 
@@ -156,6 +156,8 @@ def test_speeds_are_shown_by_kind_of_draft(tmp_path: Path) -> None:
     page = (config.report_dir / "index.html").read_text()
     assert (config.report_dir / "speed.svg").read_text() in page
     assert "1.250 ×</b>as fast as without a draft, one request in flight" in page
+    by_draft = _speeds({"latency": latency, **speed, "ngram": ngram})["one request in flight"]
+    assert by_draft["LLaDA alone"] == (1.125, 22.5)  # against its own turns, not 22.5 / 20
     for shown in ("1.250", "1.125", "1.062, 1.040", "20.0, 25.0", "the same of vLLM&#39;s ngram"):
         assert shown in page
 
