@@ -89,7 +89,7 @@ def test_files_that_are_no_config_are_refused(tmp_path: Path) -> None:
 def test_training_has_one_end() -> None:
     both = r"train.steps is 450 and train.epochs is 5.0, expected one of them: .* train.steps=null .* train.epochs=null"
     with pytest.raises(ConfigError, match=both):
-        load_config(DEMO, ["train.epochs=5"])
+        load_config(DEMO, ["train.steps=450", "train.epochs=5"])
     assert load_config(DEMO, ["train.epochs=5", "train.steps=null"]).train.epochs == 5
 
 
