@@ -43,12 +43,8 @@ def initialize_process_group(*, with_deepspeed: bool = True) -> tuple[int, int]:
     Args:
         with_deepspeed: for DeepSpeed's use too, which takes seconds to import.
     """
-    alone: dict[str, Any] = {}
-    if "RANK" not in os.environ or os.environ["WORLD_SIZE"] == "1":
+    if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
-        # It meets nobody: whichever port is free, where a chosen one could be taken before it listens there.
-        store = torch.distributed.TCPStore("127.0.0.1", 0, world_size=1, is_master=True)  # type: ignore[attr-defined]
-        alone = {"store": store, "rank": 0, "world_size": 1}
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # collectives of objects use the current device
     backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -62,6 +58,11 @@ def initialize_process_group(*, with_deepspeed: bool = True) -> tuple[int, int]:
         # DeepSpeed calls names that this torch already calls old.
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     if not torch.distributed.is_initialized():
+        alone: dict[str, Any] = {}
+        if os.environ["WORLD_SIZE"] == "1":
+            # It meets nobody: whichever port is free, where a chosen one could be taken before it listens there.
+            store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True)  # type: ignore[attr-defined]
+            alone = {"store": store, "rank": 0, "world_size": 1}
         torch.distributed.init_process_group(backend, timeout=LONGEST_WAIT, **alone)
     if with_deepspeed:
         deepspeed.init_distributed(dist_backend=backend, timeout=LONGEST_WAIT)  # takes the group that is there
